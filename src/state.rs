@@ -1,0 +1,382 @@
+//! The vocabulary of a node's kernel: what of ours is in it, what should be, and the steps between.
+//!
+//! Plain values without I/O, shared by `plan` (which makes the wanted [`KernelState`]), `kernel` (which reads
+//! the present one and executes [`Step`]s) and `diff` (which orders the steps).
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+
+/// An IP address family. Everything is kept for each family by itself: they share no kernel object.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Family {
+    /// IPv4.
+    V4,
+    /// IPv6.
+    V6,
+}
+
+impl Family {
+    /// Both families, in the order in which they are worked on.
+    pub const ALL: [Family; 2] = [Family::V4, Family::V6];
+
+    /// The family of an address.
+    #[must_use]
+    pub fn of(address: IpAddr) -> Family {
+        if address.is_ipv4() {
+            Family::V4
+        } else {
+            Family::V6
+        }
+    }
+
+    /// The family of a network.
+    #[must_use]
+    pub fn of_net(net: IpNet) -> Family {
+        Family::of(net.addr())
+    }
+}
+
+impl fmt::Display for Family {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Family::V4 => "IPv4",
+            Family::V6 => "IPv6",
+        })
+    }
+}
+
+/// A routing table of ours.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct TableId(pub u32);
+
+impl fmt::Display for TableId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.0)
+    }
+}
+
+/// A value of the packet mark within a mask: the bits outside the mask belong to others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Mark {
+    /// The bits to set or to compare, all within `mask`.
+    pub value: u32,
+    /// The bits that count.
+    pub mask: u32,
+}
+
+impl fmt::Display for Mark {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:#x}/{:#x}", self.value, self.mask)
+    }
+}
+
+/// What a routing rule does with a packet that it matches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum RuleAction {
+    /// Nothing: the target of `Goto` rules.
+    Nop,
+    /// Route by a table; without a match there, go on with the next rule.
+    Lookup(TableId),
+    /// Reject with an ICMP error.
+    Unreachable,
+    /// Go on at the rule with this priority.
+    Goto(u32),
+}
+
+/// A routing policy rule (`ip rule`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Rule {
+    /// Place in the list of rules, lowest first. Rules of others may share it.
+    pub priority: u32,
+    /// What happens to matching packets.
+    pub action: RuleAction,
+    /// Match on the packet mark.
+    pub mark: Option<Mark>,
+    /// The match is inverted as a whole (`ip rule add not …`).
+    pub not: bool,
+    /// Match on the destination.
+    pub to: Option<IpNet>,
+}
+
+impl fmt::Display for Rule {
+    /// The form that `ip rule` takes.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "pref {}", self.priority)?;
+        if self.not {
+            f.write_str(" not")?;
+        }
+        if let Some(to) = self.to {
+            write!(f, " to {to}")?;
+        }
+        if let Some(mark) = self.mark {
+            write!(f, " fwmark {mark}")?;
+        }
+        match self.action {
+            RuleAction::Nop => f.write_str(" nop"),
+            RuleAction::Lookup(table) => write!(f, " lookup {table}"),
+            RuleAction::Unreachable => f.write_str(" unreachable"),
+            RuleAction::Goto(priority) => write!(f, " goto {priority}"),
+        }
+    }
+}
+
+/// Where a routing table sends its packets.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct NextHop {
+    /// Address of the gateway node.
+    pub via: IpAddr,
+    /// Name of the interface on which the gateway is directly reachable.
+    pub dev: String,
+}
+
+impl fmt::Display for NextHop {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} dev {}", self.via, self.dev)
+    }
+}
+
+/// One routing table of ours.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Table {
+    /// The `unreachable` default route with the worst metric is there: without it a table that lost its
+    /// gateway is empty, the lookup falls through to `main`, and the packet leaks.
+    pub floor: bool,
+    /// The default route to the gateway.
+    pub gateway: Option<NextHop>,
+}
+
+/// Rules and tables of one family.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct RouteState {
+    /// Our rules: in the kernel those with our protocol number, wherever they stand.
+    pub rules: BTreeSet<Rule>,
+    /// Our tables.
+    pub tables: BTreeMap<TableId, Table>,
+}
+
+/// Whether the static part of the firewall (chains, jumps, sets) is there.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Skeleton {
+    /// Nothing of ours.
+    #[default]
+    Absent,
+    /// Something is missing or changed; the text says what, for the log.
+    Damaged(String),
+    /// All there, in the right order.
+    Intact,
+}
+
+/// What this node does with one egress pod. The flags are independent because a crash can leave any of them.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PodState {
+    /// An egress pod: its connections pass our NAT, and what escapes it is dropped.
+    pub known: bool,
+    /// The VIPs that it is translated to when it is not marked: one, or two in the middle of a change.
+    pub vips: BTreeSet<IpAddr>,
+    /// The mark that routes it to its gateway; none where this node is the gateway or the pod is elsewhere.
+    pub mark: Option<Mark>,
+    /// This node is the pod's gateway. Kept in the kernel so that a restarted agent knows whose connections
+    /// became stale while it was away.
+    pub gatewayed: bool,
+    /// It has no way out: rejected.
+    pub blocked: bool,
+}
+
+/// Firewall of one family.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct FirewallState {
+    /// Chains, jumps and static sets.
+    pub skeleton: Skeleton,
+    /// Destinations that are not egress.
+    pub excluded: BTreeSet<IpNet>,
+    /// Pod networks of the other nodes: what comes from there to outside must be known here.
+    pub remote_pods: BTreeSet<IpNet>,
+    /// All egress VIPs; each has its translation and is guarded.
+    pub vips: BTreeSet<IpAddr>,
+    /// Egress pods by address, on every node of the cluster.
+    pub pods: BTreeMap<IpAddr, PodState>,
+}
+
+/// Everything of ours in one family.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct FamilyState {
+    /// Rules and tables.
+    pub routes: RouteState,
+    /// Chains and sets.
+    pub firewall: FirewallState,
+}
+
+/// Everything of ours in a node's kernel. A family that the kernel does not have is absent from the map.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct KernelState {
+    /// By family.
+    pub families: BTreeMap<Family, FamilyState>,
+}
+
+/// One change to one object of the kernel: an intent, which each backend puts into its own form.
+///
+/// Every step is idempotent: adding what is there and removing what is absent succeeds.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// Add a routing rule.
+    AddRule(Family, Rule),
+    /// Remove a routing rule of ours.
+    RemoveRule(Family, Rule),
+    /// Add the `unreachable` default route of a table.
+    AddFloor(Family, TableId),
+    /// Remove the `unreachable` default route of a table.
+    RemoveFloor(Family, TableId),
+    /// Add or replace the route to a table's gateway.
+    SetGateway(TableId, NextHop),
+    /// Remove the route to a table's gateway.
+    RemoveGateway(TableId, NextHop),
+
+    /// (Re)write chains, jumps and static sets, with the translations of these VIPs; members of sets stay.
+    InstallFirewall(Family, BTreeSet<IpAddr>),
+    /// Remove chains, jumps and all sets.
+    RemoveFirewall(Family),
+    /// Guard a VIP and prepare the translation to it.
+    AddVip(IpAddr),
+    /// Remove a VIP's guard and translation.
+    RemoveVip(IpAddr),
+    /// Packets to this network are not egress.
+    Exclude(IpNet),
+    /// Packets to this network are egress again.
+    Include(IpNet),
+    /// Packets from this network to outside must be of pods that are known here.
+    AddRemotePods(IpNet),
+    /// Lift that.
+    RemoveRemotePods(IpNet),
+
+    /// Make a pod an egress pod: what is not translated is dropped.
+    Know(IpAddr),
+    /// It is none any more.
+    Unknow(IpAddr),
+    /// Translate a pod to a VIP where it is not marked.
+    Translate {
+        /// Address of the pod.
+        pod: IpAddr,
+        /// Address it gets.
+        vip: IpAddr,
+    },
+    /// Lift that.
+    Untranslate {
+        /// Address of the pod.
+        pod: IpAddr,
+        /// Address it got.
+        vip: IpAddr,
+    },
+    /// Route a pod to its gateway by this mark, instead of any other that it had.
+    Mark {
+        /// Address of the pod.
+        pod: IpAddr,
+        /// The gateway's mark.
+        mark: Mark,
+    },
+    /// Lift that.
+    Unmark(IpAddr),
+    /// Remember that this node is the pod's gateway.
+    Gateway(IpAddr),
+    /// It is not any more.
+    Ungateway(IpAddr),
+    /// Reject what the pod sends to outside.
+    Block(IpAddr),
+    /// Lift that.
+    Unblock(IpAddr),
+
+    /// Forget the connections that a pod opened to outside: their address translation is decided anew.
+    ForgetConnections(IpAddr),
+}
+
+/// The part of the kernel that executes a step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Executor {
+    /// Routing rules and tables.
+    Routes,
+    /// The firewall backend.
+    Firewall,
+    /// Connection tracking.
+    Conntrack,
+}
+
+impl Step {
+    /// Who executes this step.
+    #[must_use]
+    pub fn executor(&self) -> Executor {
+        use Step::{
+            AddFloor, AddRemotePods, AddRule, AddVip, Block, Exclude, ForgetConnections, Gateway,
+            Include, InstallFirewall, Know, Mark, RemoveFirewall, RemoveFloor, RemoveGateway,
+            RemoveRemotePods, RemoveRule, RemoveVip, SetGateway, Translate, Unblock, Ungateway,
+            Unknow, Unmark, Untranslate,
+        };
+        match self {
+            AddRule(..) | RemoveRule(..) | AddFloor(..) | RemoveFloor(..) | SetGateway(..)
+            | RemoveGateway(..) => Executor::Routes,
+            InstallFirewall(..)
+            | RemoveFirewall(_)
+            | AddVip(_)
+            | RemoveVip(_)
+            | Exclude(_)
+            | Include(_)
+            | AddRemotePods(_)
+            | RemoveRemotePods(_)
+            | Know(_)
+            | Unknow(_)
+            | Translate { .. }
+            | Untranslate { .. }
+            | Mark { .. }
+            | Unmark(_)
+            | Gateway(_)
+            | Ungateway(_)
+            | Block(_)
+            | Unblock(_) => Executor::Firewall,
+            ForgetConnections(_) => Executor::Conntrack,
+        }
+    }
+}
+
+impl fmt::Display for Step {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Step::AddRule(family, rule) => write!(f, "add {family} rule {rule}"),
+            Step::RemoveRule(family, rule) => write!(f, "remove {family} rule {rule}"),
+            Step::AddFloor(family, table) => {
+                write!(f, "add the unreachable {family} default of table {table}")
+            }
+            Step::RemoveFloor(family, table) => {
+                write!(
+                    f,
+                    "remove the unreachable {family} default of table {table}"
+                )
+            }
+            Step::SetGateway(table, hop) => write!(f, "route table {table} via {hop}"),
+            Step::RemoveGateway(table, hop) => {
+                write!(f, "remove from table {table} the route via {hop}")
+            }
+            Step::InstallFirewall(family, vips) => {
+                write!(f, "install the {family} firewall with {} VIPs", vips.len())
+            }
+            Step::RemoveFirewall(family) => write!(f, "remove the {family} firewall"),
+            Step::AddVip(vip) => write!(f, "add VIP {vip}"),
+            Step::RemoveVip(vip) => write!(f, "remove VIP {vip}"),
+            Step::Exclude(net) => write!(f, "exclude {net}"),
+            Step::Include(net) => write!(f, "include {net}"),
+            Step::AddRemotePods(net) => write!(f, "add remote pod network {net}"),
+            Step::RemoveRemotePods(net) => write!(f, "remove remote pod network {net}"),
+            Step::Know(pod) => write!(f, "know pod {pod}"),
+            Step::Unknow(pod) => write!(f, "no longer know pod {pod}"),
+            Step::Translate { pod, vip } => write!(f, "translate pod {pod} to {vip}"),
+            Step::Untranslate { pod, vip } => write!(f, "no longer translate pod {pod} to {vip}"),
+            Step::Mark { pod, mark } => write!(f, "mark pod {pod} with {mark}"),
+            Step::Unmark(pod) => write!(f, "no longer mark pod {pod}"),
+            Step::Gateway(pod) => write!(f, "be the gateway of pod {pod}"),
+            Step::Ungateway(pod) => write!(f, "no longer be the gateway of pod {pod}"),
+            Step::Block(pod) => write!(f, "block pod {pod}"),
+            Step::Unblock(pod) => write!(f, "unblock pod {pod}"),
+            Step::ForgetConnections(pod) => write!(f, "forget the connections of pod {pod}"),
+        }
+    }
+}
