@@ -216,6 +216,110 @@ pub struct KernelState {
     pub families: BTreeMap<Family, FamilyState>,
 }
 
+impl PodState {
+    fn is_empty(&self) -> bool {
+        *self == PodState::default()
+    }
+}
+
+impl KernelState {
+    /// What a step does to the state when it succeeds.
+    pub fn apply(&mut self, step: &Step) {
+        match step {
+            Step::AddRule(family, rule) => {
+                self.family(*family).routes.rules.insert(*rule);
+            }
+            Step::RemoveRule(family, rule) => {
+                self.family(*family).routes.rules.remove(rule);
+            }
+            Step::AddFloor(family, table) => self.table(*family, *table, |t| t.floor = true),
+            Step::RemoveFloor(family, table) => self.table(*family, *table, |t| t.floor = false),
+            Step::SetGateway(table, hop) => {
+                self.table(Family::of(hop.via), *table, |t| t.gateway = Some(hop.clone()));
+            }
+            Step::RemoveGateway(table, hop) => {
+                self.table(Family::of(hop.via), *table, |t| t.gateway = None);
+            }
+            Step::InstallFirewall(family, vips) => {
+                let firewall = &mut self.family(*family).firewall;
+                firewall.skeleton = Skeleton::Intact;
+                firewall.vips.clone_from(vips);
+                for pod in firewall.pods.values_mut() {
+                    pod.vips.retain(|vip| vips.contains(vip));
+                }
+                firewall.pods.retain(|_, pod| !pod.is_empty());
+            }
+            Step::RemoveFirewall(family) => {
+                self.family(*family).firewall = FirewallState::default();
+            }
+            Step::AddVip(vip) => {
+                self.firewall(*vip).vips.insert(*vip);
+            }
+            Step::RemoveVip(vip) => {
+                let firewall = self.firewall(*vip);
+                firewall.vips.remove(vip);
+                for pod in firewall.pods.values_mut() {
+                    pod.vips.remove(vip);
+                }
+                firewall.pods.retain(|_, pod| !pod.is_empty());
+            }
+            Step::Exclude(net) => {
+                self.firewall(net.addr()).excluded.insert(*net);
+            }
+            Step::Include(net) => {
+                self.firewall(net.addr()).excluded.remove(net);
+            }
+            Step::AddRemotePods(net) => {
+                self.firewall(net.addr()).remote_pods.insert(*net);
+            }
+            Step::RemoveRemotePods(net) => {
+                self.firewall(net.addr()).remote_pods.remove(net);
+            }
+            Step::Know(pod) => self.pod(*pod, |p| p.known = true),
+            Step::Unknow(pod) => self.pod(*pod, |p| p.known = false),
+            Step::Translate { pod, vip } => self.pod(*pod, |p| {
+                p.vips.insert(*vip);
+            }),
+            Step::Untranslate { pod, vip } => self.pod(*pod, |p| {
+                p.vips.remove(vip);
+            }),
+            Step::Mark { pod, mark } => self.pod(*pod, |p| p.mark = Some(*mark)),
+            Step::Unmark(pod) => self.pod(*pod, |p| p.mark = None),
+            Step::Gateway(pod) => self.pod(*pod, |p| p.gatewayed = true),
+            Step::Ungateway(pod) => self.pod(*pod, |p| p.gatewayed = false),
+            Step::Block(pod) => self.pod(*pod, |p| p.blocked = true),
+            Step::Unblock(pod) => self.pod(*pod, |p| p.blocked = false),
+            Step::ForgetConnections(_) => {}
+        }
+    }
+
+    fn family(&mut self, family: Family) -> &mut FamilyState {
+        self.families.entry(family).or_default()
+    }
+
+    fn firewall(&mut self, address: IpAddr) -> &mut FirewallState {
+        &mut self.family(Family::of(address)).firewall
+    }
+
+    fn pod(&mut self, pod: IpAddr, change: impl FnOnce(&mut PodState)) {
+        let pods = &mut self.firewall(pod).pods;
+        let state = pods.entry(pod).or_default();
+        change(state);
+        if state.is_empty() {
+            pods.remove(&pod);
+        }
+    }
+
+    fn table(&mut self, family: Family, id: TableId, change: impl FnOnce(&mut Table)) {
+        let tables = &mut self.family(family).routes.tables;
+        let table = tables.entry(id).or_default();
+        change(table);
+        if *table == Table::default() {
+            tables.remove(&id);
+        }
+    }
+}
+
 /// One change to one object of the kernel: an intent, which each backend puts into its own form.
 ///
 /// Every step is idempotent: adding what is there and removing what is absent succeeds.

@@ -8,6 +8,7 @@ use std::future::Future;
 use ipnet::IpNet;
 
 use crate::state::{KernelState, Step};
+use crate::view::Link;
 
 /// One step that could not be executed; the steps after it were tried all the same, unless said otherwise.
 #[derive(Debug, thiserror::Error)]
@@ -35,6 +36,12 @@ pub trait Kernel: Send {
     /// # Errors
     /// When any part cannot be read: a partial picture would make the agent repeat or remove the wrong things.
     fn observe(&mut self) -> impl Future<Output = Result<KernelState, Error>> + Send;
+
+    /// Reads the interfaces that are up, with the networks that are directly reachable on them.
+    ///
+    /// # Errors
+    /// When they cannot be read.
+    fn links(&mut self) -> impl Future<Output = Result<Vec<Link>, Error>> + Send;
 
     /// Executes the steps in order; `excluded` are the destinations whose connections are never forgotten.
     /// Returns the steps that failed. A failed step does not keep the following ones from being tried.

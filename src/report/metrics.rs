@@ -1,0 +1,127 @@
+//! `/metrics`: counters of what happened, and gauges computed from the last plan when they are asked for.
+
+use std::sync::Arc;
+
+use axum::Router;
+use axum::extract::State;
+use axum::http::header::CONTENT_TYPE;
+use axum::response::IntoResponse;
+use axum::routing::get;
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric, text};
+use prometheus_client::metrics::counter::{ConstCounter, Counter};
+use prometheus_client::metrics::family::Family as Labelled;
+use prometheus_client::metrics::gauge::ConstGauge;
+use prometheus_client::registry::{Registry, Unit};
+
+use crate::report::Report;
+
+type Labels = Vec<(&'static str, &'static str)>;
+
+/// What has happened so often since the agent started.
+#[derive(Debug, Default)]
+pub struct Counters {
+    /// Passes by result: `unchanged`, `changed`, `failed`.
+    pub passes: Labelled<Labels, Counter>,
+    /// Steps by who executes them.
+    pub steps: Labelled<Labels, Counter>,
+    /// Steps that failed, by who executes them.
+    pub failed_steps: Labelled<Labels, Counter>,
+    /// Time spent in passes.
+    pub pass_seconds: Counter<f64, std::sync::atomic::AtomicU64>,
+}
+
+/// The metrics endpoint.
+pub fn router(report: Arc<Report>) -> Router {
+    let mut registry = Registry::with_prefix("metaleg");
+    let counters = &report.counters;
+    registry.register(
+        "passes",
+        "Passes by result: unchanged, changed or failed",
+        counters.passes.clone(),
+    );
+    registry.register(
+        "steps",
+        "Kernel changes by executor: routes, firewall or conntrack",
+        counters.steps.clone(),
+    );
+    registry.register(
+        "failed_steps",
+        "Kernel changes that failed, by executor",
+        counters.failed_steps.clone(),
+    );
+    registry.register_with_unit(
+        "pass",
+        "Time spent in passes",
+        Unit::Seconds,
+        counters.pass_seconds.clone(),
+    );
+    registry.register_collector(Box::new(Scrape(report)));
+    Router::new()
+        .route("/metrics", get(metrics))
+        .with_state(Arc::new(registry))
+}
+
+async fn metrics(State(registry): State<Arc<Registry>>) -> impl IntoResponse {
+    let mut body = String::new();
+    // Writing into a String cannot fail.
+    let _ = text::encode(&mut body, &registry);
+    let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+    ([(CONTENT_TYPE, kind)], body)
+}
+
+/// Gauges of the last plan and of the watches.
+#[derive(Debug)]
+struct Scrape(Arc<Report>);
+
+fn gauge(value: usize) -> ConstGauge<i64> {
+    ConstGauge::new(i64::try_from(value).unwrap_or(i64::MAX))
+}
+
+impl Collector for Scrape {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
+        let ready = gauge(usize::from(self.0.not_ready().is_none()));
+        let kind = ready.metric_type();
+        let one = encoder.encode_descriptor("metaleg_ready", "1 when ready", None, kind)?;
+        ready.encode(one)?;
+
+        let summary = self.0.summary();
+        let help = "Labelled Services by family and verdict: Active, or the reason that blocks them";
+        let mut services = encoder.encode_descriptor("metaleg_services", help, None, kind)?;
+        for ((family, verdict), count) in &summary.services {
+            let labels = [("family", family.to_string()), ("verdict", (*verdict).to_owned())];
+            gauge(*count).encode(services.encode_family(&labels)?)?;
+        }
+        let help = "Egress pods of the cluster by family";
+        let mut pods = encoder.encode_descriptor("metaleg_pods", help, None, kind)?;
+        for (family, count) in &summary.pods {
+            let labels = [("family", family.to_string())];
+            gauge(*count).encode(pods.encode_family(&labels)?)?;
+        }
+        let help = "Services and endpoints that are left out";
+        let ignored = encoder.encode_descriptor("metaleg_ignored", help, None, kind)?;
+        gauge(summary.ignored).encode(ignored)?;
+
+        let watches = self.0.cluster.watches();
+        let help = "1 for each watch that has its first list";
+        let mut synced = encoder.encode_descriptor("metaleg_watch_synced", help, None, kind)?;
+        for (watch, state) in &watches {
+            let labels = [("watch", watch.to_string())];
+            gauge(usize::from(state.synced)).encode(synced.encode_family(&labels)?)?;
+        }
+        let zero = ConstCounter::new(0_u64);
+        let help = "Failures of watches";
+        let mut failures = encoder.encode_descriptor(
+            "metaleg_watch_failures",
+            help,
+            None,
+            zero.metric_type(),
+        )?;
+        for (watch, state) in &watches {
+            let labels = [("watch", watch.to_string())];
+            let count = ConstCounter::new(state.failures);
+            count.encode(failures.encode_family(&labels)?)?;
+        }
+        Ok(())
+    }
+}

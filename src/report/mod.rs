@@ -1,0 +1,178 @@
+//! What the agent tells: health probes and metrics.
+
+pub mod health;
+pub mod metrics;
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use axum::Router;
+use tokio::net::TcpListener;
+
+use crate::plan::{Desired, Verdict};
+use crate::report::metrics::Counters;
+use crate::state::Family;
+use crate::view::watch::Cluster;
+
+/// A pass that takes longer hangs: every tool it runs has a deadline far below.
+const PASS_HANGS_AFTER: Duration = Duration::from_secs(300);
+
+/// What probes and metrics are answered from. The agent writes it, the servers read it.
+#[derive(Debug)]
+pub struct Report {
+    cluster: Arc<Cluster>,
+    /// What has happened so often.
+    pub counters: Counters,
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    pass_started: Option<Instant>,
+    outcome: Outcome,
+    summary: Summary,
+}
+
+/// How the last pass ended.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Outcome {
+    /// There was none yet.
+    #[default]
+    None,
+    /// The kernel is what it should be.
+    Done,
+    /// It is not; the text says why.
+    Failed(String),
+}
+
+/// The last plan in numbers.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Summary {
+    /// Services by family and by verdict: `Active`, or the reason that blocks them.
+    pub services: BTreeMap<(Family, &'static str), usize>,
+    /// Egress pods of the cluster by family.
+    pub pods: BTreeMap<Family, usize>,
+    /// Services and endpoints that are left out.
+    pub ignored: usize,
+}
+
+impl Summary {
+    /// The numbers of a plan.
+    #[must_use]
+    pub fn of(desired: &Desired) -> Summary {
+        let mut summary = Summary {
+            ignored: desired.ignored.len(),
+            ..Summary::default()
+        };
+        for verdicts in desired.services.values() {
+            for (family, verdict) in verdicts {
+                let label = match verdict {
+                    Verdict::Active { .. } => "Active",
+                    Verdict::Blocked(reason) => reason.label(),
+                };
+                *summary.services.entry((*family, label)).or_default() += 1;
+            }
+        }
+        for (family, state) in &desired.kernel.families {
+            summary.pods.insert(*family, state.firewall.pods.len());
+        }
+        summary
+    }
+}
+
+impl Report {
+    /// A report about an agent that has done nothing yet.
+    #[must_use]
+    pub fn new(cluster: Arc<Cluster>) -> Report {
+        Report {
+            cluster,
+            counters: Counters::default(),
+            state: Mutex::default(),
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        // Fields are replaced one by one: a panic elsewhere leaves no half of one.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A pass begins.
+    pub fn pass_started(&self) {
+        self.state().pass_started = Some(Instant::now());
+    }
+
+    /// A pass has made a plan.
+    pub fn planned(&self, desired: &Desired) {
+        self.state().summary = Summary::of(desired);
+    }
+
+    /// A pass ends.
+    pub fn pass_ended(&self, outcome: Outcome) {
+        let mut state = self.state();
+        state.pass_started = None;
+        state.outcome = outcome;
+    }
+
+    /// The watches that have not delivered their first list, with the reasons; `None` when all have.
+    #[must_use]
+    pub fn not_synced(&self) -> Option<String> {
+        let mut text = String::new();
+        for (watch, state) in self.cluster.watches() {
+            if state.synced {
+                continue;
+            }
+            let separator = if text.is_empty() { "" } else { "; " };
+            let why = state.failure.as_deref().unwrap_or("not listed yet");
+            // Writing into a String cannot fail.
+            let _ = write!(text, "{separator}{watch}: {why}");
+        }
+        (!text.is_empty()).then_some(text)
+    }
+
+    /// Why the agent is not ready; `None` when it is.
+    #[must_use]
+    pub fn not_ready(&self) -> Option<String> {
+        if let Some(watches) = self.not_synced() {
+            return Some(format!("waiting for watches: {watches}"));
+        }
+        match &self.state().outcome {
+            Outcome::None => Some("the kernel has not been programmed yet".to_owned()),
+            Outcome::Done => None,
+            Outcome::Failed(why) => Some(format!("the last pass failed: {why}")),
+        }
+    }
+
+    /// Why the agent is not alive; `None` when it is.
+    #[must_use]
+    pub fn not_alive(&self) -> Option<String> {
+        let running = self.state().pass_started?.elapsed();
+        (running > PASS_HANGS_AFTER)
+            .then(|| format!("a pass has been running for {} s", running.as_secs()))
+    }
+
+    fn summary(&self) -> Summary {
+        self.state().summary.clone()
+    }
+}
+
+/// Opens a listening socket; `[::]` falls back to `0.0.0.0` on a node without IPv6.
+///
+/// # Errors
+/// When the address cannot be bound.
+pub async fn listen(address: SocketAddr) -> std::io::Result<TcpListener> {
+    match TcpListener::bind(address).await {
+        Err(_) if address.ip().is_unspecified() && address.is_ipv6() => {
+            TcpListener::bind((Ipv4Addr::UNSPECIFIED, address.port())).await
+        }
+        bound => bound,
+    }
+}
+
+/// Serves until the process ends.
+pub async fn serve(listener: TcpListener, router: Router) {
+    // axum's server never returns an error.
+    let _ = axum::serve(listener, router).await;
+}

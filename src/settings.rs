@@ -1,0 +1,620 @@
+//! Settings: one definition for each (environment variable, flag, default, help), and the only place that
+//! reads the environment.
+//!
+//! What was typed is turned once into what it means; a value that makes no sense is one line that names the
+//! setting, before anything is done.
+
+use std::collections::BTreeSet;
+use std::ffi::OsString;
+use std::fmt;
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::time::Duration;
+
+use clap::error::ErrorKind;
+use clap::{Arg, Command};
+use ipnet::IpNet;
+use tracing_subscriber::EnvFilter;
+
+use crate::state::Mark;
+use crate::view::NodeName;
+
+/// A setting as operators see it.
+#[derive(Clone, Copy, Debug)]
+pub struct Definition {
+    /// Name of the environment variable; the flag is the same in lower case with dashes.
+    pub name: &'static str,
+    /// Value when the variable is unset or empty.
+    pub default: &'static str,
+    /// What it does, for `--help` and the README.
+    pub help: &'static str,
+}
+
+impl Definition {
+    fn flag(&self) -> String {
+        self.name.to_lowercase().replace('_', "-")
+    }
+}
+
+/// Every setting there is, in the order in which operators meet them.
+pub const DEFINITIONS: &[Definition] = &[
+    Definition {
+        name: "NODE_NAME",
+        default: "",
+        help: "Name of the Kubernetes node that the agent runs on (required)",
+    },
+    Definition {
+        name: "METALLB_NAMESPACE",
+        default: "metallb-system",
+        help: "Namespace of MetalLB's ServiceL2Status objects",
+    },
+    Definition {
+        name: "FIREWALL_BACKEND",
+        default: "iptables",
+        help: "What marks and translates packets: `iptables` (nf_tables or legacy mode, as the node's other \
+               programs use it)",
+    },
+    Definition {
+        name: "FIREWALL_MASK",
+        default: "0x00F00000",
+        help: "Bits of the packet mark that MetalEG may use, contiguous: n bits are enough for 2^n - 1 \
+               gateways used by one node's pods",
+    },
+    Definition {
+        name: "FIREWALL_EXCLUDE_DST_CIDRS",
+        default: "auto",
+        help: "Destinations that are not egress: `auto` (pod and Service networks, node addresses, \
+               link-local, multicast), a list of CIDRs in its place, or `auto,CIDR,…` for both",
+    },
+    Definition {
+        name: "ROUTE_BACKEND",
+        default: "netlink",
+        help: "What routes packets to their gateway: `netlink`",
+    },
+    Definition {
+        name: "ROUTE_TABLE_ID_OFFSET",
+        default: "100000",
+        help: "Routing tables are numbered from this number + 1, one for each gateway",
+    },
+    Definition {
+        name: "ROUTE_RULE_PRIORITY",
+        default: "1000",
+        help: "First of the 100 routing rule priorities that MetalEG uses",
+    },
+    Definition {
+        name: "RECONCILIATION_INTERVAL",
+        default: "5m",
+        help: "How often the whole kernel state is read back, repaired and cleaned up",
+    },
+    Definition {
+        name: "FILTER_ENDPOINTS_FOR_NODE",
+        default: "true",
+        help: "Route only pods of this node to their gateway; `false` also routes packets of other nodes' \
+               pods that pass through this one",
+    },
+    Definition {
+        name: "GUARD_TRANSIT",
+        default: "true",
+        help: "Drop packets that other nodes' pods send to outside through this node unless they belong to an \
+               egress pod; `false` where this node is a router for other nodes' pods",
+    },
+    Definition {
+        name: "ANNOUNCER_GRACE_PERIOD",
+        default: "30s",
+        help: "How long a VIP's last known announcer is kept as gateway when MetalLB names none",
+    },
+    Definition {
+        name: "ANNOUNCER_SOURCES",
+        default: "status",
+        help: "Where a VIP's announcer is read from: `status` (MetalLB's ServiceL2Status objects)",
+    },
+    Definition {
+        name: "LAN_INTERFACE",
+        default: "",
+        help: "Interface on which the other nodes are reached; empty: the one whose subnet holds the gateway",
+    },
+    Definition {
+        name: "STRICT_START",
+        default: "false",
+        help: "Hold back the first packets of pods that are not classified yet: only `false` in this version",
+    },
+    Definition {
+        name: "METRICS_BIND_ADDRESS",
+        default: ":21793",
+        help: "Address of `/metrics`; `0` for none",
+    },
+    Definition {
+        name: "HEALTH_PROBE_BIND_ADDRESS",
+        default: ":21794",
+        help: "Address of `/healthz` and `/readyz`; `0` for none",
+    },
+    Definition {
+        name: "RUST_LOG",
+        default: "info",
+        help: "What is logged: a level, or `target=level,…`",
+    },
+    Definition {
+        name: "LOG_FORMAT",
+        default: "text",
+        help: "`text` or `json`",
+    },
+];
+
+/// The bits of the packet mark that are ours.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FwMask(u32);
+
+impl FwMask {
+    /// A mask of contiguous bits.
+    ///
+    /// # Errors
+    /// When it has no bit or bits with gaps.
+    pub fn new(bits: u32) -> Result<FwMask, &'static str> {
+        if bits == 0 {
+            return Err("has no bit");
+        }
+        let low = bits >> bits.trailing_zeros();
+        if low & low.wrapping_add(1) != 0 {
+            return Err("is not contiguous");
+        }
+        Ok(FwMask(bits))
+    }
+
+    /// The mask as a number.
+    #[must_use]
+    pub fn bits(self) -> u32 {
+        self.0
+    }
+
+    /// How many slots there are: all values but 0, which means unmarked.
+    #[must_use]
+    pub fn slots(self) -> u32 {
+        self.0 >> self.0.trailing_zeros()
+    }
+
+    /// The mark of a slot; `None` outside 1 to [`FwMask::slots`].
+    #[must_use]
+    pub fn mark(self, slot: u32) -> Option<Mark> {
+        (1..=self.slots()).contains(&slot).then(|| Mark {
+            value: slot << self.0.trailing_zeros(),
+            mask: self.0,
+        })
+    }
+
+    /// The mark that no marked packet has.
+    #[must_use]
+    pub fn unmarked(self) -> Mark {
+        Mark {
+            value: 0,
+            mask: self.0,
+        }
+    }
+}
+
+/// Which destinations are not egress.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ExcludedDestinations {
+    /// Those that the agent finds out by itself.
+    pub auto: bool,
+    /// Those that the operator names.
+    pub listed: BTreeSet<IpNet>,
+}
+
+/// How log lines look.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+/// What the operator asked for, checked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Settings {
+    /// The node that the agent runs on.
+    pub node_name: NodeName,
+    /// Where MetalLB's status objects are.
+    pub metallb_namespace: String,
+    /// Mark bits that are ours.
+    pub mask: FwMask,
+    /// Destinations that are not egress.
+    pub excluded: ExcludedDestinations,
+    /// Routing tables are numbered from here + 1.
+    pub table_offset: u32,
+    /// First priority of our routing rules.
+    pub rule_priority: u32,
+    /// Time between two full reconciles.
+    pub reconciliation_interval: Duration,
+    /// Route only pods of this node.
+    pub filter_endpoints_for_node: bool,
+    /// Drop what unknown pods of other nodes send through this node.
+    pub guard_transit: bool,
+    /// How long the last known announcer is kept.
+    pub grace: Duration,
+    /// The interface towards the gateways, if the operator names it.
+    pub lan_interface: Option<String>,
+    /// Where metrics are served.
+    pub metrics_address: Option<SocketAddr>,
+    /// Where health probes are served.
+    pub health_address: Option<SocketAddr>,
+    /// What is logged, in the syntax of `RUST_LOG`.
+    pub log_filter: String,
+    /// How log lines look.
+    pub log_format: LogFormat,
+}
+
+/// Why there are no settings.
+#[derive(Debug)]
+pub enum SettingsError {
+    /// `--help` or `--version`: the text to print, exit code 0.
+    Asked(String),
+    /// A setting that makes no sense, as one line.
+    Bad(String),
+}
+
+impl fmt::Display for SettingsError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            SettingsError::Asked(text) | SettingsError::Bad(text) => f.write_str(text),
+        }
+    }
+}
+
+impl std::error::Error for SettingsError {}
+
+impl Settings {
+    /// Settings from the command line and the environment.
+    ///
+    /// # Errors
+    /// [`SettingsError::Bad`] names the first setting that makes no sense, with the value that was found.
+    pub fn load(args: impl IntoIterator<Item = OsString>) -> Result<Settings, SettingsError> {
+        let matches = command().try_get_matches_from(args).map_err(|error| {
+            if matches!(
+                error.kind(),
+                ErrorKind::DisplayHelp | ErrorKind::DisplayVersion
+            ) {
+                SettingsError::Asked(error.to_string())
+            } else {
+                let text = error.to_string();
+                let line = text.lines().next().unwrap_or_default();
+                SettingsError::Bad(format!(
+                    "{} (see --help)",
+                    line.trim_start_matches("error: ")
+                ))
+            }
+        })?;
+        Settings::parse(|name| matches.get_one::<String>(name).cloned().unwrap_or_default())
+    }
+
+    /// Settings from whatever knows a variable's value; empty means the default.
+    fn parse(value_of: impl Fn(&str) -> String) -> Result<Settings, SettingsError> {
+        let value = |name: &'static str| -> (&'static str, String) {
+            let given = value_of(name);
+            let trimmed = given.trim();
+            if !trimmed.is_empty() {
+                return (name, trimmed.to_owned());
+            }
+            let definition = DEFINITIONS.iter().find(|d| d.name == name);
+            (name, definition.map_or("", |d| d.default).to_owned())
+        };
+
+        let (name, node_name) = value("NODE_NAME");
+        if node_name.is_empty() {
+            return Err(SettingsError::Bad(format!(
+                "{name} is not set: must be the name of this Kubernetes node (in a pod: fieldRef spec.nodeName)"
+            )));
+        }
+        one_of(&value("FIREWALL_BACKEND"), &["iptables"])?;
+        one_of(&value("ROUTE_BACKEND"), &["netlink"])?;
+        one_of(&value("ANNOUNCER_SOURCES"), &["status"])?;
+        one_of(&value("STRICT_START"), &["false"])?;
+
+        let mask = mask(&value("FIREWALL_MASK"))?;
+        let (_, lan_interface) = value("LAN_INTERFACE");
+        let log_format = match one_of(&value("LOG_FORMAT"), &["text", "json"])? {
+            "json" => LogFormat::Json,
+            _ => LogFormat::Text,
+        };
+        Ok(Settings {
+            node_name: NodeName(node_name),
+            metallb_namespace: value("METALLB_NAMESPACE").1,
+            mask,
+            excluded: excluded(&value("FIREWALL_EXCLUDE_DST_CIDRS"))?,
+            table_offset: table_offset(&value("ROUTE_TABLE_ID_OFFSET"), mask)?,
+            rule_priority: rule_priority(&value("ROUTE_RULE_PRIORITY"))?,
+            reconciliation_interval: duration(
+                &value("RECONCILIATION_INTERVAL"),
+                Duration::from_secs(1),
+            )?,
+            filter_endpoints_for_node: boolean(&value("FILTER_ENDPOINTS_FOR_NODE"))?,
+            guard_transit: boolean(&value("GUARD_TRANSIT"))?,
+            grace: duration(&value("ANNOUNCER_GRACE_PERIOD"), Duration::ZERO)?,
+            lan_interface: (!lan_interface.is_empty()).then_some(lan_interface),
+            metrics_address: bind_address(&value("METRICS_BIND_ADDRESS"))?,
+            health_address: bind_address(&value("HEALTH_PROBE_BIND_ADDRESS"))?,
+            log_filter: log_filter(&value("RUST_LOG"))?,
+            log_format,
+        })
+    }
+}
+
+fn command() -> Command {
+    let args = DEFINITIONS.iter().map(|definition| {
+        let help = if definition.default.is_empty() {
+            definition.help.to_owned()
+        } else {
+            format!("{} [default: {}]", definition.help, definition.default)
+        };
+        Arg::new(definition.name)
+            .long(definition.flag())
+            .env(definition.name)
+            .hide_env_values(true)
+            .value_name("VALUE")
+            .allow_hyphen_values(true)
+            .help(help)
+    });
+    Command::new("metaleg-agent")
+        .version(env!("CARGO_PKG_VERSION"))
+        .about(
+            "MetalEG's agent for one Kubernetes node: pods of labelled Services leave the cluster with the \
+             Service's MetalLB address",
+        )
+        .after_help(
+            "Each setting is an environment variable or the flag of the same name; the flag wins.\n\
+             Exit codes: 0 stopped by a signal, 1 failed, 2 bad settings (nothing was changed).",
+        )
+        .args(args)
+}
+
+type Value = (&'static str, String);
+
+fn bad((name, value): &Value, what: impl fmt::Display) -> SettingsError {
+    SettingsError::Bad(format!("{name}={value}: {what}"))
+}
+
+fn one_of<'a>(value: &'a Value, known: &[&str]) -> Result<&'a str, SettingsError> {
+    if known.contains(&value.1.as_str()) {
+        Ok(&value.1)
+    } else {
+        Err(bad(
+            value,
+            format_args!("unknown, must be {}", known.join(" or ")),
+        ))
+    }
+}
+
+fn mask(value: &Value) -> Result<FwMask, SettingsError> {
+    let digits = value
+        .1
+        .strip_prefix("0x")
+        .or_else(|| value.1.strip_prefix("0X"))
+        .ok_or_else(|| bad(value, "must be a hexadecimal number such as 0x00F00000"))?;
+    let bits = u32::from_str_radix(digits, 16).map_err(|_| {
+        bad(
+            value,
+            "must be a hexadecimal number of at most 32 bits such as 0x00F00000",
+        )
+    })?;
+    FwMask::new(bits).map_err(|what| {
+        bad(
+            value,
+            format_args!("{what}, must be one block of bits such as 0x00F00000"),
+        )
+    })
+}
+
+fn excluded(value: &Value) -> Result<ExcludedDestinations, SettingsError> {
+    let mut excluded = ExcludedDestinations {
+        auto: false,
+        listed: BTreeSet::new(),
+    };
+    for part in value.1.split(',').map(str::trim).filter(|p| !p.is_empty()) {
+        if part == "auto" {
+            excluded.auto = true;
+            continue;
+        }
+        let net = part
+            .parse::<IpNet>()
+            .ok()
+            .or_else(|| part.parse::<IpAddr>().ok().map(IpNet::from))
+            .ok_or_else(|| {
+                bad(
+                    value,
+                    format_args!("`{part}` is neither `auto` nor a CIDR such as 10.0.0.0/8"),
+                )
+            })?;
+        excluded.listed.insert(net.trunc());
+    }
+    Ok(excluded)
+}
+
+fn number(value: &Value) -> Result<u32, SettingsError> {
+    value
+        .1
+        .parse()
+        .map_err(|_| bad(value, "must be a whole number of at most 4294967295"))
+}
+
+/// Tables 0 (unspecified) and 253 to 255 (default, main, local) belong to the kernel.
+fn table_offset(value: &Value, mask: FwMask) -> Result<u32, SettingsError> {
+    let offset = number(value)?;
+    let last = offset
+        .checked_add(mask.slots())
+        .ok_or_else(|| bad(value, "too large: the table numbers do not fit into 32 bits"))?;
+    if (offset + 1..=last).any(|table| (253..=255).contains(&table)) {
+        return Err(bad(
+            value,
+            format_args!(
+                "tables {} to {last} would include the kernel's own 253 to 255",
+                offset + 1
+            ),
+        ));
+    }
+    Ok(offset)
+}
+
+/// The last of our 100 priorities must be ahead of the `main` table's rule at 32766.
+fn rule_priority(value: &Value) -> Result<u32, SettingsError> {
+    let priority = number(value)?;
+    if (1..=32_666).contains(&priority) {
+        Ok(priority)
+    } else {
+        Err(bad(
+            value,
+            "must be from 1 to 32666: ahead of the rule for the main table",
+        ))
+    }
+}
+
+fn duration(value: &Value, least: Duration) -> Result<Duration, SettingsError> {
+    let duration = humantime::parse_duration(&value.1)
+        .map_err(|_| bad(value, "must be a duration such as 30s, 5m or 1h 30m"))?;
+    if duration < least {
+        return Err(bad(
+            value,
+            format_args!("must be at least {}", humantime::format_duration(least)),
+        ));
+    }
+    Ok(duration)
+}
+
+fn boolean(value: &Value) -> Result<bool, SettingsError> {
+    // The spellings that earlier releases took.
+    match value.1.as_str() {
+        "1" | "t" | "T" | "true" | "TRUE" | "True" => Ok(true),
+        "0" | "f" | "F" | "false" | "FALSE" | "False" => Ok(false),
+        _ => Err(bad(value, "must be true or false")),
+    }
+}
+
+fn bind_address(value: &Value) -> Result<Option<SocketAddr>, SettingsError> {
+    if value.1 == "0" {
+        return Ok(None);
+    }
+    let address = match value.1.strip_prefix(':') {
+        Some(port) => port
+            .parse()
+            .ok()
+            .map(|port| SocketAddr::from((Ipv6Addr::UNSPECIFIED, port))),
+        None => value.1.parse().ok(),
+    };
+    address.map(Some).ok_or_else(|| {
+        bad(
+            value,
+            "must be an address such as :21793 or 127.0.0.1:21793, or 0 for none",
+        )
+    })
+}
+
+fn log_filter(value: &Value) -> Result<String, SettingsError> {
+    EnvFilter::builder()
+        .parse(&value.1)
+        .map(|_| value.1.clone())
+        .map_err(|error| bad(value, error))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(given: &[(&str, &str)]) -> Result<Settings, String> {
+        let mut values = vec![("NODE_NAME", "node1")];
+        values.extend_from_slice(given);
+        Settings::parse(|name| {
+            let found = values.iter().rev().find(|(n, _)| *n == name);
+            found.map(|(_, v)| (*v).to_owned()).unwrap_or_default()
+        })
+        .map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn defaults_are_those_of_the_definitions() {
+        let settings = parse(&[]).unwrap();
+        assert_eq!(settings.metallb_namespace, "metallb-system");
+        assert_eq!(settings.mask.bits(), 0x00f0_0000);
+        assert_eq!(settings.mask.slots(), 15);
+        assert_eq!(settings.table_offset, 100_000);
+        assert_eq!(settings.reconciliation_interval, Duration::from_secs(300));
+        assert_eq!(
+            settings.metrics_address,
+            Some("[::]:21793".parse().unwrap())
+        );
+        assert!(settings.filter_endpoints_for_node && settings.excluded.auto);
+    }
+
+    #[test]
+    fn bad_values_are_one_line_that_names_the_setting_and_the_value() {
+        for (name, value, line) in [
+            ("NODE_NAME", " ", "NODE_NAME is not set: must be the name of this Kubernetes node (in a pod: fieldRef spec.nodeName)"),
+            ("FIREWALL_MASK", "15728640", "FIREWALL_MASK=15728640: must be a hexadecimal number such as 0x00F00000"),
+            ("FIREWALL_MASK", "0x0F0F0000", "FIREWALL_MASK=0x0F0F0000: is not contiguous, must be one block of bits such as 0x00F00000"),
+            ("FIREWALL_MASK", "0x0", "FIREWALL_MASK=0x0: has no bit, must be one block of bits such as 0x00F00000"),
+            ("FIREWALL_BACKEND", "ebpf", "FIREWALL_BACKEND=ebpf: unknown, must be iptables"),
+            ("ROUTE_BACKEND", "bgp", "ROUTE_BACKEND=bgp: unknown, must be netlink"),
+            ("FIREWALL_EXCLUDE_DST_CIDRS", "auto,10.0.0.0/33", "FIREWALL_EXCLUDE_DST_CIDRS=auto,10.0.0.0/33: `10.0.0.0/33` is neither `auto` nor a CIDR such as 10.0.0.0/8"),
+            ("ROUTE_TABLE_ID_OFFSET", "250", "ROUTE_TABLE_ID_OFFSET=250: tables 251 to 265 would include the kernel's own 253 to 255"),
+            ("ROUTE_TABLE_ID_OFFSET", "4294967290", "ROUTE_TABLE_ID_OFFSET=4294967290: too large: the table numbers do not fit into 32 bits"),
+            ("ROUTE_RULE_PRIORITY", "32700", "ROUTE_RULE_PRIORITY=32700: must be from 1 to 32666: ahead of the rule for the main table"),
+            ("RECONCILIATION_INTERVAL", "5 minuts", "RECONCILIATION_INTERVAL=5 minuts: must be a duration such as 30s, 5m or 1h 30m"),
+            ("RECONCILIATION_INTERVAL", "0s", "RECONCILIATION_INTERVAL=0s: must be at least 1s"),
+            ("FILTER_ENDPOINTS_FOR_NODE", "yes", "FILTER_ENDPOINTS_FOR_NODE=yes: must be true or false"),
+            ("METRICS_BIND_ADDRESS", "localhost", "METRICS_BIND_ADDRESS=localhost: must be an address such as :21793 or 127.0.0.1:21793, or 0 for none"),
+            ("LOG_FORMAT", "xml", "LOG_FORMAT=xml: unknown, must be text or json"),
+        ] {
+            assert_eq!(parse(&[(name, value)]).unwrap_err(), line);
+        }
+    }
+
+    #[test]
+    fn excluded_destinations_are_found_out_listed_or_both() {
+        let excluded = |text| parse(&[("FIREWALL_EXCLUDE_DST_CIDRS", text)]).unwrap().excluded;
+        let listed: BTreeSet<IpNet> = ["10.0.0.0/8".parse().unwrap(), "fd00::1/128".parse().unwrap()].into();
+        assert_eq!(
+            excluded("10.1.2.3/8, fd00::1"),
+            ExcludedDestinations { auto: false, listed: listed.clone() }
+        );
+        assert_eq!(
+            excluded("auto,10.0.0.0/8,fd00::1,10.0.0.0/8"),
+            ExcludedDestinations { auto: true, listed }
+        );
+    }
+
+    #[test]
+    fn an_empty_value_is_the_default() {
+        assert_eq!(parse(&[("FIREWALL_MASK", "")]), parse(&[]));
+    }
+
+    #[test]
+    fn help_shows_every_setting_with_its_default() {
+        let help = command().term_width(200).render_help().to_string();
+        for definition in DEFINITIONS {
+            assert!(help.contains(&format!("--{}", definition.flag())), "{}", definition.name);
+            assert!(help.contains(&format!("[env: {}]", definition.name)), "{}", definition.name);
+            assert!(help.contains(&format!("[default: {}]", definition.default)) || definition.default.is_empty());
+        }
+    }
+
+    #[test]
+    fn the_readme_has_a_row_for_every_setting() {
+        let readme = include_str!("../README.md");
+        for definition in DEFINITIONS {
+            let default = match definition.default {
+                "" => String::new(),
+                default => format!("`{default}`"),
+            };
+            let row = format!("| `{}` | {default} | {} |", definition.name, definition.help);
+            assert!(readme.contains(&row), "missing in README.md: {row}");
+        }
+    }
+
+    #[test]
+    fn marks_of_slots_stay_within_the_mask() {
+        let mask = FwMask::new(0x00f0_0000).unwrap();
+        assert_eq!(mask.mark(0), None);
+        assert_eq!(mask.mark(1).unwrap().value, 0x0010_0000);
+        assert_eq!(mask.mark(15).unwrap().value, 0x00f0_0000);
+        assert_eq!(mask.mark(16), None);
+        assert_eq!(FwMask::new(0x8000_0000).unwrap().slots(), 1);
+        assert_eq!(FwMask::new(u32::MAX).unwrap().slots(), u32::MAX);
+    }
+}

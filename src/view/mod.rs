@@ -1,0 +1,361 @@
+//! What the cluster says, reduced to the facts that matter: plain values with equality, made from Kubernetes
+//! objects on arrival.
+//!
+//! Pure: no watch, no clock. A fact that compares equal to the one before it causes no work.
+
+pub mod l2status;
+pub mod watch;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use k8s_openapi::api::core::v1 as core;
+use k8s_openapi::api::discovery::v1 as discovery;
+use k8s_openapi::api::networking::v1 as networking;
+
+use crate::state::Family;
+use crate::view::l2status::Announcer;
+
+/// Label that opts a Service in, when its value is [`EGRESS_VALUE`].
+pub const EGRESS_LABEL: &str = "metaleg.de/rewriteSrcIP";
+/// The one value of [`EGRESS_LABEL`] that counts.
+pub const EGRESS_VALUE: &str = "true";
+
+/// Name of a Kubernetes node.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct NodeName(pub String);
+
+impl fmt::Display for NodeName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// Namespace and name of an object.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Key {
+    /// The namespace.
+    pub namespace: String,
+    /// The name within it.
+    pub name: String,
+}
+
+impl fmt::Display for Key {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.namespace, self.name)
+    }
+}
+
+/// A labelled Service.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Service {
+    /// Creation time in seconds since the epoch: of two Services that claim a pod, the older one has it.
+    pub created: i64,
+    /// Whether its type is LoadBalancer.
+    pub load_balancer: bool,
+    /// The families that it serves: pods are not touched in another one.
+    pub families: BTreeSet<Family>,
+    /// Its VIP, for each family that has one.
+    pub vips: BTreeMap<Family, IpAddr>,
+    /// Its ingress is a host name, which is no source address.
+    pub hostname: Option<String>,
+}
+
+/// What an endpoint says it stands for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// A pod.
+    Pod(Key),
+    /// Anything else, or nothing: the text names it.
+    Other(String),
+}
+
+/// One endpoint of an EndpointSlice.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Endpoint {
+    /// Its addresses as written: whether they make sense is for the plan to say.
+    pub addresses: Vec<String>,
+    /// The node that it runs on.
+    pub node: Option<NodeName>,
+    /// What it stands for.
+    pub target: Target,
+}
+
+/// An EndpointSlice of a labelled Service.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Slice {
+    /// The Service that it belongs to.
+    pub service: Key,
+    /// Its endpoints: ready, not ready and terminating alike, for a starting or draining pod sends too.
+    pub endpoints: Vec<Endpoint>,
+}
+
+/// A node of the cluster.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Node {
+    /// Its InternalIPs, in the order of the object.
+    pub addresses: Vec<IpAddr>,
+    /// The networks of its pods.
+    pub pod_cidrs: BTreeSet<IpNet>,
+}
+
+/// An interface of this node with the networks that are directly reachable on it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Link {
+    /// Name of the interface.
+    pub name: String,
+    /// Connected networks.
+    pub nets: BTreeSet<IpNet>,
+}
+
+/// Everything that a plan is made from.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct View {
+    /// Labelled Services.
+    pub services: BTreeMap<Key, Service>,
+    /// Their EndpointSlices.
+    pub slices: BTreeMap<Key, Slice>,
+    /// All nodes.
+    pub nodes: BTreeMap<NodeName, Node>,
+    /// Who announces the VIPs of a Service.
+    pub announcers: BTreeMap<Key, Announcer>,
+    /// The networks of ClusterIPs, as far as the API server tells.
+    pub service_cidrs: BTreeSet<IpNet>,
+    /// The interfaces of this node.
+    pub links: Vec<Link>,
+}
+
+impl Service {
+    /// The facts of a Service object.
+    #[must_use]
+    pub fn of(object: &core::Service) -> Service {
+        let spec = object.spec.as_ref();
+        let ingress = object
+            .status
+            .as_ref()
+            .and_then(|status| status.load_balancer.as_ref())
+            .and_then(|balancer| balancer.ingress.as_deref())
+            .unwrap_or_default();
+        let mut vips = BTreeMap::new();
+        for ip in ingress.iter().filter_map(|i| i.ip.as_ref()?.parse().ok()) {
+            vips.entry(Family::of(ip)).or_insert(ip);
+        }
+        Service {
+            created: object
+                .metadata
+                .creation_timestamp
+                .as_ref()
+                .map_or(i64::MAX, |time| time.0.as_second()),
+            load_balancer: spec.and_then(|s| s.type_.as_deref()) == Some("LoadBalancer"),
+            families: spec
+                .and_then(|s| s.ip_families.as_deref())
+                .unwrap_or_default()
+                .iter()
+                .filter_map(|family| match family.as_str() {
+                    "IPv4" => Some(Family::V4),
+                    "IPv6" => Some(Family::V6),
+                    _ => None,
+                })
+                .collect(),
+            vips,
+            hostname: ingress.iter().find_map(|i| i.hostname.clone()),
+        }
+    }
+}
+
+impl Slice {
+    /// The facts of an EndpointSlice object; `None` when it belongs to no Service.
+    #[must_use]
+    pub fn of(object: &discovery::EndpointSlice) -> Option<Slice> {
+        let namespace = object.metadata.namespace.clone()?;
+        let service = object
+            .metadata
+            .labels
+            .as_ref()?
+            .get("kubernetes.io/service-name")?;
+        let endpoints = object
+            .endpoints
+            .as_deref()
+            .unwrap_or_default()
+            .iter()
+            .map(|endpoint| Endpoint {
+                addresses: endpoint.addresses.clone(),
+                node: endpoint.node_name.clone().map(NodeName),
+                target: target(endpoint.target_ref.as_ref(), &namespace),
+            })
+            .collect();
+        Some(Slice {
+            service: Key {
+                namespace: namespace.clone(),
+                name: service.clone(),
+            },
+            endpoints,
+        })
+    }
+}
+
+fn target(reference: Option<&core::ObjectReference>, own_namespace: &str) -> Target {
+    let Some(reference) = reference else {
+        return Target::Other("nothing".to_owned());
+    };
+    let kind = reference.kind.as_deref().unwrap_or_default();
+    let name = reference.name.clone().unwrap_or_default();
+    if kind == "Pod" {
+        let namespace = reference.namespace.as_deref().unwrap_or(own_namespace);
+        Target::Pod(Key {
+            namespace: namespace.to_owned(),
+            name,
+        })
+    } else {
+        Target::Other(format!("{kind} {name}"))
+    }
+}
+
+impl Node {
+    /// The facts of a Node object; addresses and networks that do not parse are left out.
+    #[must_use]
+    pub fn of(object: &core::Node) -> Node {
+        let addresses = object
+            .status
+            .as_ref()
+            .and_then(|status| status.addresses.as_deref())
+            .unwrap_or_default()
+            .iter()
+            .filter(|address| address.type_ == "InternalIP")
+            .filter_map(|address| address.address.parse().ok())
+            .collect();
+        let spec = object.spec.as_ref();
+        let pod_cidrs = spec
+            .and_then(|spec| spec.pod_cidrs.as_deref())
+            .unwrap_or_default()
+            .iter()
+            .chain(spec.and_then(|spec| spec.pod_cidr.as_ref()))
+            .filter_map(|cidr| cidr.parse::<IpNet>().ok())
+            .map(|cidr| cidr.trunc())
+            .collect();
+        Node {
+            addresses,
+            pod_cidrs,
+        }
+    }
+
+    /// The node's address in a family.
+    #[must_use]
+    pub fn address(&self, family: Family) -> Option<IpAddr> {
+        let mut addresses = self.addresses.iter().copied();
+        addresses.find(|address| Family::of(*address) == family)
+    }
+}
+
+/// The networks of a ServiceCIDR object.
+#[must_use]
+pub fn service_cidrs(object: &networking::ServiceCIDR) -> BTreeSet<IpNet> {
+    let spec = object.spec.as_ref();
+    let cidrs = spec.and_then(|spec| spec.cidrs.as_deref()).unwrap_or_default();
+    cidrs
+        .iter()
+        .filter_map(|cidr| cidr.parse::<IpNet>().ok())
+        .map(|cidr| cidr.trunc())
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use k8s_openapi::serde_json::{self, json};
+
+    fn service(object: serde_json::Value) -> Service {
+        Service::of(&serde_json::from_value(object).unwrap())
+    }
+
+    #[test]
+    fn the_first_ingress_address_of_a_family_that_parses_is_the_vip() {
+        let service = service(json!({
+            "metadata": {"creationTimestamp": "2026-01-01T00:00:00Z"},
+            "spec": {"type": "LoadBalancer", "ipFamilies": ["IPv4", "IPv6"]},
+            "status": {"loadBalancer": {"ingress": [
+                {"hostname": "a.example"}, {"ip": "nonsense"}, {"ip": "192.0.2.201"},
+                {"ip": "192.0.2.200"}, {"ip": "2001:db8:1::c8"}
+            ]}}
+        }));
+        assert_eq!(
+            service,
+            Service {
+                created: 1_767_225_600,
+                load_balancer: true,
+                families: [Family::V4, Family::V6].into(),
+                vips: [
+                    (Family::V4, "192.0.2.201".parse().unwrap()),
+                    (Family::V6, "2001:db8:1::c8".parse().unwrap())
+                ]
+                .into(),
+                hostname: Some("a.example".to_owned()),
+            }
+        );
+    }
+
+    #[test]
+    fn a_slice_keeps_endpoints_of_every_condition_and_what_they_stand_for() {
+        let slice: discovery::EndpointSlice = serde_json::from_value(json!({
+            "metadata": {"namespace": "shop", "name": "a-1", "labels": {"kubernetes.io/service-name": "a"}},
+            "addressType": "IPv4",
+            "endpoints": [
+                {"addresses": ["10.244.1.2"], "nodeName": "node1", "conditions": {"ready": false, "terminating": true},
+                 "targetRef": {"kind": "Pod", "name": "p", "namespace": "shop"}},
+                {"addresses": ["10.0.0.1"]},
+                {"addresses": ["10.0.0.2"], "targetRef": {"kind": "VirtualMachine", "name": "v"}}
+            ]
+        }))
+        .unwrap();
+        let key = |name: &str| Key {
+            namespace: "shop".to_owned(),
+            name: name.to_owned(),
+        };
+        let endpoint = |address: &str, node: Option<&str>, target| Endpoint {
+            addresses: vec![address.to_owned()],
+            node: node.map(|n| NodeName(n.to_owned())),
+            target,
+        };
+        assert_eq!(
+            Slice::of(&slice),
+            Some(Slice {
+                service: key("a"),
+                endpoints: vec![
+                    endpoint("10.244.1.2", Some("node1"), Target::Pod(key("p"))),
+                    endpoint("10.0.0.1", None, Target::Other("nothing".to_owned())),
+                    endpoint("10.0.0.2", None, Target::Other("VirtualMachine v".to_owned())),
+                ]
+            })
+        );
+        let stray: discovery::EndpointSlice = serde_json::from_value(
+            json!({"metadata": {"namespace": "shop"}, "addressType": "IPv4", "endpoints": []}),
+        )
+        .unwrap();
+        assert_eq!(Slice::of(&stray), None);
+    }
+
+    #[test]
+    fn a_heartbeat_of_a_node_changes_no_fact() {
+        let node = |heartbeat: &str| {
+            Node::of(
+                &serde_json::from_value(json!({
+                    "metadata": {"name": "node1"},
+                    "spec": {"podCIDR": "10.244.1.0/24", "podCIDRs": ["10.244.1.0/24", "fd00:10:244:1::/64"]},
+                    "status": {
+                        "addresses": [{"type": "Hostname", "address": "node1"}, {"type": "InternalIP", "address": "192.0.2.11"}],
+                        "conditions": [{"type": "Ready", "status": "True", "lastHeartbeatTime": heartbeat}]
+                    }
+                }))
+                .unwrap(),
+            )
+        };
+        assert_eq!(node("2026-01-01T00:00:00Z"), node("2026-01-01T00:00:10Z"));
+        assert_eq!(node("2026-01-01T00:00:00Z").pod_cidrs.len(), 2);
+        assert_eq!(
+            node("2026-01-01T00:00:00Z").address(Family::V4),
+            Some("192.0.2.11".parse().unwrap())
+        );
+    }
+}

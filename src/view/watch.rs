@@ -1,0 +1,461 @@
+//! Watches: keeps the facts up to date and wakes the agent when one of them changes.
+//!
+//! The only file that talks to the API server. Objects are reduced to facts on arrival; an event that changes
+//! no fact wakes nobody. While the API server is away, the last facts stay.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use futures::StreamExt;
+use ipnet::IpNet;
+use k8s_openapi::api::core::v1 as core;
+use k8s_openapi::api::discovery::v1 as discovery;
+use k8s_openapi::api::networking::v1 as networking;
+use kube::core::{DeserializeGuard, DynamicObject, Resource, ResourceExt};
+use kube::runtime::watcher::{self, Event};
+use kube::{Api, Client};
+use serde::de::DeserializeOwned;
+use tokio::sync::Notify;
+use tokio::task::JoinSet;
+use tracing::{info, warn};
+
+use crate::view::l2status::{self, Announcers, L2Status};
+use crate::view::{
+    EGRESS_LABEL, EGRESS_VALUE, Key, Node, NodeName, Service, Slice, View, service_cidrs,
+};
+
+/// First pause after a failed watch; it doubles up to [`LONGEST_PAUSE`].
+const SHORTEST_PAUSE: Duration = Duration::from_millis(200);
+/// An API server that is back is noticed within this time.
+const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+
+/// One kind of object that is watched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Watch {
+    /// Labelled Services.
+    Services,
+    /// Their EndpointSlices.
+    EndpointSlices,
+    /// Nodes.
+    Nodes,
+    /// MetalLB's ServiceL2Statuses.
+    ServiceL2Statuses,
+    /// ServiceCIDRs, where they are served.
+    ServiceCidrs,
+}
+
+impl fmt::Display for Watch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Watch::Services => "Services",
+            Watch::EndpointSlices => "EndpointSlices",
+            Watch::Nodes => "Nodes",
+            Watch::ServiceL2Statuses => "ServiceL2Statuses",
+            Watch::ServiceCidrs => "ServiceCIDRs",
+        })
+    }
+}
+
+/// The facts of one kind.
+#[derive(Debug)]
+struct Facts<K, F> {
+    current: BTreeMap<K, F>,
+    /// A list that is under way: it replaces `current` as a whole when it is complete.
+    incoming: Option<BTreeMap<K, F>>,
+    synced: bool,
+    failure: Option<String>,
+    failures: u64,
+}
+
+impl<K, F> Default for Facts<K, F> {
+    fn default() -> Self {
+        Facts {
+            current: BTreeMap::new(),
+            incoming: None,
+            synced: false,
+            failure: None,
+            failures: 0,
+        }
+    }
+}
+
+impl<K: Ord, F: PartialEq> Facts<K, F> {
+    /// Takes a fact from the event stream; returns whether anything changed.
+    fn apply(&mut self, key: K, fact: Option<F>) -> bool {
+        match fact {
+            Some(fact) if self.current.get(&key) == Some(&fact) => false,
+            Some(fact) => {
+                self.current.insert(key, fact);
+                true
+            }
+            None => self.current.remove(&key).is_some(),
+        }
+    }
+
+    fn start_list(&mut self) {
+        self.incoming = Some(BTreeMap::new());
+    }
+
+    fn list(&mut self, key: K, fact: Option<F>) {
+        if let (Some(incoming), Some(fact)) = (&mut self.incoming, fact) {
+            incoming.insert(key, fact);
+        }
+    }
+
+    fn end_list(&mut self) -> bool {
+        let changed = match self.incoming.take() {
+            Some(incoming) if incoming != self.current => {
+                self.current = incoming;
+                true
+            }
+            _ => false,
+        };
+        !std::mem::replace(&mut self.synced, true) || changed
+    }
+}
+
+#[derive(Debug, Default)]
+struct Index {
+    services: Facts<Key, Service>,
+    slices: Facts<Key, Slice>,
+    nodes: Facts<NodeName, Node>,
+    statuses: Facts<Key, L2Status>,
+    service_cidrs: Facts<String, BTreeSet<IpNet>>,
+    /// The API server does not answer: said once, not once for each watch.
+    away: bool,
+}
+
+/// How far a watch has come.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WatchState {
+    /// The first list is complete.
+    pub synced: bool,
+    /// Why it fails at the moment.
+    pub failure: Option<String>,
+    /// How often it failed.
+    pub failures: u64,
+}
+
+/// The cluster as the watches see it.
+#[derive(Debug, Default)]
+pub struct Cluster {
+    index: Mutex<Index>,
+    changed: Notify,
+}
+
+impl Cluster {
+    fn index(&self) -> MutexGuard<'_, Index> {
+        // Facts are replaced one by one: a panic elsewhere leaves no half of one.
+        self.index.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits until a fact has changed since the last call.
+    pub async fn changed(&self) {
+        self.changed.notified().await;
+    }
+
+    /// The state of every watch.
+    #[must_use]
+    pub fn watches(&self) -> BTreeMap<Watch, WatchState> {
+        fn state<K, F>(facts: &Facts<K, F>) -> WatchState {
+            WatchState {
+                synced: facts.synced,
+                failure: facts.failure.clone(),
+                failures: facts.failures,
+            }
+        }
+        let index = self.index();
+        [
+            (Watch::Services, state(&index.services)),
+            (Watch::EndpointSlices, state(&index.slices)),
+            (Watch::Nodes, state(&index.nodes)),
+            (Watch::ServiceL2Statuses, state(&index.statuses)),
+            (Watch::ServiceCidrs, state(&index.service_cidrs)),
+        ]
+        .into()
+    }
+
+    /// The facts as they are now, and the time at which a grace period ends and the view changes by itself.
+    /// The interfaces are left for the caller to add.
+    #[must_use]
+    pub fn view(&self, announcers: &mut Announcers, now: Instant) -> (View, Option<Instant>) {
+        let index = self.index();
+        let is_labelled = |key: &Key| index.services.current.contains_key(key);
+        let (announcers, ends) =
+            announcers.resolve(index.statuses.current.values(), is_labelled, now);
+        let view = View {
+            services: index.services.current.clone(),
+            slices: index.slices.current.clone(),
+            nodes: index.nodes.current.clone(),
+            announcers,
+            service_cidrs: index
+                .service_cidrs
+                .current
+                .values()
+                .flatten()
+                .copied()
+                .collect(),
+            links: Vec::new(),
+        };
+        (view, ends)
+    }
+}
+
+/// Starts all watches; they run until the returned set is dropped.
+#[must_use]
+pub fn start(client: &Client, metallb_namespace: &str, cluster: &Arc<Cluster>) -> JoinSet<()> {
+    let labelled = watcher::Config::default().labels(&format!("{EGRESS_LABEL}={EGRESS_VALUE}"));
+    let all = watcher::Config::default();
+    let mut watches = JoinSet::new();
+    watches.spawn(follow(
+        Watch::Services,
+        Api::<DeserializeGuard<core::Service>>::all(client.clone()),
+        labelled.clone(),
+        cluster.clone(),
+        |index| &mut index.services,
+        key,
+        guarded(|service| Some(Service::of(service))),
+    ));
+    watches.spawn(follow(
+        Watch::EndpointSlices,
+        Api::<DeserializeGuard<discovery::EndpointSlice>>::all(client.clone()),
+        labelled,
+        cluster.clone(),
+        |index| &mut index.slices,
+        key,
+        guarded(Slice::of),
+    ));
+    watches.spawn(follow(
+        Watch::Nodes,
+        Api::<DeserializeGuard<core::Node>>::all(client.clone()),
+        all.clone(),
+        cluster.clone(),
+        |index| &mut index.nodes,
+        |node| NodeName(node.name_any()),
+        guarded(|node| Some(Node::of(node))),
+    ));
+    watches.spawn(follow(
+        Watch::ServiceL2Statuses,
+        Api::<DynamicObject>::namespaced_with(
+            client.clone(),
+            metallb_namespace,
+            &l2status::resource(),
+        ),
+        all.clone(),
+        cluster.clone(),
+        |index| &mut index.statuses,
+        key,
+        |status| Ok(L2Status::of(status)),
+    ));
+    watches.spawn(follow(
+        Watch::ServiceCidrs,
+        Api::<DeserializeGuard<networking::ServiceCIDR>>::all(client.clone()),
+        all,
+        cluster.clone(),
+        |index| &mut index.service_cidrs,
+        ResourceExt::name_any,
+        guarded(|cidr| Some(service_cidrs(cidr))),
+    ));
+    watches
+}
+
+fn key(object: &impl ResourceExt) -> Key {
+    Key {
+        namespace: object.namespace().unwrap_or_default(),
+        name: object.name_any(),
+    }
+}
+
+/// An object that does not decode is an error of that object alone.
+fn guarded<O, F>(
+    fact: impl Fn(&O) -> Option<F>,
+) -> impl Fn(&DeserializeGuard<O>) -> Result<Option<F>, String> {
+    move |object| match &object.0 {
+        Ok(object) => Ok(fact(object)),
+        Err(invalid) => Err(invalid.error.clone()),
+    }
+}
+
+async fn follow<O, K, F>(
+    watch: Watch,
+    api: Api<O>,
+    config: watcher::Config,
+    cluster: Arc<Cluster>,
+    facts: impl Fn(&mut Index) -> &mut Facts<K, F> + Send,
+    key: impl Fn(&O) -> K + Send,
+    fact: impl Fn(&O) -> Result<Option<F>, String> + Send,
+) where
+    O: Resource + Clone + DeserializeOwned + fmt::Debug + Send + 'static,
+    K: Ord + fmt::Debug + Send,
+    F: PartialEq + Clone + Send,
+{
+    let mut events = watcher::watcher(api, config).boxed();
+    let mut pause = SHORTEST_PAUSE;
+    while let Some(event) = events.next().await {
+        let changed = {
+            let mut index = cluster.index();
+            match event {
+                Ok(event) => {
+                    pause = SHORTEST_PAUSE;
+                    if std::mem::take(&mut index.away) {
+                        info!("the API server answers again");
+                    }
+                    let facts = facts(&mut index);
+                    facts.failure = None;
+                    take(watch, event, facts, &key, &fact)
+                }
+                Err(error) => {
+                    let failure = describe(watch, &error);
+                    if let Failure::Away(text) = &failure {
+                        if !std::mem::replace(&mut index.away, true) {
+                            warn!("the API server does not answer, keeping the data plane and retrying: {text}");
+                        }
+                    }
+                    fail(watch, failure, facts(&mut index))
+                }
+            }
+        };
+        if changed {
+            cluster.changed.notify_one();
+        }
+        let failed = facts(&mut cluster.index()).failure.is_some();
+        if failed {
+            tokio::time::sleep(pause).await;
+            pause = LONGEST_PAUSE.min(pause * 2);
+        }
+    }
+}
+
+fn take<O, K: Ord + fmt::Debug, F: PartialEq + Clone>(
+    watch: Watch,
+    event: Event<O>,
+    facts: &mut Facts<K, F>,
+    key: &impl Fn(&O) -> K,
+    fact: &impl Fn(&O) -> Result<Option<F>, String>,
+) -> bool {
+    // What does not decode keeps its last fact: dropping it would let its pods out as if unlabelled.
+    let read = |object: &O, facts: &Facts<K, F>| {
+        let key = key(object);
+        let fact = fact(object).unwrap_or_else(|error| {
+            warn!(%watch, ?key, error, "cannot decode object, keeping what was known of it");
+            facts.current.get(&key).cloned()
+        });
+        (key, fact)
+    };
+    match event {
+        Event::Apply(object) => {
+            let (key, fact) = read(&object, facts);
+            facts.apply(key, fact)
+        }
+        Event::Delete(object) => facts.apply(key(&object), None),
+        Event::Init => {
+            facts.start_list();
+            false
+        }
+        Event::InitApply(object) => {
+            let (key, fact) = read(&object, facts);
+            facts.list(key, fact);
+            false
+        }
+        Event::InitDone => facts.end_list(),
+    }
+}
+
+/// Why a watch fails.
+#[derive(Debug)]
+enum Failure {
+    /// No answer at all.
+    Away(String),
+    /// The kind is not served, and need not be.
+    NotServed,
+    /// An answer that does not help.
+    Refused(String),
+}
+
+fn describe(watch: Watch, error: &watcher::Error) -> Failure {
+    let status = match error {
+        watcher::Error::InitialListFailed(error)
+        | watcher::Error::WatchStartFailed(error)
+        | watcher::Error::WatchFailed(error) => match error {
+            kube::Error::Api(status) => status.code,
+            other => return Failure::Away(chain(other)),
+        },
+        _ => 0,
+    };
+    match (watch, status) {
+        // Served since Kubernetes 1.33; without it the exclusion of pods and nodes does the work, because
+        // packets to a ClusterIP are looked at after kube-proxy has chosen the pod.
+        (Watch::ServiceCidrs, 404) => Failure::NotServed,
+        (Watch::ServiceL2Statuses, 404) => Failure::Refused(
+            "not served by the API server: is MetalLB 0.14 or newer installed?".to_owned(),
+        ),
+        _ => Failure::Refused(chain(error)),
+    }
+}
+
+/// Notes why a watch fails; returns whether that is news for the agent.
+fn fail<K, F>(watch: Watch, failure: Failure, facts: &mut Facts<K, F>) -> bool {
+    facts.failures += 1;
+    let text = match failure {
+        Failure::Away(text) => format!("the API server does not answer: {text}"),
+        Failure::NotServed => {
+            facts.failure = Some("not served by this API server".to_owned());
+            return !std::mem::replace(&mut facts.synced, true);
+        }
+        Failure::Refused(text) => {
+            if facts.failure.as_ref() != Some(&text) {
+                warn!(%watch, "watch fails, retrying: {text}");
+            }
+            text
+        }
+    };
+    let news = facts.failure.as_ref() != Some(&text);
+    facts.failure = Some(text);
+    news
+}
+
+/// An error with its causes on one line, each said once.
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        if !text.contains(&cause_text) {
+            text = format!("{text}: {cause_text}");
+        }
+        source = cause.source();
+    }
+    text.replace('\n', " ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_list_replaces_everything_at_once_and_only_when_complete() {
+        let mut facts = Facts::default();
+        assert!(facts.apply("a", Some(1)));
+        facts.start_list();
+        facts.list("b", Some(2));
+        assert_eq!(facts.current, [("a", 1)].into());
+        assert!(facts.end_list());
+        assert_eq!(facts.current, [("b", 2)].into());
+    }
+
+    #[test]
+    fn only_changes_are_news() {
+        let mut facts = Facts::default();
+        assert!(facts.end_list(), "the first complete list is news even when it is empty");
+        assert!(facts.apply("a", Some(1)));
+        assert!(!facts.apply("a", Some(1)));
+        assert!(facts.apply("a", Some(2)));
+        facts.start_list();
+        facts.list("a", Some(2));
+        assert!(!facts.end_list(), "the same list again");
+        assert!(facts.apply("a", None));
+        assert!(!facts.apply("a", None));
+    }
+}
