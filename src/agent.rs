@@ -8,9 +8,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
 use std::pin::pin;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use ipnet::IpNet;
+use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
 use crate::diff::diff;
@@ -110,7 +111,7 @@ pub async fn run<K: Kernel>(
         tokio::select! {
             () = &mut shutdown => return,
             () = cluster.changed() => reason = "cluster",
-            () = tokio::time::sleep_until(wake_at.into()) => {
+            () = tokio::time::sleep_until(wake_at) => {
                 reason = "timer";
                 if Instant::now() >= next_full {
                     agent.confirmed = None;
@@ -155,7 +156,7 @@ impl<K: Kernel> Agent<'_, K> {
         if self.last.is_none() {
             self.adopt(&confirmed.state, started);
         }
-        let (mut view, grace_ends) = self.cluster.view(&mut self.announcers, started);
+        let (mut view, grace_ends) = self.cluster.view(&mut self.announcers, started.into_std());
         view.links.clone_from(&confirmed.links);
         let families: BTreeSet<Family> = confirmed.state.families.keys().copied().collect();
         let slots = match &self.last {
@@ -193,14 +194,17 @@ impl<K: Kernel> Agent<'_, K> {
             self.confirmed = Some(confirmed);
         }
         self.last = Some(desired);
-        Ok(Pass { failed, grace_ends })
+        Ok(Pass {
+            failed,
+            grace_ends: grace_ends.map(Instant::from_std),
+        })
     }
 
     /// Takes over who was the gateway of which Service before the agent was restarted.
     fn adopt(&mut self, observed: &KernelState, now: Instant) {
-        let (view, _) = self.cluster.view(&mut self.announcers, now);
+        let (view, _) = self.cluster.view(&mut self.announcers, now.into_std());
         for (service, node) in adopted_announcers(&view, observed, self.settings) {
-            self.announcers.adopt(service, node, now);
+            self.announcers.adopt(service, node, now.into_std());
         }
     }
 

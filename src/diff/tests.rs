@@ -1,0 +1,393 @@
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use proptest::prelude::*;
+
+use super::*;
+use crate::state::{Mark, NextHop, Rule, Table, TableId};
+
+fn ip(last: u8) -> IpAddr {
+    IpAddr::from([10, 244, 1, last])
+}
+
+fn vip(last: u8) -> IpAddr {
+    IpAddr::from([192, 0, 2, last])
+}
+
+fn mark(slot: u32) -> Mark {
+    Mark {
+        value: slot << 20,
+        mask: 0x00f0_0000,
+    }
+}
+
+fn kernel(pod: Option<PodState>) -> KernelState {
+    let firewall = FirewallState {
+        skeleton: Skeleton::Intact,
+        vips: [vip(200)].into(),
+        pods: pod.map(|pod| (ip(11), pod)).into_iter().collect(),
+        ..FirewallState::default()
+    };
+    let state = FamilyState {
+        firewall,
+        ..FamilyState::default()
+    };
+    KernelState {
+        families: [(Family::V4, state)].into(),
+    }
+}
+
+fn translated() -> PodState {
+    PodState {
+        known: true,
+        vips: [vip(200)].into(),
+        ..PodState::default()
+    }
+}
+
+fn routed(slot: u32) -> PodState {
+    PodState {
+        mark: Some(mark(slot)),
+        ..translated()
+    }
+}
+
+fn gatewayed() -> PodState {
+    PodState {
+        gatewayed: true,
+        ..translated()
+    }
+}
+
+fn blocked() -> PodState {
+    PodState {
+        blocked: true,
+        ..translated()
+    }
+}
+
+fn steps(from: Option<PodState>, to: Option<PodState>) -> Vec<String> {
+    let steps = diff(&kernel(from), &kernel(to));
+    steps.iter().map(Step::to_string).collect()
+}
+
+const FORGET: &str = "forget the connections of pod 10.244.1.11";
+
+#[test]
+fn a_new_pod_is_translated_and_known_before_it_is_marked() {
+    assert_eq!(
+        steps(None, Some(routed(1))),
+        [
+            "translate pod 10.244.1.11 to 192.0.2.200",
+            "know pod 10.244.1.11",
+            "mark pod 10.244.1.11 with 0x100000/0xf00000",
+            FORGET,
+        ]
+    );
+}
+
+#[test]
+fn a_pod_that_is_released_stays_guarded_until_its_connections_are_forgotten() {
+    assert_eq!(
+        steps(Some(routed(1)), None),
+        [
+            "no longer mark pod 10.244.1.11",
+            "no longer translate pod 10.244.1.11 to 192.0.2.200",
+            FORGET,
+            "no longer know pod 10.244.1.11",
+        ]
+    );
+}
+
+#[test]
+fn a_gateway_that_moves_between_other_nodes_changes_only_the_mark() {
+    assert_eq!(
+        steps(Some(routed(1)), Some(routed(2))),
+        ["mark pod 10.244.1.11 with 0x200000/0xf00000"]
+    );
+}
+
+#[test]
+fn a_node_that_becomes_or_stops_being_the_gateway_forgets_the_connections() {
+    assert_eq!(
+        steps(Some(routed(1)), Some(gatewayed())),
+        ["no longer mark pod 10.244.1.11", "be the gateway of pod 10.244.1.11", FORGET]
+    );
+    assert_eq!(
+        steps(Some(gatewayed()), Some(translated())),
+        ["no longer be the gateway of pod 10.244.1.11", FORGET]
+    );
+}
+
+#[test]
+fn a_pod_of_another_node_that_does_not_pass_here_costs_no_look_at_the_connections() {
+    assert_eq!(
+        steps(None, Some(translated())),
+        ["translate pod 10.244.1.11 to 192.0.2.200", "know pod 10.244.1.11"]
+    );
+}
+
+#[test]
+fn a_pod_is_blocked_before_its_mark_goes_and_unblocked_after_it_is_back() {
+    assert_eq!(
+        steps(Some(routed(1)), Some(blocked())),
+        ["block pod 10.244.1.11", "no longer mark pod 10.244.1.11", FORGET]
+    );
+    assert_eq!(
+        steps(Some(blocked()), Some(routed(1))),
+        ["mark pod 10.244.1.11 with 0x100000/0xf00000", FORGET, "unblock pod 10.244.1.11"]
+    );
+}
+
+#[test]
+fn a_changed_vip_is_added_before_the_old_one_is_removed() {
+    let mut other = gatewayed();
+    other.vips = [vip(201)].into();
+    assert_eq!(
+        steps(Some(gatewayed()), Some(other)),
+        [
+            "translate pod 10.244.1.11 to 192.0.2.201",
+            "no longer translate pod 10.244.1.11 to 192.0.2.200",
+            FORGET,
+        ]
+    );
+}
+
+#[test]
+fn the_firewall_is_installed_with_every_translation_that_is_in_use() {
+    let mut damaged = kernel(Some(routed(1)));
+    let firewall = &mut damaged.families.get_mut(&Family::V4).unwrap().firewall;
+    firewall.skeleton = Skeleton::Damaged("a jump is missing".to_owned());
+    firewall.vips.clear();
+    let steps = diff(&damaged, &kernel(Some(routed(1))));
+    assert_eq!(steps, [Step::InstallFirewall(Family::V4, [vip(200)].into())]);
+}
+
+#[test]
+fn a_table_has_its_floor_first_and_loses_it_last() {
+    let table = TableId(100_001);
+    let lookup = Rule {
+        priority: 1002,
+        action: RuleAction::Lookup(table),
+        mark: Some(mark(1)),
+        not: false,
+        to: None,
+    };
+    let mut with = kernel(None);
+    let routes = &mut with.families.get_mut(&Family::V4).unwrap().routes;
+    routes.rules.insert(lookup);
+    let gateway = Some(NextHop {
+        via: vip(12),
+        dev: "eth0".to_owned(),
+    });
+    routes.tables.insert(table, Table { floor: true, gateway });
+    fn text(from: &KernelState, to: &KernelState) -> Vec<String> {
+        diff(from, to).iter().map(Step::to_string).collect()
+    }
+    let floor = "the unreachable IPv4 default of table 100001";
+    assert_eq!(
+        text(&kernel(None), &with),
+        [
+            format!("add {floor}"),
+            "route table 100001 via 192.0.2.12 dev eth0".to_owned(),
+            "add IPv4 rule pref 1002 fwmark 0x100000/0xf00000 lookup 100001".to_owned(),
+        ]
+    );
+    assert_eq!(
+        text(&with, &kernel(None)),
+        [
+            "remove IPv4 rule pref 1002 fwmark 0x100000/0xf00000 lookup 100001".to_owned(),
+            "remove from table 100001 the route via 192.0.2.12 dev eth0".to_owned(),
+            format!("remove {floor}"),
+        ]
+    );
+}
+
+fn any_pod() -> impl Strategy<Value = PodState> {
+    let vips = proptest::collection::btree_set((200..203_u8).prop_map(vip), 0..3);
+    let mark = proptest::option::of((1..4_u32).prop_map(mark));
+    (any::<bool>(), vips, mark, any::<bool>(), any::<bool>()).prop_map(
+        |(known, vips, mark, gatewayed, blocked)| PodState {
+            known,
+            vips,
+            mark,
+            gatewayed,
+            blocked,
+        },
+    )
+}
+
+/// What plans want of a pod: known, and with a way out or blocked.
+fn wanted_pod() -> impl Strategy<Value = PodState> {
+    prop_oneof![
+        Just(translated()),
+        Just(gatewayed()),
+        Just(blocked()),
+        (1..4_u32).prop_map(routed),
+        Just(PodState {
+            known: true,
+            blocked: true,
+            ..PodState::default()
+        }),
+        (201..203_u8).prop_map(|last| PodState {
+            vips: [vip(last)].into(),
+            ..gatewayed()
+        }),
+    ]
+}
+
+fn any_net() -> impl Strategy<Value = IpNet> {
+    (0..4_u8).prop_map(|n| IpNet::new(IpAddr::from([10, n, 0, 0]), 16).unwrap())
+}
+
+fn any_routes() -> impl Strategy<Value = RouteState> {
+    let action = prop_oneof![
+        Just(RuleAction::Nop),
+        Just(RuleAction::Unreachable),
+        (1..4_u32).prop_map(|t| RuleAction::Lookup(TableId(t))),
+        Just(RuleAction::Goto(1099)),
+    ];
+    let rule = (1000..1003_u32, action).prop_map(|(priority, action)| Rule {
+        priority,
+        action,
+        mark: None,
+        not: false,
+        to: None,
+    });
+    let gateway = (11..13_u8).prop_map(|last| NextHop {
+        via: vip(last),
+        dev: "eth0".to_owned(),
+    });
+    let table = (any::<bool>(), proptest::option::of(gateway))
+        .prop_map(|(floor, gateway)| Table { floor, gateway });
+    let tables = proptest::collection::btree_map((1..4_u32).prop_map(TableId), table, 0..3);
+    (proptest::collection::btree_set(rule, 0..5), tables).prop_map(|(rules, mut tables)| {
+        tables.retain(|_, table| *table != Table::default());
+        RouteState { rules, tables }
+    })
+}
+
+fn any_state(
+    pod: impl Strategy<Value = PodState> + 'static,
+    skeleton: impl Strategy<Value = Skeleton> + 'static,
+    all_vips: bool,
+) -> impl Strategy<Value = KernelState> {
+    let nets = || proptest::collection::btree_set(any_net(), 0..4);
+    let pods = proptest::collection::btree_map((11..15_u8).prop_map(ip), pod, 0..5);
+    let vips = proptest::collection::btree_set((200..204_u8).prop_map(vip), 0..4);
+    (skeleton, nets(), nets(), vips, pods, any_routes()).prop_map(
+        move |(skeleton, excluded, remote_pods, mut vips, mut pods, routes)| {
+            pods.retain(|_, pod| *pod != PodState::default());
+            if all_vips {
+                vips.extend(pods.values().flat_map(|pod| pod.vips.iter().copied()));
+            }
+            let firewall = FirewallState {
+                skeleton,
+                excluded,
+                remote_pods,
+                vips,
+                pods,
+            };
+            KernelState {
+                families: [(Family::V4, FamilyState { routes, firewall })].into(),
+            }
+        },
+    )
+}
+
+/// Whatever a crash, a bug or an operator may leave.
+fn observed() -> impl Strategy<Value = KernelState> {
+    let skeleton = prop_oneof![
+        Just(Skeleton::Absent),
+        Just(Skeleton::Damaged("…".to_owned())),
+        Just(Skeleton::Intact),
+    ];
+    any_state(any_pod(), skeleton, false)
+}
+
+fn desired() -> impl Strategy<Value = KernelState> {
+    any_state(wanted_pod(), Just(Skeleton::Intact), true)
+}
+
+fn pods(state: &KernelState) -> &BTreeMap<IpAddr, PodState> {
+    &state.families[&Family::V4].firewall.pods
+}
+
+proptest! {
+    #[test]
+    fn i5_from_any_state_the_steps_lead_to_the_desired_one(from in observed(), to in desired()) {
+        let mut state = from.clone();
+        for step in diff(&from, &to) {
+            state.apply(&step);
+        }
+        prop_assert_eq!(state, to);
+    }
+
+    #[test]
+    fn i7_equal_states_need_no_step(state in desired()) {
+        prop_assert_eq!(diff(&state, &state), []);
+    }
+
+    #[test]
+    fn i5_a_run_that_dies_after_any_step_is_completed_by_the_next(from in observed(), to in desired()) {
+        let steps = diff(&from, &to);
+        let mut state = from;
+        for step in &steps {
+            state.apply(step);
+            let mut resumed = state.clone();
+            for step in diff(&state, &to) {
+                resumed.apply(&step);
+            }
+            prop_assert_eq!(&resumed, &to);
+        }
+    }
+
+    #[test]
+    fn i1_a_pod_that_stays_an_egress_pod_is_protected_after_every_step(from in desired(), to in desired()) {
+        let mut state = from.clone();
+        let stays: Vec<IpAddr> = pods(&from).keys().filter(|pod| pods(&to).contains_key(pod)).copied().collect();
+        for step in diff(&from, &to) {
+            state.apply(&step);
+            for pod in &stays {
+                let now = &pods(&state)[pod];
+                prop_assert!(now.known, "{step}");
+                prop_assert!(now.blocked || now.mark.is_some() || !now.vips.is_empty(), "{step}");
+            }
+        }
+    }
+
+    #[test]
+    fn i1_a_new_pod_is_never_marked_without_our_translation_in_force(from in desired(), to in desired()) {
+        let mut state = from.clone();
+        for step in diff(&from, &to) {
+            state.apply(&step);
+            let firewall = &state.families[&Family::V4].firewall;
+            for now in firewall.pods.values() {
+                prop_assert!(now.mark.is_none() || now.known, "{step}");
+                prop_assert!(now.vips.is_subset(&firewall.vips), "{step}");
+            }
+        }
+    }
+
+    #[test]
+    fn i1_no_step_leaves_a_table_in_use_without_its_floor(from in desired(), to in desired()) {
+        let mut state = from.clone();
+        let floors = |state: &KernelState| -> Vec<TableId> {
+            let routes = &state.families[&Family::V4].routes;
+            let used = routes.rules.iter().filter_map(|rule| match rule.action {
+                RuleAction::Lookup(table) => Some(table),
+                _ => None,
+            });
+            used.filter(|table| !routes.tables.get(table).is_some_and(|t| t.floor)).collect()
+        };
+        let before = floors(&from);
+        let after = floors(&to);
+        for step in diff(&from, &to) {
+            state.apply(&step);
+            for open in floors(&state) {
+                prop_assert!(before.contains(&open) || after.contains(&open), "{step}");
+            }
+        }
+    }
+}

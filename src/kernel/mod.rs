@@ -24,9 +24,10 @@ pub struct StepError {
 /// What can go wrong with the kernel.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// Placeholder until the backends exist.
-    #[error("{0}")]
-    Other(String),
+    /// A failure that a test asked for.
+    #[cfg(test)]
+    #[error("injected failure")]
+    Injected,
 }
 
 /// A node's kernel, as the agent sees it.

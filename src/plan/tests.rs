@@ -1,0 +1,528 @@
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::settings::{ExcludedDestinations, FwMask, LogFormat};
+use crate::state::{Mark, TableId};
+use crate::view::l2status::Announcer;
+use crate::view::{Link, Slice};
+
+fn key(name: &str) -> Key {
+    Key {
+        namespace: "shop".to_owned(),
+        name: name.to_owned(),
+    }
+}
+
+fn node(name: &str) -> NodeName {
+    NodeName(name.to_owned())
+}
+
+fn ip(text: &str) -> IpAddr {
+    text.parse().unwrap()
+}
+
+/// Settings of an agent on a node.
+fn on(name: &str) -> Settings {
+    Settings {
+        node_name: node(name),
+        metallb_namespace: "metallb-system".to_owned(),
+        mask: FwMask::new(0x00f0_0000).unwrap(),
+        excluded: ExcludedDestinations {
+            auto: true,
+            listed: BTreeSet::new(),
+        },
+        table_offset: 100_000,
+        rule_priority: 1000,
+        reconciliation_interval: std::time::Duration::from_secs(300),
+        filter_endpoints_for_node: true,
+        guard_transit: true,
+        grace: std::time::Duration::from_secs(30),
+        lan_interface: None,
+        metrics_address: None,
+        health_address: None,
+        log_filter: "info".to_owned(),
+        log_format: LogFormat::Text,
+    }
+}
+
+/// A dual-stack LoadBalancer Service with both VIPs, as old as `created` says.
+fn service(created: i64) -> Service {
+    Service {
+        created,
+        load_balancer: true,
+        families: [Family::V4, Family::V6].into(),
+        vips: [
+            (Family::V4, ip("192.0.2.200")),
+            (Family::V6, ip("2001:db8:1::c8")),
+        ]
+        .into(),
+        hostname: None,
+    }
+}
+
+/// A pod of namespace `shop`.
+fn pod(address: &str, on: &str) -> Endpoint {
+    Endpoint {
+        addresses: vec![address.to_owned()],
+        node: Some(node(on)),
+        target: Target::Pod(key("pod")),
+    }
+}
+
+/// Three nodes with one link each, no Service.
+fn cluster() -> View {
+    let nodes = (1..=3).map(|n| {
+        let facts = Node {
+            addresses: vec![ip(&format!("192.0.2.1{n}")), ip(&format!("2001:db8:1::1{n}"))],
+            pod_cidrs: [
+                format!("10.244.{n}.0/24").parse().unwrap(),
+                format!("fd00:10:244:{n}::/64").parse().unwrap(),
+            ]
+            .into(),
+        };
+        (node(&format!("node{n}")), facts)
+    });
+    View {
+        nodes: nodes.collect(),
+        links: vec![
+            Link {
+                name: "cni0".to_owned(),
+                nets: ["10.244.1.0/24".parse().unwrap()].into(),
+            },
+            Link {
+                name: "eth0".to_owned(),
+                nets: [
+                    "192.0.2.0/24".parse().unwrap(),
+                    "2001:db8:1::/64".parse().unwrap(),
+                ]
+                .into(),
+            },
+        ],
+        ..View::default()
+    }
+}
+
+impl View {
+    fn with_service(mut self, name: &str, service: Service, announcer: Option<&str>) -> View {
+        self.services.insert(key(name), service);
+        if let Some(announcer) = announcer {
+            let announcer = Announcer::Present(node(announcer));
+            self.announcers.insert(key(name), announcer);
+        }
+        self
+    }
+
+    fn with_slice(mut self, name: &str, service: &str, endpoints: Vec<Endpoint>) -> View {
+        let service = key(service);
+        self.slices.insert(key(name), Slice { service, endpoints });
+        self
+    }
+}
+
+/// The usual cluster: Service `a`, announced by node2, with a pod on every node.
+fn usual() -> View {
+    cluster().with_service("a", service(1), Some("node2")).with_slice(
+        "a-4",
+        "a",
+        (1..=3)
+            .map(|n| pod(&format!("10.244.{n}.11"), &format!("node{n}")))
+            .collect(),
+    )
+}
+
+fn make(view: &View, settings: &Settings) -> Desired {
+    plan(view, settings, &Family::ALL.into(), &Slots::default())
+}
+
+fn pod_of(desired: &Desired, address: &str) -> Option<PodState> {
+    let address = ip(address);
+    let firewall = &desired.kernel.families[&Family::of(address)].firewall;
+    firewall.pods.get(&address).cloned()
+}
+
+fn egress(vip: &str) -> PodState {
+    PodState {
+        known: true,
+        vips: [ip(vip)].into(),
+        ..PodState::default()
+    }
+}
+
+const SLOT_1: Mark = Mark {
+    value: 0x0010_0000,
+    mask: 0x00f0_0000,
+};
+
+fn blocked(desired: &Desired, family: Family) -> Option<Blocked> {
+    match &desired.services[&key("a")][&family] {
+        Verdict::Blocked(reason) => Some(reason.clone()),
+        Verdict::Active { .. } => None,
+    }
+}
+
+#[test]
+fn a_pod_is_marked_on_its_node_translated_on_the_gateway_and_known_everywhere() {
+    let plain = egress("192.0.2.200");
+    for (on_node, expected) in [
+        ("node1", [Some(SLOT_1), None, None]),
+        ("node2", [None, None, None]),
+        ("node3", [None, None, Some(SLOT_1)]),
+    ] {
+        let desired = make(&usual(), &on(on_node));
+        for (n, mark) in (1..=3).zip(expected) {
+            let expected = PodState {
+                mark,
+                gatewayed: on_node == "node2",
+                ..plain.clone()
+            };
+            let address = format!("10.244.{n}.11");
+            assert_eq!(pod_of(&desired, &address), Some(expected), "{address} on {on_node}");
+        }
+        let active = Verdict::Active {
+            vip: ip("192.0.2.200"),
+            gateway: node("node2"),
+        };
+        assert_eq!(desired.services[&key("a")][&Family::V4], active);
+        assert!(desired.ignored.is_empty());
+    }
+}
+
+#[test]
+fn the_routes_are_a_block_that_unmarked_packets_pass_and_marked_ones_cannot_leave() {
+    let desired = make(&usual(), &on("node1"));
+    let routes = &desired.kernel.families[&Family::V4].routes;
+    let rules: Vec<String> = routes.rules.iter().map(Rule::to_string).collect();
+    let excluded = [
+        "10.244.1.0/24",
+        "10.244.2.0/23",
+        "127.0.0.0/8",
+        "169.254.0.0/16",
+        "192.0.2.11/32",
+        "192.0.2.12/31",
+        "224.0.0.0/4",
+        "255.255.255.255/32",
+    ]
+    .map(|net| format!("pref 1001 to {net} goto 1099"));
+    let mut expected = vec!["pref 1000 fwmark 0x0/0xf00000 goto 1099".to_owned()];
+    expected.extend(excluded);
+    expected.extend(
+        [
+            "pref 1002 fwmark 0x100000/0xf00000 lookup 100001",
+            "pref 1098 not fwmark 0x0/0xf00000 unreachable",
+            "pref 1099 nop",
+        ]
+        .map(str::to_owned),
+    );
+    assert_eq!(rules, expected);
+    let table = Table {
+        floor: true,
+        gateway: Some(NextHop {
+            via: ip("192.0.2.12"),
+            dev: "eth0".to_owned(),
+        }),
+    };
+    assert_eq!(routes.tables, [(TableId(100_001), table)].into());
+}
+
+#[test]
+fn a_family_that_the_service_does_not_serve_is_not_touched() {
+    let mut only_v4 = service(1);
+    only_v4.families = [Family::V4].into();
+    let view = cluster()
+        .with_service("a", only_v4, Some("node2"))
+        .with_slice("a-6", "a", vec![pod("fd00:10:244:1::b", "node1")]);
+    let desired = make(&view, &on("node1"));
+    assert_eq!(pod_of(&desired, "fd00:10:244:1::b"), None);
+    assert!(!desired.services[&key("a")].contains_key(&Family::V6));
+}
+
+#[test]
+fn a_family_without_a_vip_yet_is_blocked_and_the_other_goes_on() {
+    let mut pending = service(1);
+    pending.vips.remove(&Family::V6);
+    let view = cluster()
+        .with_service("a", pending, Some("node2"))
+        .with_slice("a-6", "a", vec![pod("fd00:10:244:1::b", "node1")])
+        .with_slice("a-4", "a", vec![pod("10.244.1.11", "node1")]);
+    for on_node in ["node1", "node2"] {
+        let desired = make(&view, &on(on_node));
+        assert_eq!(blocked(&desired, Family::V6), Some(Blocked::NoVip));
+        assert!(pod_of(&desired, "fd00:10:244:1::b").unwrap().blocked);
+        assert!(!pod_of(&desired, "10.244.1.11").unwrap().blocked);
+    }
+}
+
+#[test]
+fn a_host_name_is_no_source_address() {
+    let mut named = service(1);
+    named.vips.clear();
+    named.hostname = Some("a.example".to_owned());
+    let view = usual().with_service("a", named, Some("node2"));
+    let reason = blocked(&make(&view, &on("node1")), Family::V4);
+    assert_eq!(reason, Some(Blocked::HostnameIngress("a.example".to_owned())));
+}
+
+#[test]
+fn without_a_usable_gateway_local_pods_are_blocked_and_those_of_other_nodes_are_left_to_them() {
+    type Break = fn(&mut View);
+    let cases: [(Break, Blocked); 4] = [
+        (|view| view.announcers.clear(), Blocked::NoAnnouncer),
+        (
+            |view| drop(view.nodes.remove(&node("node2"))),
+            Blocked::UnknownGateway(node("node2")),
+        ),
+        (
+            |view| view.nodes.get_mut(&node("node2")).unwrap().addresses.clear(),
+            Blocked::GatewayWithoutAddress(node("node2")),
+        ),
+        (
+            |view| view.links.truncate(1),
+            Blocked::GatewayOffLink(node("node2"), ip("192.0.2.12")),
+        ),
+    ];
+    for (break_it, reason) in cases {
+        let mut view = usual();
+        break_it(&mut view);
+        let desired = make(&view, &on("node1"));
+        assert_eq!(blocked(&desired, Family::V4), Some(reason));
+        let local = PodState {
+            blocked: true,
+            ..egress("192.0.2.200")
+        };
+        assert_eq!(pod_of(&desired, "10.244.1.11"), Some(local));
+        assert_eq!(pod_of(&desired, "10.244.3.11"), Some(egress("192.0.2.200")));
+    }
+}
+
+#[test]
+fn an_announcer_within_its_grace_period_is_still_the_gateway() {
+    let mut view = usual();
+    let grace = Announcer::Grace(node("node2"));
+    view.announcers.insert(key("a"), grace);
+    assert_eq!(make(&view, &on("node1")), make(&usual(), &on("node1")));
+}
+
+#[test]
+fn the_named_interface_is_the_only_one_that_counts() {
+    let settings = Settings {
+        lan_interface: Some("cni0".to_owned()),
+        ..on("node1")
+    };
+    let reason = blocked(&make(&usual(), &settings), Family::V4);
+    assert_eq!(reason, Some(Blocked::GatewayOffLink(node("node2"), ip("192.0.2.12"))));
+}
+
+#[test]
+fn gateways_beyond_the_mask_block_and_do_not_leak() {
+    let settings = Settings {
+        mask: FwMask::new(0x0010_0000).unwrap(),
+        ..on("node1")
+    };
+    let mut other = service(2);
+    other.vips.insert(Family::V4, ip("192.0.2.201"));
+    let view = usual()
+        .with_service("b", other, Some("node3"))
+        .with_slice("b-4", "b", vec![pod("10.244.1.12", "node1")]);
+    let desired = make(&view, &settings);
+    assert_eq!(pod_of(&desired, "10.244.1.11").unwrap().mark.unwrap().value, 0x0010_0000);
+    assert!(pod_of(&desired, "10.244.1.12").unwrap().blocked);
+    assert_eq!(
+        desired.services[&key("b")][&Family::V4],
+        Verdict::Blocked(Blocked::NoSlot(node("node3")))
+    );
+}
+
+#[test]
+fn of_two_services_the_older_one_has_the_pod_and_the_name_decides_a_tie() {
+    for (age_of_b, owner, vip) in [(0, "b", "192.0.2.201"), (1, "a", "192.0.2.200"), (2, "a", "192.0.2.200")] {
+        let mut b = service(age_of_b);
+        b.vips.insert(Family::V4, ip("192.0.2.201"));
+        let view = cluster()
+            .with_service("a", service(1), Some("node2"))
+            .with_service("b", b, Some("node2"))
+            .with_slice("a-4", "a", vec![pod("10.244.1.11", "node1")])
+            .with_slice("b-4", "b", vec![pod("10.244.1.11", "node1")]);
+        let desired = make(&view, &on("node2"));
+        let state = PodState {
+            gatewayed: true,
+            ..egress(vip)
+        };
+        assert_eq!(pod_of(&desired, "10.244.1.11"), Some(state));
+        assert_eq!(
+            desired.ignored.values().collect::<Vec<_>>(),
+            [&Ignored::OwnedBy(key(owner))]
+        );
+    }
+}
+
+#[test]
+fn endpoints_that_are_no_pods_of_the_service_are_ignored_with_a_reason() {
+    let of = |target| Endpoint {
+        target,
+        ..pod("10.244.1.11", "node1")
+    };
+    let foreign = Target::Pod(Key {
+        namespace: "bank".to_owned(),
+        name: "p".to_owned(),
+    });
+    let nothing = Target::Other("nothing".to_owned());
+    for (endpoint, reason) in [
+        (pod("a.example", "node1"), Ignored::NotAnAddress),
+        (pod("127.0.0.1", "node1"), Ignored::NotAPodAddress),
+        (pod("169.254.1.1", "node1"), Ignored::NotAPodAddress),
+        (pod("224.0.0.1", "node1"), Ignored::NotAPodAddress),
+        (pod("fe80::1", "node1"), Ignored::NotAPodAddress),
+        (pod("::ffff:10.244.1.11", "node1"), Ignored::NotAPodAddress),
+        (pod("192.0.2.13", "node3"), Ignored::NodeAddress(node("node3"))),
+        (of(foreign.clone()), Ignored::NotAPodOfItsNamespace(foreign)),
+        (of(nothing.clone()), Ignored::NotAPodOfItsNamespace(nothing)),
+    ] {
+        let view = cluster()
+            .with_service("a", service(1), Some("node2"))
+            .with_slice("a-4", "a", vec![endpoint, pod("10.244.1.12", "node1")]);
+        let desired = make(&view, &on("node1"));
+        assert_eq!(desired.ignored.values().collect::<Vec<_>>(), [&reason]);
+        let pods: Vec<_> = desired.kernel.families.values().flat_map(|f| f.firewall.pods.keys()).collect();
+        assert_eq!(pods, [&ip("10.244.1.12")], "the good endpoint counts beside: {reason}");
+    }
+}
+
+#[test]
+fn a_service_of_another_type_is_ignored() {
+    let mut cluster_ip = service(1);
+    cluster_ip.load_balancer = false;
+    let desired = make(&usual().with_service("a", cluster_ip, None), &on("node1"));
+    assert_eq!(pod_of(&desired, "10.244.1.11"), None);
+    assert_eq!(desired.ignored, [(Subject::Service(key("a")), Ignored::NotLoadBalancer)].into());
+}
+
+#[test]
+fn an_endpoint_without_a_node_is_local_where_its_network_is() {
+    let mut endpoint = pod("10.244.1.11", "node1");
+    endpoint.node = None;
+    let view = cluster()
+        .with_service("a", service(1), Some("node2"))
+        .with_slice("a-4", "a", vec![endpoint]);
+    for (on_node, mark) in [("node1", Some(SLOT_1)), ("node3", None)] {
+        assert_eq!(pod_of(&make(&view, &on(on_node)), "10.244.1.11").unwrap().mark, mark);
+    }
+}
+
+#[test]
+fn without_the_filter_pods_of_other_nodes_are_routed_too() {
+    let settings = Settings {
+        filter_endpoints_for_node: false,
+        ..on("node1")
+    };
+    assert_eq!(pod_of(&make(&usual(), &settings), "10.244.3.11").unwrap().mark, Some(SLOT_1));
+}
+
+#[test]
+fn only_other_nodes_pods_are_held_to_be_known_and_only_when_asked() {
+    let nets = |settings: &Settings| make(&usual(), settings).kernel.families[&Family::V4].firewall.remote_pods.clone();
+    let others: BTreeSet<IpNet> = ["10.244.2.0/24".parse().unwrap(), "10.244.3.0/24".parse().unwrap()].into();
+    assert_eq!(nets(&on("node1")), others);
+    let router = Settings {
+        guard_transit: false,
+        ..on("node1")
+    };
+    assert_eq!(nets(&router), BTreeSet::new());
+}
+
+#[test]
+fn slots_are_kept_over_plans_and_adopted_from_the_kernel() {
+    let settings = on("node1");
+    let first = make(&usual(), &settings);
+    let mut moved = usual();
+    let announcer = Announcer::Present(node("node3"));
+    moved.announcers.insert(key("a"), announcer);
+    let second = plan(&moved, &settings, &Family::ALL.into(), &first.slots);
+    assert_eq!(pod_of(&second, "10.244.1.11").unwrap().mark.unwrap().value, 0x0020_0000);
+    let adopted = Slots::adopt(&second.kernel, &settings);
+    assert_eq!(plan(&moved, &settings, &Family::ALL.into(), &adopted), second);
+}
+
+#[test]
+fn a_family_that_the_kernel_lacks_is_left_alone() {
+    let desired = plan(&usual(), &on("node1"), &[Family::V4].into(), &Slots::default());
+    assert_eq!(desired.kernel.families.keys().collect::<Vec<_>>(), [&Family::V4]);
+}
+
+/// Small clusters with every kind of trouble: shared pods, missing VIPs, missing announcers.
+fn any_view() -> impl Strategy<Value = View> {
+    let service = (0..3_i64, any::<bool>(), any::<bool>(), proptest::option::of(1..=4_u8));
+    let endpoint = (1..=3_u8, 11..=14_u8, 1..=3_u8, any::<bool>());
+    let slices = proptest::collection::vec((0..4_usize, proptest::collection::vec(endpoint, 0..6)), 0..6);
+    (proptest::collection::vec(service, 0..4), slices).prop_map(|(services, slices)| {
+        let mut view = cluster();
+        for (n, (created, has_vip, single, announcer)) in services.into_iter().enumerate() {
+            let mut facts = super::tests::service(created);
+            facts.vips.insert(Family::V4, IpAddr::from([192, 0, 2, 200 + u8::try_from(n).unwrap()]));
+            if !has_vip {
+                facts.vips.clear();
+            }
+            if single {
+                facts.families.remove(&Family::V6);
+            }
+            let announcer = announcer.map(|n| format!("node{n}"));
+            view = view.with_service(&format!("s{n}"), facts, announcer.as_deref());
+        }
+        for (n, (service, endpoints)) in slices.into_iter().enumerate() {
+            let endpoints = endpoints.into_iter().map(|(net, last, on, v6)| {
+                let address = if v6 { format!("fd00:10:244:{net}::{last}") } else { format!("10.244.{net}.{last}") };
+                pod(&address, &format!("node{on}"))
+            });
+            view = view.with_slice(&format!("slice{n}"), &format!("s{service}"), endpoints.collect());
+        }
+        view
+    })
+}
+
+proptest! {
+    #[test]
+    fn i1_an_egress_pod_is_translated_routed_or_blocked_on_every_node(view in any_view()) {
+        for name in ["node1", "node2", "node3"] {
+            for state in make(&view, &on(name)).kernel.families.values() {
+                for pod in state.firewall.pods.values() {
+                    prop_assert!(pod.known);
+                    prop_assert!(pod.blocked || !pod.vips.is_empty());
+                    prop_assert!(pod.vips.len() <= 1);
+                    prop_assert!(pod.vips.is_subset(&state.firewall.vips));
+                    prop_assert!(!(pod.blocked && pod.mark.is_some()));
+                    if let Some(mark) = pod.mark {
+                        let table = state.routes.rules.iter().find_map(|rule| match rule.action {
+                            RuleAction::Lookup(table) if rule.mark == Some(mark) => Some(table),
+                            _ => None,
+                        });
+                        let table = &state.routes.tables[&table.expect("a rule for every mark")];
+                        prop_assert!(table.floor && table.gateway.is_some());
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn nodes_agree_on_owner_vip_and_gateway_of_every_pod(view in any_view()) {
+        let plans: Vec<Desired> = ["node1", "node2", "node3"].map(|name| make(&view, &on(name))).into();
+        let vips = |desired: &Desired| -> BTreeMap<IpAddr, BTreeSet<IpAddr>> {
+            let firewalls = desired.kernel.families.values().map(|family| &family.firewall);
+            firewalls.flat_map(|f| f.pods.iter().map(|(pod, state)| (*pod, state.vips.clone()))).collect()
+        };
+        for other in &plans[1..] {
+            prop_assert_eq!(vips(&plans[0]), vips(other));
+            prop_assert_eq!(&plans[0].ignored, &other.ignored);
+            prop_assert_eq!(&plans[0].services, &other.services);
+        }
+    }
+
+    #[test]
+    fn a_plan_is_stable(view in any_view()) {
+        let settings = on("node1");
+        let first = make(&view, &settings);
+        prop_assert_eq!(&plan(&view, &settings, &Family::ALL.into(), &first.slots), &first);
+    }
+}

@@ -156,6 +156,18 @@ impl Cluster {
         self.changed.notified().await;
     }
 
+    /// As if every watch had delivered an empty list.
+    #[cfg(test)]
+    pub(crate) fn pretend_synced(&self) {
+        let mut index = self.index();
+        index.services.synced = true;
+        index.slices.synced = true;
+        index.nodes.synced = true;
+        index.statuses.synced = true;
+        index.service_cidrs.synced = true;
+        self.changed.notify_one();
+    }
+
     /// The state of every watch.
     #[must_use]
     pub fn watches(&self) -> BTreeMap<Watch, WatchState> {
