@@ -1,0 +1,62 @@
+# What a developer and CI run. `make help` lists it.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+# Debian packages that tests and demo need beside Go and Rust.
+PACKAGES := conntrack iproute2 ipset iptables nftables procps util-linux
+CARGO_DENY := 0.19.0
+CARGO := cargo
+KEEP ?=
+
+.PHONY: help
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.PHONY: demo
+demo: packages ## Show MetalEG at work on a real cluster on this machine (root; KEEP=1 leaves it running)
+	$(CARGO) build --locked --release --workspace
+	target/release/metaleg-lab build
+	target/release/metaleg-lab demo $(if $(KEEP),--keep)
+
+.PHONY: test
+test: packages lint test-fast test-kernel test-e2e ## Everything (root; builds Kubernetes and MetalLB the first time)
+	@echo
+	@tail -qn 1 target/e2e-result.txt
+
+.PHONY: test-fast
+test-fast: ## Unit, property and golden tests: neither root nor a cluster
+	$(CARGO) test --locked --package metaleg --lib --bins
+
+.PHONY: test-kernel
+test-kernel: packages ## The backends against the real kernel, in network namespaces (root)
+	$(CARGO) test --locked --package metaleg --test kernel
+
+.PHONY: test-e2e
+test-e2e: packages ## The product on real clusters, told by what an outside server sees (root)
+	$(CARGO) build --locked --release --workspace
+	target/release/metaleg-lab build
+	$(CARGO) test --locked --package metaleg-lab
+	set -o pipefail; $(CARGO) test --locked --package metaleg-lab-e2e --test e2e 2>&1 | tee target/e2e-result.txt
+
+.PHONY: lint
+lint: ## Formatting, clippy, licences and sources of dependencies
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --locked --workspace --all-targets -- --deny warnings
+	@command -v cargo-deny >/dev/null || $(CARGO) install --locked --quiet cargo-deny@$(CARGO_DENY)
+	$(CARGO) deny --locked check licenses bans sources
+
+.PHONY: packages
+packages: # Install the Debian packages that are missing
+	@missing=(); for package in $(PACKAGES); do \
+	  dpkg-query -W -f '$${Status}' "$$package" 2>/dev/null | grep -q 'ok installed' || missing+=("$$package"); \
+	done; \
+	if (( $${#missing[@]} )); then \
+	  echo "installing $${missing[*]}"; \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$${missing[@]}" >/dev/null; \
+	fi
+
+.PHONY: image
+image: ## Build the container image
+	docker build --tag metaleg-agent:$$(sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -1) .
