@@ -1,2 +1,101 @@
-//! x
-fn main() {}
+//! `metaleg-agent`: reads the settings, starts logging, and runs the agent until a signal ends it.
+
+use std::io::Write;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+
+use metaleg::kernel::NodeKernel;
+use metaleg::report::{self, Report, health, metrics};
+use metaleg::settings::{LogFormat, Settings, SettingsError};
+use metaleg::view::watch::{self, Cluster};
+use metaleg::agent;
+use tokio::signal::unix::{SignalKind, signal};
+use tracing::info;
+use tracing_subscriber::EnvFilter;
+
+/// Exit code for settings that make no sense: nothing was changed.
+const BAD_SETTINGS: u8 = 2;
+
+fn main() -> ExitCode {
+    let settings = match Settings::load(std::env::args_os()) {
+        Ok(settings) => settings,
+        Err(SettingsError::Asked(text)) => {
+            // A reader that goes away early is no failure.
+            let _ = write!(std::io::stdout(), "{text}");
+            return ExitCode::SUCCESS;
+        }
+        Err(error @ SettingsError::Bad(_)) => return fail(&error.into(), BAD_SETTINGS),
+    };
+    start_logging(&settings);
+    // One core is plenty, and each further thread costs memory on every node.
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let result = runtime
+        .context("cannot start the async runtime")
+        .and_then(|runtime| runtime.block_on(run(&settings)));
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => fail(&error, 1),
+    }
+}
+
+async fn run(settings: &Settings) -> Result<()> {
+    let config = kube::Config::infer()
+        .await
+        .context("no way to the API server: neither a ServiceAccount of a pod nor a kubeconfig is here")?;
+    let server = config.cluster_url.clone();
+    let client = kube::Client::try_from(config).context("cannot make a client of the API server")?;
+    let mut kernel = NodeKernel::open(settings.mask.bits()).await?;
+    let cluster = Arc::new(Cluster::default());
+    let report = Arc::new(Report::new(cluster.clone()));
+    if let Some(address) = settings.health_address {
+        let listener = report::listen(address)
+            .await
+            .with_context(|| format!("HEALTH_PROBE_BIND_ADDRESS: cannot listen on {address}"))?;
+        tokio::spawn(report::serve(listener, health::router(report.clone())));
+    }
+    if let Some(address) = settings.metrics_address {
+        let listener = report::listen(address)
+            .await
+            .with_context(|| format!("METRICS_BIND_ADDRESS: cannot listen on {address}"))?;
+        tokio::spawn(report::serve(listener, metrics::router(report.clone())));
+    }
+    info!(
+        version = env!("CARGO_PKG_VERSION"),
+        node = %settings.node_name,
+        %server,
+        kernel = %kernel.describe(),
+        "starting"
+    );
+    let mut terminate = signal(SignalKind::terminate()).context("cannot wait for SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for SIGINT")?;
+    let shutdown = async {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+    };
+    let _watches = watch::start(&client, &settings.metallb_namespace, &cluster);
+    agent::run(settings, &cluster, &report, &mut kernel, shutdown).await;
+    info!("stopped: the data plane stays as it is");
+    Ok(())
+}
+
+fn start_logging(settings: &Settings) {
+    // Checked when the settings were read.
+    let filter = EnvFilter::new(&settings.log_filter);
+    let log = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr);
+    match settings.log_format {
+        LogFormat::Text => log.with_target(false).init(),
+        LogFormat::Json => log.json().init(),
+    }
+}
+
+fn fail(error: &anyhow::Error, code: u8) -> ExitCode {
+    // Nobody is left to tell when this fails.
+    let _ = writeln!(std::io::stderr(), "metaleg-agent: {error:#}");
+    ExitCode::from(code)
+}

@@ -2,15 +2,25 @@
 //!
 //! Knows nothing of Kubernetes and decides nothing: which steps, and in which order, is `diff`'s matter.
 
-use std::collections::BTreeSet;
+mod conntrack;
+mod iptables;
+mod route;
+mod tool;
+
+use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
+use std::net::IpAddr;
 
 use ipnet::IpNet;
 
-use crate::state::{KernelState, Step};
+use crate::kernel::conntrack::ConntrackError;
+use crate::kernel::iptables::Iptables;
+use crate::kernel::route::{RouteError, Routes};
+use crate::kernel::tool::ToolError;
+use crate::state::{Executor, Family, FamilyState, FirewallState, KernelState, Step};
 use crate::view::Link;
 
-/// One step that could not be executed; the steps after it were tried all the same, unless said otherwise.
+/// A step that could not be executed; the steps after it were tried all the same.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot {step}")]
 pub struct StepError {
@@ -24,6 +34,18 @@ pub struct StepError {
 /// What can go wrong with the kernel.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
+    /// A tool failed.
+    #[error(transparent)]
+    Tool(#[from] ToolError),
+    /// A tool failed on a whole batch, and did not say which line was the reason.
+    #[error("{0}")]
+    Batch(String),
+    /// Rules or routes.
+    #[error(transparent)]
+    Route(#[from] RouteError),
+    /// Connection tracking.
+    #[error(transparent)]
+    Conntrack(#[from] ConntrackError),
     /// A failure that a test asked for.
     #[cfg(test)]
     #[error("injected failure")]
@@ -44,11 +66,107 @@ pub trait Kernel: Send {
     /// When they cannot be read.
     fn links(&mut self) -> impl Future<Output = Result<Vec<Link>, Error>> + Send;
 
-    /// Executes the steps in order; `excluded` are the destinations whose connections are never forgotten.
+    /// Executes the steps in order; connections to `excluded` destinations are never forgotten.
     /// Returns the steps that failed. A failed step does not keep the following ones from being tried.
     fn apply(
         &mut self,
         steps: &[Step],
         excluded: &BTreeSet<IpNet>,
     ) -> impl Future<Output = Vec<StepError>> + Send;
+}
+
+/// A backend that marks, translates, guards and rejects packets.
+trait Firewall {
+    /// Reads everything of ours, by family.
+    async fn observe(&mut self) -> Result<BTreeMap<Family, FirewallState>, Error>;
+
+    /// Executes firewall steps in order and returns those that failed.
+    async fn apply(&mut self, steps: &[&Step]) -> Vec<StepError>;
+}
+
+/// The kernel of the node that this process runs on.
+#[derive(Debug)]
+pub struct NodeKernel {
+    firewall: Iptables,
+    routes: Routes,
+}
+
+impl NodeKernel {
+    /// Finds out what this node has. Changes nothing.
+    ///
+    /// # Errors
+    /// When a tool is missing, or the kernel cannot be asked.
+    pub async fn open(mask: u32) -> Result<NodeKernel, Error> {
+        // Absent in a kernel without IPv6.
+        let has_ipv6 = tokio::fs::try_exists("/proc/self/net/if_inet6").await;
+        let mut families = vec![Family::V4];
+        if has_ipv6.unwrap_or(false) {
+            families.push(Family::V6);
+        }
+        Ok(NodeKernel {
+            routes: Routes::open(families.clone())?,
+            firewall: Iptables::open(mask, families).await?,
+        })
+    }
+
+    /// What was found, for the log.
+    #[must_use]
+    pub fn describe(&self) -> String {
+        self.firewall.describe()
+    }
+}
+
+impl Kernel for NodeKernel {
+    async fn observe(&mut self) -> Result<KernelState, Error> {
+        let mut routes = self.routes.observe().await?;
+        let firewall = self.firewall.observe().await?;
+        let families = firewall.into_iter().map(|(family, firewall)| {
+            let routes = routes.remove(&family).unwrap_or_default();
+            (family, FamilyState { routes, firewall })
+        });
+        Ok(KernelState {
+            families: families.collect(),
+        })
+    }
+
+    async fn links(&mut self) -> Result<Vec<Link>, Error> {
+        Ok(self.routes.links().await?)
+    }
+
+    async fn apply(&mut self, steps: &[Step], excluded: &BTreeSet<IpNet>) -> Vec<StepError> {
+        let mut failed = Vec::new();
+        for batch in steps.chunk_by(|a, b| a.executor() == b.executor()) {
+            match batch[0].executor() {
+                Executor::Routes => failed.extend(self.routes.apply(batch).await),
+                Executor::Firewall => {
+                    let batch: Vec<&Step> = batch.iter().collect();
+                    failed.extend(self.firewall.apply(&batch).await);
+                }
+                Executor::Conntrack => failed.extend(forget(batch, excluded).await),
+            }
+        }
+        failed
+    }
+}
+
+/// One look at the connections for all pods of a batch.
+async fn forget(steps: &[Step], excluded: &BTreeSet<IpNet>) -> Vec<StepError> {
+    let pods: BTreeSet<IpAddr> = steps
+        .iter()
+        .filter_map(|step| match step {
+            Step::ForgetConnections(pod) => Some(*pod),
+            _ => None,
+        })
+        .collect();
+    match conntrack::forget(pods, excluded.clone()).await {
+        Ok(_) => Vec::new(),
+        Err(error) => {
+            let text = error.to_string();
+            let failure = |step: &Step| StepError {
+                step: step.clone(),
+                source: Error::Batch(text.clone()),
+            };
+            steps.iter().map(failure).collect()
+        }
+    }
 }

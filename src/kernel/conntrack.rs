@@ -1,0 +1,262 @@
+//! Forgets connections that pods opened to outside, so that their address translation is decided anew.
+//!
+//! One dump for each family, a pure predicate, and deletes sent in batches: thousands of entries cost
+//! milliseconds, where a process for each took 20 s. Entries are chosen by their original source alone:
+//! inbound connections have another one, and stay.
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use netlink_packet_core::{
+    NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, Nla, NetlinkHeader, NetlinkMessage,
+    NetlinkPayload,
+};
+use netlink_packet_netfilter::conntrack::{ConntrackAttribute, ConntrackMessage, IPTuple, Tuple};
+use netlink_packet_netfilter::{
+    NetfilterHeader, NetfilterMessage, NetfilterMessageInner, NetfilterProtoFamily,
+};
+use netlink_sys::protocols::NETLINK_NETFILTER;
+use netlink_sys::{Socket, SocketAddr};
+
+use crate::state::Family;
+
+/// Attributes that tell apart entries with the same tuple (`CTA_ID`, `CTA_ZONE` of nfnetlink_conntrack.h).
+const CTA_ID: u16 = 12;
+const CTA_ZONE: u16 = 18;
+/// A dump message of the kernel is at most 32 KiB.
+const RECEIVE_BYTES: usize = 64 * 1024;
+/// How many deletes are sent before their answers are read: each answer is below 100 bytes, so that these fit
+/// into the smallest default receive buffer.
+const DELETES_AT_ONCE: usize = 256;
+const ENOENT: i32 = 2;
+const EINTR: i32 = 4;
+/// How often a dump that the kernel interrupted is tried again.
+const DUMP_TRIES: u32 = 5;
+
+/// What can go wrong with connection tracking.
+#[derive(Debug, thiserror::Error)]
+pub enum ConntrackError {
+    /// No socket, or no answer.
+    #[error("cannot speak to connection tracking over netlink: {0}")]
+    Socket(#[from] std::io::Error),
+    /// An answer that is none.
+    #[error("connection tracking answered nonsense: {0}")]
+    Decode(String),
+    /// The work was cut off.
+    #[error("forgetting connections was cut off: {0}")]
+    CutOff(#[from] tokio::task::JoinError),
+}
+
+/// What tells an entry from all others, as the kernel gave it.
+type Entry = Vec<ConntrackAttribute>;
+
+/// Forgets the connections that `pods` opened to destinations outside `excluded`; returns how many.
+pub(crate) async fn forget(
+    pods: BTreeSet<IpAddr>,
+    excluded: BTreeSet<IpNet>,
+) -> Result<usize, ConntrackError> {
+    // Blocking: a dump of a large table takes milliseconds that the agent's other tasks must not wait for.
+    tokio::task::spawn_blocking(move || {
+        let mut count = 0;
+        for family in Family::ALL {
+            if pods.iter().any(|pod| Family::of(*pod) == family) {
+                count += forget_family(family, &pods, &excluded)?;
+            }
+        }
+        Ok(count)
+    })
+    .await?
+}
+
+fn forget_family(
+    family: Family,
+    pods: &BTreeSet<IpAddr>,
+    excluded: &BTreeSet<IpNet>,
+) -> Result<usize, ConntrackError> {
+    let mut socket = Socket::new(NETLINK_NETFILTER)?;
+    socket.bind_auto()?;
+    socket.connect(&SocketAddr::new(0, 0))?;
+    let mut tries = 0;
+    let entries = loop {
+        tries += 1;
+        match dump(&socket, family, pods, excluded) {
+            Err(ConntrackError::Socket(error))
+                if error.raw_os_error() == Some(EINTR) && tries < DUMP_TRIES => {}
+            result => break result?,
+        }
+    };
+    for batch in entries.chunks(DELETES_AT_ONCE) {
+        delete(&socket, family, batch)?;
+    }
+    Ok(entries.len())
+}
+
+/// Whether a connection is one to forget: opened by one of the pods, and its other end, which is the source of
+/// its replies after any DNAT, is outside. Forgetting a connection to a ClusterIP would send its next packet
+/// to another backend.
+fn is_to_forget(
+    attributes: &[ConntrackAttribute],
+    pods: &BTreeSet<IpAddr>,
+    excluded: &BTreeSet<IpNet>,
+) -> bool {
+    let original = attributes.iter().find_map(|attribute| match attribute {
+        ConntrackAttribute::CtaTupleOrig(tuple) => source(tuple),
+        _ => None,
+    });
+    let reply = attributes.iter().find_map(|attribute| match attribute {
+        ConntrackAttribute::CtaTupleReply(tuple) => source(tuple),
+        _ => None,
+    });
+    let (Some(original), Some(reply)) = (original, reply) else {
+        return false;
+    };
+    pods.contains(&original) && !excluded.iter().any(|net| net.contains(&reply))
+}
+
+fn source(tuple: &[Tuple]) -> Option<IpAddr> {
+    tuple.iter().find_map(|part| match part {
+        Tuple::Ip(addresses) => addresses.iter().find_map(|address| match address {
+            IPTuple::SourceAddress(source) => Some(*source),
+            _ => None,
+        }),
+        _ => None,
+    })
+}
+
+fn dump(
+    socket: &Socket,
+    family: Family,
+    pods: &BTreeSet<IpAddr>,
+    excluded: &BTreeSet<IpNet>,
+) -> Result<Vec<Entry>, ConntrackError> {
+    let get = ConntrackMessage::Get(Vec::new());
+    send(socket, &message(family, NLM_F_DUMP, get))?;
+    let mut entries = Vec::new();
+    loop {
+        for answer in receive(socket)? {
+            match answer.payload {
+                NetlinkPayload::Done(_) => return Ok(entries),
+                NetlinkPayload::Error(error) => return Err(error.to_io().into()),
+                NetlinkPayload::InnerMessage(NetfilterMessage {
+                    inner: NetfilterMessageInner::Conntrack(ConntrackMessage::New(attributes)),
+                    ..
+                }) if is_to_forget(&attributes, pods, excluded) => {
+                    entries.push(identity(attributes));
+                }
+                _ => {}
+            }
+        }
+    }
+}
+
+fn identity(attributes: Vec<ConntrackAttribute>) -> Entry {
+    let identifies = |attribute: &ConntrackAttribute| match attribute {
+        ConntrackAttribute::CtaTupleOrig(_) => true,
+        ConntrackAttribute::Other(other) => matches!(other.kind(), CTA_ID | CTA_ZONE),
+        _ => false,
+    };
+    attributes.into_iter().filter(identifies).collect()
+}
+
+fn delete(socket: &Socket, family: Family, entries: &[Entry]) -> Result<(), ConntrackError> {
+    let mut batch = Vec::new();
+    for entry in entries {
+        let delete = ConntrackMessage::Delete(entry.clone());
+        batch.extend(message(family, NLM_F_ACK, delete));
+    }
+    send(socket, &batch)?;
+    let mut missing = entries.len();
+    while missing > 0 {
+        for answer in receive(socket)? {
+            if let NetlinkPayload::Error(error) = answer.payload {
+                missing = missing.saturating_sub(1);
+                let failure = error.to_io();
+                // Ended by itself in the meantime.
+                if error.code.is_some() && failure.raw_os_error() != Some(ENOENT) {
+                    return Err(failure.into());
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+fn message(family: Family, flags: u16, inner: ConntrackMessage) -> Vec<u8> {
+    let family = match family {
+        Family::V4 => NetfilterProtoFamily::IPv4,
+        Family::V6 => NetfilterProtoFamily::IPv6,
+    };
+    let mut header = NetlinkHeader::default();
+    header.flags = NLM_F_REQUEST | flags;
+    let payload = NetfilterMessage::new(NetfilterHeader::new(family, 0, 0), inner);
+    let mut message = NetlinkMessage::new(header, NetlinkPayload::from(payload));
+    message.finalize();
+    let mut bytes = vec![0; message.buffer_len()];
+    message.serialize(&mut bytes);
+    bytes
+}
+
+fn send(socket: &Socket, bytes: &[u8]) -> Result<(), ConntrackError> {
+    socket.send(bytes, 0).map(drop).map_err(ConntrackError::from)
+}
+
+fn receive(socket: &Socket) -> Result<Vec<NetlinkMessage<NetfilterMessage>>, ConntrackError> {
+    let mut buffer = Vec::with_capacity(RECEIVE_BYTES);
+    socket.recv(&mut buffer, 0)?;
+    let mut messages = Vec::new();
+    let mut rest = buffer.as_slice();
+    while !rest.is_empty() {
+        let message = NetlinkMessage::<NetfilterMessage>::deserialize(rest)
+            .map_err(|error| ConntrackError::Decode(error.to_string()))?;
+        // Messages are aligned to 4 bytes.
+        let length = usize::try_from(message.header.length).unwrap_or(usize::MAX);
+        rest = rest.get(length.next_multiple_of(4).max(4)..).unwrap_or_default();
+        messages.push(message);
+    }
+    Ok(messages)
+}
+
+#[cfg(test)]
+mod tests {
+    use netlink_packet_core::DefaultNla;
+
+    use super::*;
+
+    fn tuple(source: &str, destination: &str) -> Vec<Tuple> {
+        vec![Tuple::Ip(vec![
+            IPTuple::SourceAddress(source.parse().unwrap()),
+            IPTuple::DestinationAddress(destination.parse().unwrap()),
+        ])]
+    }
+
+    /// Original source and destination, then source and destination of the replies.
+    fn entry(original: [&str; 2], reply: [&str; 2]) -> Vec<ConntrackAttribute> {
+        vec![
+            ConntrackAttribute::CtaTupleOrig(tuple(original[0], original[1])),
+            ConntrackAttribute::CtaTupleReply(tuple(reply[0], reply[1])),
+            ConntrackAttribute::CtaTimeout(60),
+            ConntrackAttribute::Other(DefaultNla::new(CTA_ID, vec![0, 0, 0, 1])),
+        ]
+    }
+
+    #[test]
+    fn only_connections_that_the_pods_opened_to_outside_are_forgotten() {
+        let pods = ["10.244.1.11".parse().unwrap()].into();
+        let excluded = ["10.244.0.0/16".parse().unwrap()].into();
+        for (what, original, reply, expected) in [
+            ("to outside", ["10.244.1.11", "198.51.100.10"], ["198.51.100.10", "192.0.2.200"], true),
+            ("of another pod", ["10.244.1.12", "198.51.100.10"], ["198.51.100.10", "192.0.2.11"], false),
+            ("to a ClusterIP", ["10.244.1.11", "10.96.0.10"], ["10.244.2.11", "10.244.1.11"], false),
+            ("inbound to the VIP", ["198.51.100.10", "192.0.2.200"], ["10.244.1.11", "198.51.100.10"], false),
+        ] {
+            assert_eq!(is_to_forget(&entry(original, reply), &pods, &excluded), expected, "{what}");
+        }
+    }
+
+    #[test]
+    fn an_entry_is_told_by_its_original_tuple_and_its_number() {
+        let kept = identity(entry(["10.244.1.11", "198.51.100.10"], ["198.51.100.10", "192.0.2.200"]));
+        assert_eq!(kept.len(), 2);
+    }
+}

@@ -1,0 +1,448 @@
+//! Route backend: routing rules and tables by netlink.
+//!
+//! What carries our protocol number is ours, wherever it stands; all else belongs to others, even with our
+//! priority or in our tables.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use futures::TryStreamExt;
+use ipnet::IpNet;
+use netlink_packet_route::AddressFamily;
+use netlink_packet_route::address::AddressAttribute;
+use netlink_packet_route::link::{LinkAttribute, LinkFlags};
+use netlink_packet_route::route::{
+    RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType,
+};
+use netlink_packet_route::rule::{
+    RuleAction as NetlinkAction, RuleAttribute, RuleFlags, RuleMessage,
+};
+use rtnetlink::Handle;
+
+use crate::kernel::StepError;
+use crate::state::{Family, Mark, NextHop, RouteState, Rule, RuleAction, Step, Table, TableId};
+use crate::view::Link;
+
+/// Protocol number of our rules and routes: in none of the lists of iproute2, FRR or BIRD. Shown by `ip rule`
+/// and `ip route` as `proto 77`.
+pub(crate) const PROTOCOL: RouteProtocol = RouteProtocol::Other(77);
+/// Metric of a table's floor: 0xff000000 + 8192, which no routing daemon uses.
+const FLOOR_METRIC: u32 = 4_278_198_272;
+/// Metric of the route to a gateway. Given for both families: IPv6 would choose 1024 by itself.
+const GATEWAY_METRIC: u32 = 100;
+
+/// What can go wrong with rules and routes.
+#[derive(Debug, thiserror::Error)]
+pub enum RouteError {
+    /// No netlink socket.
+    #[error("cannot open a netlink route socket")]
+    Open(#[source] std::io::Error),
+    /// The kernel refused.
+    #[error("cannot {attempt}: {reason}")]
+    Refused {
+        /// What was tried.
+        attempt: &'static str,
+        /// The kernel's reason.
+        reason: String,
+    },
+    /// The interface is not there.
+    #[error("no interface is called {0}")]
+    NoInterface(String),
+}
+
+fn refused(attempt: &'static str) -> impl Fn(rtnetlink::Error) -> RouteError {
+    move |error| RouteError::Refused {
+        attempt,
+        reason: match &error {
+            rtnetlink::Error::NetlinkError(message) => message.to_io().to_string(),
+            other => other.to_string(),
+        },
+    }
+}
+
+/// Rules and tables of this node.
+#[derive(Debug)]
+pub(crate) struct Routes {
+    handle: Handle,
+    families: Vec<Family>,
+}
+
+impl Routes {
+    /// Opens the netlink socket, in the network namespace of the calling thread.
+    pub(crate) fn open(families: Vec<Family>) -> Result<Routes, RouteError> {
+        let (connection, handle, _) = rtnetlink::new_connection().map_err(RouteError::Open)?;
+        tokio::spawn(connection);
+        Ok(Routes { handle, families })
+    }
+
+    /// Reads our rules and tables.
+    pub(crate) async fn observe(&self) -> Result<BTreeMap<Family, RouteState>, RouteError> {
+        let names: BTreeMap<u32, String> = self
+            .interfaces()
+            .await?
+            .into_iter()
+            .map(|interface| (interface.index, interface.name))
+            .collect();
+        let mut states = BTreeMap::new();
+        for &family in &self.families {
+            let mut state = RouteState::default();
+            let version = match family {
+                Family::V4 => rtnetlink::IpVersion::V4,
+                Family::V6 => rtnetlink::IpVersion::V6,
+            };
+            let rules: Vec<RuleMessage> = self
+                .handle
+                .rule()
+                .get(version)
+                .execute()
+                .try_collect()
+                .await
+                .map_err(refused("list rules"))?;
+            state.rules = rules.iter().filter_map(parse_rule).collect();
+
+            let mut filter = RouteMessage::default();
+            filter.header.address_family = address_family(family);
+            let routes: Vec<RouteMessage> = self
+                .handle
+                .route()
+                .get(filter)
+                .execute()
+                .try_collect()
+                .await
+                .map_err(refused("list routes"))?;
+            for route in &routes {
+                take_route(route, &names, &mut state.tables);
+            }
+            states.insert(family, state);
+        }
+        Ok(states)
+    }
+
+    /// The interfaces that are up, but for loopback, with their connected networks.
+    pub(crate) async fn links(&self) -> Result<Vec<Link>, RouteError> {
+        let mut links: BTreeMap<u32, Link> = self
+            .interfaces()
+            .await?
+            .into_iter()
+            .filter(|interface| interface.up && !interface.loopback)
+            .map(|interface| {
+                let link = Link {
+                    name: interface.name,
+                    nets: BTreeSet::new(),
+                };
+                (interface.index, link)
+            })
+            .collect();
+        let mut addresses = self.handle.address().get().execute();
+        while let Some(message) = addresses
+            .try_next()
+            .await
+            .map_err(refused("list addresses"))?
+        {
+            let Some(link) = links.get_mut(&message.header.index) else {
+                continue;
+            };
+            let length = message.header.prefix_len;
+            // `Address` is the peer's on a point-to-point link, which is what can be reached there.
+            let nets = message.attributes.iter().filter_map(|attribute| match attribute {
+                AddressAttribute::Address(address) => IpNet::new(*address, length).ok(),
+                _ => None,
+            });
+            link.nets.extend(nets.map(|net| net.trunc()));
+        }
+        Ok(links.into_values().collect())
+    }
+
+    /// Executes route steps in order and returns those that failed.
+    pub(crate) async fn apply(&self, steps: &[Step]) -> Vec<StepError> {
+        let mut failed = Vec::new();
+        for step in steps {
+            if let Err(error) = self.execute(step).await {
+                failed.push(StepError {
+                    step: step.clone(),
+                    source: error.into(),
+                });
+            }
+        }
+        failed
+    }
+
+    async fn execute(&self, step: &Step) -> Result<(), RouteError> {
+        match step {
+            Step::AddRule(family, rule) => {
+                let mut request = self.handle.rule().add();
+                *request.message_mut() = rule_message(*family, rule);
+                present(request.execute().await).map_err(refused("add the rule"))
+            }
+            Step::RemoveRule(family, rule) => {
+                let request = self.handle.rule().del(rule_message(*family, rule));
+                absent(request.execute().await).map_err(refused("remove the rule"))
+            }
+            Step::AddFloor(family, table) => {
+                let request = self.handle.route().add(floor_message(*family, *table));
+                present(request.execute().await).map_err(refused("add the route"))
+            }
+            Step::RemoveFloor(family, table) => {
+                let request = self.handle.route().del(floor_message(*family, *table));
+                absent(request.execute().await).map_err(refused("remove the route"))
+            }
+            Step::SetGateway(table, hop) => {
+                let message = self.gateway_message(*table, hop).await?;
+                let request = self.handle.route().add(message).replace();
+                request.execute().await.map_err(refused("set the route"))
+            }
+            Step::RemoveGateway(table, hop) => {
+                // The interface may be gone already, and the route with it.
+                let mut message = route_message(Family::of(hop.via), *table, GATEWAY_METRIC);
+                message.header.kind = RouteType::Unicast;
+                let gateway = RouteAttribute::Gateway(RouteAddress::from(hop.via));
+                message.attributes.push(gateway);
+                let request = self.handle.route().del(message);
+                absent(request.execute().await).map_err(refused("remove the route"))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    async fn gateway_message(
+        &self,
+        table: TableId,
+        hop: &NextHop,
+    ) -> Result<RouteMessage, RouteError> {
+        let interfaces = self.interfaces().await?;
+        let index = interfaces
+            .iter()
+            .find(|interface| interface.name == hop.dev)
+            .map(|interface| interface.index)
+            .ok_or_else(|| RouteError::NoInterface(hop.dev.clone()))?;
+        let mut message = route_message(Family::of(hop.via), table, GATEWAY_METRIC);
+        message.header.kind = RouteType::Unicast;
+        let gateway = RouteAttribute::Gateway(RouteAddress::from(hop.via));
+        message.attributes.push(gateway);
+        message.attributes.push(RouteAttribute::Oif(index));
+        Ok(message)
+    }
+
+    async fn interfaces(&self) -> Result<Vec<Interface>, RouteError> {
+        let links: Vec<_> = self
+            .handle
+            .link()
+            .get()
+            .execute()
+            .try_collect()
+            .await
+            .map_err(refused("list interfaces"))?;
+        let interface = |link: netlink_packet_route::link::LinkMessage| {
+            let name = link.attributes.iter().find_map(|attribute| match attribute {
+                LinkAttribute::IfName(name) => Some(name.clone()),
+                _ => None,
+            })?;
+            Some(Interface {
+                index: link.header.index,
+                name,
+                up: link.header.flags.contains(LinkFlags::Up),
+                loopback: link.header.flags.contains(LinkFlags::Loopback),
+            })
+        };
+        Ok(links.into_iter().filter_map(interface).collect())
+    }
+}
+
+#[derive(Debug)]
+struct Interface {
+    index: u32,
+    name: String,
+    up: bool,
+    loopback: bool,
+}
+
+/// What is there already is as good as added.
+fn present(result: Result<(), rtnetlink::Error>) -> Result<(), rtnetlink::Error> {
+    forgive(result, &[std::io::ErrorKind::AlreadyExists])
+}
+
+/// What is not there is as good as removed. A missing route is ESRCH, which has no kind of its own.
+fn absent(result: Result<(), rtnetlink::Error>) -> Result<(), rtnetlink::Error> {
+    const ESRCH: i32 = 3;
+    match &result {
+        Err(rtnetlink::Error::NetlinkError(message))
+            if message.to_io().raw_os_error() == Some(ESRCH) =>
+        {
+            Ok(())
+        }
+        _ => forgive(result, &[std::io::ErrorKind::NotFound]),
+    }
+}
+
+fn forgive(
+    result: Result<(), rtnetlink::Error>,
+    kinds: &[std::io::ErrorKind],
+) -> Result<(), rtnetlink::Error> {
+    match &result {
+        Err(rtnetlink::Error::NetlinkError(message)) if kinds.contains(&message.to_io().kind()) => {
+            Ok(())
+        }
+        _ => result,
+    }
+}
+
+fn address_family(family: Family) -> AddressFamily {
+    match family {
+        Family::V4 => AddressFamily::Inet,
+        Family::V6 => AddressFamily::Inet6,
+    }
+}
+
+/// The message for adding and for removing alike: the kernel removes the first rule that matches what is
+/// given, so that everything has to be given.
+fn rule_message(family: Family, rule: &Rule) -> RuleMessage {
+    let mut message = RuleMessage::default();
+    message.header.family = address_family(family);
+    if rule.not {
+        message.header.flags |= RuleFlags::Invert;
+    }
+    let attributes = &mut message.attributes;
+    attributes.push(RuleAttribute::Priority(rule.priority));
+    attributes.push(RuleAttribute::Protocol(PROTOCOL));
+    if let Some(mark) = rule.mark {
+        attributes.push(RuleAttribute::FwMark(mark.value));
+        attributes.push(RuleAttribute::FwMask(mark.mask));
+    }
+    if let Some(to) = rule.to {
+        message.header.dst_len = to.prefix_len();
+        attributes.push(RuleAttribute::Destination(to.addr()));
+    }
+    message.header.action = match rule.action {
+        RuleAction::Nop => NetlinkAction::Nop,
+        RuleAction::Unreachable => NetlinkAction::Unreachable,
+        RuleAction::Goto(priority) => {
+            attributes.push(RuleAttribute::Goto(priority));
+            NetlinkAction::Goto
+        }
+        RuleAction::Lookup(table) => {
+            attributes.push(RuleAttribute::Table(table.0));
+            NetlinkAction::ToTable
+        }
+    };
+    message
+}
+
+/// A rule of ours; `None` for those of others.
+fn parse_rule(message: &RuleMessage) -> Option<Rule> {
+    let ours = message
+        .attributes
+        .iter()
+        .any(|attribute| *attribute == RuleAttribute::Protocol(PROTOCOL));
+    if !ours {
+        return None;
+    }
+    // The kernel leaves out a priority of 0.
+    let (mut priority, mut table, mut goto, mut destination) = (0, 0, 0, None);
+    let (mut value, mut mask) = (0, None);
+    for attribute in &message.attributes {
+        match attribute {
+            RuleAttribute::Priority(found) => priority = *found,
+            RuleAttribute::Table(found) => table = *found,
+            RuleAttribute::Goto(found) => goto = *found,
+            RuleAttribute::FwMark(found) => value = *found,
+            RuleAttribute::FwMask(found) => mask = Some(*found),
+            RuleAttribute::Destination(found) => destination = Some(*found),
+            _ => {}
+        }
+    }
+    let action = match message.header.action {
+        NetlinkAction::Nop => RuleAction::Nop,
+        NetlinkAction::Unreachable => RuleAction::Unreachable,
+        NetlinkAction::Goto => RuleAction::Goto(goto),
+        NetlinkAction::ToTable => RuleAction::Lookup(TableId(table)),
+        _ => return None,
+    };
+    Some(Rule {
+        priority,
+        action,
+        mark: mask.map(|mask| Mark { value, mask }),
+        not: message.header.flags.contains(RuleFlags::Invert),
+        to: destination.and_then(|to: IpAddr| IpNet::new(to, message.header.dst_len).ok()),
+    })
+}
+
+/// A default route of ours.
+fn route_message(family: Family, table: TableId, metric: u32) -> RouteMessage {
+    let mut message = RouteMessage::default();
+    message.header.address_family = address_family(family);
+    message.header.protocol = PROTOCOL;
+    message.header.scope = RouteScope::Universe;
+    message.header.table = RouteHeader::RT_TABLE_UNSPEC;
+    message.attributes.push(RouteAttribute::Table(table.0));
+    message.attributes.push(RouteAttribute::Priority(metric));
+    message
+}
+
+fn floor_message(family: Family, table: TableId) -> RouteMessage {
+    let mut message = route_message(family, table, FLOOR_METRIC);
+    message.header.kind = RouteType::Unreachable;
+    message
+}
+
+/// Notes a default route of ours in its table; others are left out.
+fn take_route(
+    message: &RouteMessage,
+    names: &BTreeMap<u32, String>,
+    tables: &mut BTreeMap<TableId, Table>,
+) {
+    if message.header.protocol != PROTOCOL || message.header.destination_prefix_length != 0 {
+        return;
+    }
+    let (mut table, mut metric) = (u32::from(message.header.table), 0);
+    let (mut via, mut dev) = (None, None);
+    for attribute in &message.attributes {
+        match attribute {
+            RouteAttribute::Table(found) => table = *found,
+            RouteAttribute::Priority(found) => metric = *found,
+            RouteAttribute::Gateway(RouteAddress::Inet(found)) => via = Some(IpAddr::from(*found)),
+            RouteAttribute::Gateway(RouteAddress::Inet6(found)) => via = Some(IpAddr::from(*found)),
+            RouteAttribute::Oif(found) => dev = names.get(found).cloned(),
+            _ => {}
+        }
+    }
+    if message.header.kind == RouteType::Unreachable && metric == FLOOR_METRIC {
+        tables.entry(TableId(table)).or_default().floor = true;
+    }
+    if let (RouteType::Unicast, Some(via), Some(dev)) = (message.header.kind, via, dev) {
+        tables.entry(TableId(table)).or_default().gateway = Some(NextHop { via, dev });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_rule_survives_the_way_through_netlink_and_another_protocol_is_not_ours() {
+        for rule in [
+            Rule {
+                priority: 1000,
+                action: RuleAction::Goto(1099),
+                mark: Some(Mark {
+                    value: 0,
+                    mask: 0x00f0_0000,
+                }),
+                not: true,
+                to: None,
+            },
+            Rule {
+                priority: 1001,
+                action: RuleAction::Lookup(TableId(100_001)),
+                mark: None,
+                not: false,
+                to: Some("10.244.0.0/16".parse().unwrap()),
+            },
+        ] {
+            let mut message = rule_message(Family::V4, &rule);
+            assert_eq!(parse_rule(&message), Some(rule));
+            message.attributes.retain(|a| !matches!(a, RuleAttribute::Protocol(_)));
+            message.attributes.push(RuleAttribute::Protocol(RouteProtocol::Static));
+            assert_eq!(parse_rule(&message), None);
+        }
+    }
+}
