@@ -127,14 +127,19 @@ impl<K: Kernel> Agent<'_, K> {
         self.report.pass_started();
         let result = self.reconcile(reason, started).await;
         let counters = &self.report.counters;
-        counters.pass_seconds.inc_by(started.elapsed().as_secs_f64());
+        counters
+            .pass_seconds
+            .inc_by(started.elapsed().as_secs_f64());
         let outcome = match &result {
             Ok(pass) if pass.failed.is_empty() => Outcome::Done,
             Ok(pass) => Outcome::Failed(told(&pass.failed)),
             Err(error) => Outcome::Failed(chain(error)),
         };
         if let Outcome::Failed(why) = &outcome {
-            counters.passes.get_or_create(&vec![("result", "failed")]).inc();
+            counters
+                .passes
+                .get_or_create(&vec![("result", "failed")])
+                .inc();
             warn!(reason, "pass failed, trying again: {why}");
         }
         self.report.pass_ended(outcome);
@@ -211,8 +216,15 @@ impl<K: Kernel> Agent<'_, K> {
     fn count(&self, steps: &[Step], failed: &[StepError]) {
         let counters = &self.report.counters;
         if failed.is_empty() {
-            let result = if steps.is_empty() { "unchanged" } else { "changed" };
-            counters.passes.get_or_create(&vec![("result", result)]).inc();
+            let result = if steps.is_empty() {
+                "unchanged"
+            } else {
+                "changed"
+            };
+            counters
+                .passes
+                .get_or_create(&vec![("result", result)])
+                .inc();
         }
         for step in steps {
             let label = vec![("executor", executor(step))];
@@ -264,10 +276,14 @@ fn gateway_in(
         return Some(settings.node_name.clone());
     }
     let mark = state.mark?;
-    let table = family.routes.rules.iter().find_map(|rule| match rule.action {
-        crate::state::RuleAction::Lookup(table) if rule.mark == Some(mark) => Some(table),
-        _ => None,
-    })?;
+    let table = family
+        .routes
+        .rules
+        .iter()
+        .find_map(|rule| match rule.action {
+            crate::state::RuleAction::Lookup(table) if rule.mark == Some(mark) => Some(table),
+            _ => None,
+        })?;
     let via = family.routes.tables.get(&table)?.gateway.as_ref()?.via;
     let mut nodes = view.nodes.iter();
     nodes

@@ -147,12 +147,7 @@ fn firewall(family: Family, from: &FirewallState, to: &FirewallState, steps: &mu
         Step::AddRemotePods,
         Step::RemoveRemotePods,
     );
-    push(
-        steps,
-        Phase::RemotePods,
-        Phase::OldRemotePods,
-        remote_steps,
-    );
+    push(steps, Phase::RemotePods, Phase::OldRemotePods, remote_steps);
     let none = PodState::default();
     let addresses: BTreeSet<_> = from.pods.keys().chain(to.pods.keys()).collect();
     for address in addresses {

@@ -6,11 +6,11 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 
+use metaleg::agent;
 use metaleg::kernel::NodeKernel;
 use metaleg::report::{self, Report, health, metrics};
 use metaleg::settings::{LogFormat, Settings, SettingsError};
 use metaleg::view::watch::{self, Cluster};
-use metaleg::agent;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::info;
 use tracing_subscriber::EnvFilter;
@@ -30,7 +30,9 @@ fn main() -> ExitCode {
     };
     start_logging(&settings);
     // One core is plenty, and each further thread costs memory on every node.
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build();
     let result = runtime
         .context("cannot start the async runtime")
         .and_then(|runtime| runtime.block_on(run(&settings)));
@@ -41,11 +43,12 @@ fn main() -> ExitCode {
 }
 
 async fn run(settings: &Settings) -> Result<()> {
-    let config = kube::Config::infer()
-        .await
-        .context("no way to the API server: neither a ServiceAccount of a pod nor a kubeconfig is here")?;
+    let config = kube::Config::infer().await.context(
+        "no way to the API server: neither a ServiceAccount of a pod nor a kubeconfig is here",
+    )?;
     let server = config.cluster_url.clone();
-    let client = kube::Client::try_from(config).context("cannot make a client of the API server")?;
+    let client =
+        kube::Client::try_from(config).context("cannot make a client of the API server")?;
     let mut kernel = NodeKernel::open(settings.mask.bits()).await?;
     let cluster = Arc::new(Cluster::default());
     let report = Arc::new(Report::new(cluster.clone()));

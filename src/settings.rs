@@ -438,9 +438,12 @@ fn number(value: &Value) -> Result<u32, SettingsError> {
 /// Tables 0 (unspecified) and 253 to 255 (default, main, local) belong to the kernel.
 fn table_offset(value: &Value, mask: FwMask) -> Result<u32, SettingsError> {
     let offset = number(value)?;
-    let last = offset
-        .checked_add(mask.slots())
-        .ok_or_else(|| bad(value, "too large: the table numbers do not fit into 32 bits"))?;
+    let last = offset.checked_add(mask.slots()).ok_or_else(|| {
+        bad(
+            value,
+            "too large: the table numbers do not fit into 32 bits",
+        )
+    })?;
     if (offset + 1..=last).any(|table| (253..=255).contains(&table)) {
         return Err(bad(
             value,
@@ -545,21 +548,81 @@ mod tests {
     #[test]
     fn bad_values_are_one_line_that_names_the_setting_and_the_value() {
         for (name, value, line) in [
-            ("NODE_NAME", " ", "NODE_NAME is not set: must be the name of this Kubernetes node (in a pod: fieldRef spec.nodeName)"),
-            ("FIREWALL_MASK", "15728640", "FIREWALL_MASK=15728640: must be a hexadecimal number such as 0x00F00000"),
-            ("FIREWALL_MASK", "0x0F0F0000", "FIREWALL_MASK=0x0F0F0000: is not contiguous, must be one block of bits such as 0x00F00000"),
-            ("FIREWALL_MASK", "0x0", "FIREWALL_MASK=0x0: has no bit, must be one block of bits such as 0x00F00000"),
-            ("FIREWALL_BACKEND", "ebpf", "FIREWALL_BACKEND=ebpf: unknown, must be iptables"),
-            ("ROUTE_BACKEND", "bgp", "ROUTE_BACKEND=bgp: unknown, must be netlink"),
-            ("FIREWALL_EXCLUDE_DST_CIDRS", "auto,10.0.0.0/33", "FIREWALL_EXCLUDE_DST_CIDRS=auto,10.0.0.0/33: `10.0.0.0/33` is neither `auto` nor a CIDR such as 10.0.0.0/8"),
-            ("ROUTE_TABLE_ID_OFFSET", "250", "ROUTE_TABLE_ID_OFFSET=250: tables 251 to 265 would include the kernel's own 253 to 255"),
-            ("ROUTE_TABLE_ID_OFFSET", "4294967290", "ROUTE_TABLE_ID_OFFSET=4294967290: too large: the table numbers do not fit into 32 bits"),
-            ("ROUTE_RULE_PRIORITY", "32700", "ROUTE_RULE_PRIORITY=32700: must be from 1 to 32666: ahead of the rule for the main table"),
-            ("RECONCILIATION_INTERVAL", "5 minuts", "RECONCILIATION_INTERVAL=5 minuts: must be a duration such as 30s, 5m or 1h 30m"),
-            ("RECONCILIATION_INTERVAL", "0s", "RECONCILIATION_INTERVAL=0s: must be at least 1s"),
-            ("FILTER_ENDPOINTS_FOR_NODE", "yes", "FILTER_ENDPOINTS_FOR_NODE=yes: must be true or false"),
-            ("METRICS_BIND_ADDRESS", "localhost", "METRICS_BIND_ADDRESS=localhost: must be an address such as :21793 or 127.0.0.1:21793, or 0 for none"),
-            ("LOG_FORMAT", "xml", "LOG_FORMAT=xml: unknown, must be text or json"),
+            (
+                "NODE_NAME",
+                " ",
+                "NODE_NAME is not set: must be the name of this Kubernetes node (in a pod: fieldRef spec.nodeName)",
+            ),
+            (
+                "FIREWALL_MASK",
+                "15728640",
+                "FIREWALL_MASK=15728640: must be a hexadecimal number such as 0x00F00000",
+            ),
+            (
+                "FIREWALL_MASK",
+                "0x0F0F0000",
+                "FIREWALL_MASK=0x0F0F0000: is not contiguous, must be one block of bits such as 0x00F00000",
+            ),
+            (
+                "FIREWALL_MASK",
+                "0x0",
+                "FIREWALL_MASK=0x0: has no bit, must be one block of bits such as 0x00F00000",
+            ),
+            (
+                "FIREWALL_BACKEND",
+                "ebpf",
+                "FIREWALL_BACKEND=ebpf: unknown, must be iptables",
+            ),
+            (
+                "ROUTE_BACKEND",
+                "bgp",
+                "ROUTE_BACKEND=bgp: unknown, must be netlink",
+            ),
+            (
+                "FIREWALL_EXCLUDE_DST_CIDRS",
+                "auto,10.0.0.0/33",
+                "FIREWALL_EXCLUDE_DST_CIDRS=auto,10.0.0.0/33: `10.0.0.0/33` is neither `auto` nor a CIDR such as 10.0.0.0/8",
+            ),
+            (
+                "ROUTE_TABLE_ID_OFFSET",
+                "250",
+                "ROUTE_TABLE_ID_OFFSET=250: tables 251 to 265 would include the kernel's own 253 to 255",
+            ),
+            (
+                "ROUTE_TABLE_ID_OFFSET",
+                "4294967290",
+                "ROUTE_TABLE_ID_OFFSET=4294967290: too large: the table numbers do not fit into 32 bits",
+            ),
+            (
+                "ROUTE_RULE_PRIORITY",
+                "32700",
+                "ROUTE_RULE_PRIORITY=32700: must be from 1 to 32666: ahead of the rule for the main table",
+            ),
+            (
+                "RECONCILIATION_INTERVAL",
+                "5 minuts",
+                "RECONCILIATION_INTERVAL=5 minuts: must be a duration such as 30s, 5m or 1h 30m",
+            ),
+            (
+                "RECONCILIATION_INTERVAL",
+                "0s",
+                "RECONCILIATION_INTERVAL=0s: must be at least 1s",
+            ),
+            (
+                "FILTER_ENDPOINTS_FOR_NODE",
+                "yes",
+                "FILTER_ENDPOINTS_FOR_NODE=yes: must be true or false",
+            ),
+            (
+                "METRICS_BIND_ADDRESS",
+                "localhost",
+                "METRICS_BIND_ADDRESS=localhost: must be an address such as :21793 or 127.0.0.1:21793, or 0 for none",
+            ),
+            (
+                "LOG_FORMAT",
+                "xml",
+                "LOG_FORMAT=xml: unknown, must be text or json",
+            ),
         ] {
             assert_eq!(parse(&[(name, value)]).unwrap_err(), line);
         }
@@ -567,11 +630,22 @@ mod tests {
 
     #[test]
     fn excluded_destinations_are_found_out_listed_or_both() {
-        let excluded = |text| parse(&[("FIREWALL_EXCLUDE_DST_CIDRS", text)]).unwrap().excluded;
-        let listed: BTreeSet<IpNet> = ["10.0.0.0/8".parse().unwrap(), "fd00::1/128".parse().unwrap()].into();
+        let excluded = |text| {
+            parse(&[("FIREWALL_EXCLUDE_DST_CIDRS", text)])
+                .unwrap()
+                .excluded
+        };
+        let listed: BTreeSet<IpNet> = [
+            "10.0.0.0/8".parse().unwrap(),
+            "fd00::1/128".parse().unwrap(),
+        ]
+        .into();
         assert_eq!(
             excluded("10.1.2.3/8, fd00::1"),
-            ExcludedDestinations { auto: false, listed: listed.clone() }
+            ExcludedDestinations {
+                auto: false,
+                listed: listed.clone()
+            }
         );
         assert_eq!(
             excluded("auto,10.0.0.0/8,fd00::1,10.0.0.0/8"),
@@ -589,9 +663,20 @@ mod tests {
         let help = command().render_help().to_string();
         let help = help.split_whitespace().collect::<Vec<_>>().join(" ");
         for definition in DEFINITIONS {
-            assert!(help.contains(&format!("--{}", definition.flag())), "{}", definition.name);
-            assert!(help.contains(&format!("[env: {}]", definition.name)), "{}", definition.name);
-            assert!(help.contains(&format!("[default: {}]", definition.default)) || definition.default.is_empty());
+            assert!(
+                help.contains(&format!("--{}", definition.flag())),
+                "{}",
+                definition.name
+            );
+            assert!(
+                help.contains(&format!("[env: {}]", definition.name)),
+                "{}",
+                definition.name
+            );
+            assert!(
+                help.contains(&format!("[default: {}]", definition.default))
+                    || definition.default.is_empty()
+            );
         }
     }
 
@@ -603,7 +688,10 @@ mod tests {
                 "" => String::new(),
                 default => format!("`{default}`"),
             };
-            let row = format!("| `{}` | {default} | {} |", definition.name, definition.help);
+            let row = format!(
+                "| `{}` | {default} | {} |",
+                definition.name, definition.help
+            );
             assert!(readme.contains(&row), "missing in README.md: {row}");
         }
     }

@@ -235,7 +235,9 @@ impl KernelState {
             Step::AddFloor(family, table) => self.table(*family, *table, |t| t.floor = true),
             Step::RemoveFloor(family, table) => self.table(*family, *table, |t| t.floor = false),
             Step::SetGateway(table, hop) => {
-                self.table(Family::of(hop.via), *table, |t| t.gateway = Some(hop.clone()));
+                self.table(Family::of(hop.via), *table, |t| {
+                    t.gateway = Some(hop.clone())
+                });
             }
             Step::RemoveGateway(table, hop) => {
                 self.table(Family::of(hop.via), *table, |t| t.gateway = None);

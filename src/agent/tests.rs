@@ -89,7 +89,11 @@ impl Kernel for FakeKernel {
                 state.apply(step);
             }
         }
-        self.shared.note(if failed.is_empty() { "applied" } else { "failed" });
+        self.shared.note(if failed.is_empty() {
+            "applied"
+        } else {
+            "failed"
+        });
         failed
     }
 }
@@ -142,12 +146,17 @@ async fn a_failed_pass_is_repeated_in_full_until_the_kernel_is_right() {
     running.kernel.noted(6).await;
     assert_eq!(
         running.kernel.log(),
-        ["observe", "failed", "observe", "failed", "observe", "applied"]
+        [
+            "observe", "failed", "observe", "failed", "observe", "applied"
+        ]
     );
     tokio::time::sleep(Duration::from_secs(1)).await;
     assert_eq!(running.report.not_ready(), None);
     let state = running.kernel.state.lock().unwrap().clone();
-    assert_eq!(state.families[&Family::V4].firewall.skeleton, Skeleton::Intact);
+    assert_eq!(
+        state.families[&Family::V4].firewall.skeleton,
+        Skeleton::Intact
+    );
 }
 
 #[tokio::test(start_paused = true)]
@@ -162,7 +171,10 @@ async fn the_kernel_is_read_back_every_interval_and_repaired() {
     tokio::time::sleep(Duration::from_secs(299)).await;
     assert_eq!(running.kernel.log(), ["observe", "applied"]);
     tokio::time::sleep(Duration::from_secs(2)).await;
-    assert_eq!(running.kernel.log(), ["observe", "applied", "observe", "applied"]);
+    assert_eq!(
+        running.kernel.log(),
+        ["observe", "applied", "observe", "applied"]
+    );
 }
 
 #[tokio::test(start_paused = true)]

@@ -112,7 +112,11 @@ fn a_gateway_that_moves_between_other_nodes_changes_only_the_mark() {
 fn a_node_that_becomes_or_stops_being_the_gateway_forgets_the_connections() {
     assert_eq!(
         steps(Some(routed(1)), Some(gatewayed())),
-        ["no longer mark pod 10.244.1.11", "be the gateway of pod 10.244.1.11", FORGET]
+        [
+            "no longer mark pod 10.244.1.11",
+            "be the gateway of pod 10.244.1.11",
+            FORGET
+        ]
     );
     assert_eq!(
         steps(Some(gatewayed()), Some(translated())),
@@ -124,7 +128,10 @@ fn a_node_that_becomes_or_stops_being_the_gateway_forgets_the_connections() {
 fn a_pod_of_another_node_that_does_not_pass_here_costs_no_look_at_the_connections() {
     assert_eq!(
         steps(None, Some(translated())),
-        ["translate pod 10.244.1.11 to 192.0.2.200", "know pod 10.244.1.11"]
+        [
+            "translate pod 10.244.1.11 to 192.0.2.200",
+            "know pod 10.244.1.11"
+        ]
     );
 }
 
@@ -132,11 +139,19 @@ fn a_pod_of_another_node_that_does_not_pass_here_costs_no_look_at_the_connection
 fn a_pod_is_blocked_before_its_mark_goes_and_unblocked_after_it_is_back() {
     assert_eq!(
         steps(Some(routed(1)), Some(blocked())),
-        ["block pod 10.244.1.11", "no longer mark pod 10.244.1.11", FORGET]
+        [
+            "block pod 10.244.1.11",
+            "no longer mark pod 10.244.1.11",
+            FORGET
+        ]
     );
     assert_eq!(
         steps(Some(blocked()), Some(routed(1))),
-        ["mark pod 10.244.1.11 with 0x100000/0xf00000", FORGET, "unblock pod 10.244.1.11"]
+        [
+            "mark pod 10.244.1.11 with 0x100000/0xf00000",
+            FORGET,
+            "unblock pod 10.244.1.11"
+        ]
     );
 }
 
@@ -161,7 +176,10 @@ fn the_firewall_is_installed_with_every_translation_that_is_in_use() {
     firewall.skeleton = Skeleton::Damaged("a jump is missing".to_owned());
     firewall.vips.clear();
     let steps = diff(&damaged, &kernel(Some(routed(1))));
-    assert_eq!(steps, [Step::InstallFirewall(Family::V4, [vip(200)].into())]);
+    assert_eq!(
+        steps,
+        [Step::InstallFirewall(Family::V4, [vip(200)].into())]
+    );
 }
 
 #[test]
@@ -181,7 +199,13 @@ fn a_table_has_its_floor_first_and_loses_it_last() {
         via: vip(12),
         dev: "eth0".to_owned(),
     });
-    routes.tables.insert(table, Table { floor: true, gateway });
+    routes.tables.insert(
+        table,
+        Table {
+            floor: true,
+            gateway,
+        },
+    );
     fn text(from: &KernelState, to: &KernelState) -> Vec<String> {
         diff(from, to).iter().map(Step::to_string).collect()
     }

@@ -9,8 +9,7 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 use netlink_packet_core::{
-    NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, Nla, NetlinkHeader, NetlinkMessage,
-    NetlinkPayload,
+    NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload, Nla,
 };
 use netlink_packet_netfilter::conntrack::{ConntrackAttribute, ConntrackMessage, IPTuple, Tuple};
 use netlink_packet_netfilter::{
@@ -198,7 +197,10 @@ fn message(family: Family, flags: u16, inner: ConntrackMessage) -> Vec<u8> {
 }
 
 fn send(socket: &Socket, bytes: &[u8]) -> Result<(), ConntrackError> {
-    socket.send(bytes, 0).map(drop).map_err(ConntrackError::from)
+    socket
+        .send(bytes, 0)
+        .map(drop)
+        .map_err(ConntrackError::from)
 }
 
 fn receive(socket: &Socket) -> Result<Vec<NetlinkMessage<NetfilterMessage>>, ConntrackError> {
@@ -211,7 +213,9 @@ fn receive(socket: &Socket) -> Result<Vec<NetlinkMessage<NetfilterMessage>>, Con
             .map_err(|error| ConntrackError::Decode(error.to_string()))?;
         // Messages are aligned to 4 bytes.
         let length = usize::try_from(message.header.length).unwrap_or(usize::MAX);
-        rest = rest.get(length.next_multiple_of(4).max(4)..).unwrap_or_default();
+        rest = rest
+            .get(length.next_multiple_of(4).max(4)..)
+            .unwrap_or_default();
         messages.push(message);
     }
     Ok(messages)
@@ -245,18 +249,45 @@ mod tests {
         let pods = ["10.244.1.11".parse().unwrap()].into();
         let excluded = ["10.244.0.0/16".parse().unwrap()].into();
         for (what, original, reply, expected) in [
-            ("to outside", ["10.244.1.11", "198.51.100.10"], ["198.51.100.10", "192.0.2.200"], true),
-            ("of another pod", ["10.244.1.12", "198.51.100.10"], ["198.51.100.10", "192.0.2.11"], false),
-            ("to a ClusterIP", ["10.244.1.11", "10.96.0.10"], ["10.244.2.11", "10.244.1.11"], false),
-            ("inbound to the VIP", ["198.51.100.10", "192.0.2.200"], ["10.244.1.11", "198.51.100.10"], false),
+            (
+                "to outside",
+                ["10.244.1.11", "198.51.100.10"],
+                ["198.51.100.10", "192.0.2.200"],
+                true,
+            ),
+            (
+                "of another pod",
+                ["10.244.1.12", "198.51.100.10"],
+                ["198.51.100.10", "192.0.2.11"],
+                false,
+            ),
+            (
+                "to a ClusterIP",
+                ["10.244.1.11", "10.96.0.10"],
+                ["10.244.2.11", "10.244.1.11"],
+                false,
+            ),
+            (
+                "inbound to the VIP",
+                ["198.51.100.10", "192.0.2.200"],
+                ["10.244.1.11", "198.51.100.10"],
+                false,
+            ),
         ] {
-            assert_eq!(is_to_forget(&entry(original, reply), &pods, &excluded), expected, "{what}");
+            assert_eq!(
+                is_to_forget(&entry(original, reply), &pods, &excluded),
+                expected,
+                "{what}"
+            );
         }
     }
 
     #[test]
     fn an_entry_is_told_by_its_original_tuple_and_its_number() {
-        let kept = identity(entry(["10.244.1.11", "198.51.100.10"], ["198.51.100.10", "192.0.2.200"]));
+        let kept = identity(entry(
+            ["10.244.1.11", "198.51.100.10"],
+            ["198.51.100.10", "192.0.2.200"],
+        ));
         assert_eq!(kept.len(), 2);
     }
 }

@@ -33,7 +33,7 @@ const RELEASE_PAUSE: Duration = Duration::from_millis(50);
 
 /// Which kernel interface the iptables tools speak to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Variant {
+enum Variant {
     /// nf_tables.
     Nft,
     /// ip_tables.
@@ -130,13 +130,11 @@ impl Iptables {
             lines + &format!("del {guarded} {vip}\n")
         });
         ipset(lines).await?;
-        for name in sets.keys() {
+        let is_surplus = |name: &&String| {
             let vip = vip_of_set(name).filter(|vip| Family::of(*vip) == family);
-            if vip.is_some_and(|vip| !vips.contains(&vip)) {
-                destroy(name).await?;
-            }
-        }
-        Ok(())
+            vip.is_some_and(|vip| !vips.contains(&vip))
+        };
+        destroy(sets.keys().filter(is_surplus).cloned().collect()).await
     }
 
     async fn remove(&mut self, family: Family) -> Result<(), ToolError> {
@@ -147,21 +145,19 @@ impl Iptables {
         }
         self.translated.retain(|vip| Family::of(*vip) != family);
         let sets = parse_sets(&run("ipset", &["save"], String::new()).await?);
-        for name in sets.keys() {
-            let ours = StaticSet::ALL.iter().any(|set| set.name(family) == *name)
-                || vip_of_set(name).is_some_and(|vip| Family::of(vip) == family);
-            if ours {
-                destroy(name).await?;
-            }
-        }
-        Ok(())
+        let is_ours = |name: &&String| {
+            StaticSet::ALL.iter().any(|set| set.name(family) == **name)
+                || vip_of_set(name).is_some_and(|vip| Family::of(vip) == family)
+        };
+        destroy(sets.keys().filter(is_ours).cloned().collect()).await
     }
 
     /// Sets and guards of new VIPs first: a rule cannot name a set that is not there.
     async fn add_vips(&mut self, vips: &[IpAddr]) -> Result<(), ToolError> {
         ipset(vips.iter().map(|vip| create_vip(*vip)).collect()).await?;
         for family in self.families.clone() {
-            let new = |vip: &&IpAddr| Family::of(**vip) == family && !self.translated.contains(*vip);
+            let new =
+                |vip: &&IpAddr| Family::of(**vip) == family && !self.translated.contains(*vip);
             let new: Vec<IpAddr> = vips.iter().filter(new).copied().collect();
             if !new.is_empty() {
                 let rules = new.iter().map(|vip| translation(*vip).append(NAT));
@@ -182,18 +178,18 @@ impl Iptables {
                 self.translated.retain(|vip| !old.contains(vip));
             }
         }
-        for vip in vips {
-            let guarded = StaticSet::Vips.name(Family::of(*vip));
-            ipset(format!("del {guarded} {vip}\n")).await?;
-            destroy(&vip_set(*vip)).await?;
-        }
-        Ok(())
+        let unguard =
+            |vip: &IpAddr| format!("del {} {vip}\n", StaticSet::Vips.name(Family::of(*vip)));
+        ipset(vips.iter().map(unguard).collect()).await?;
+        destroy(vips.iter().map(|vip| vip_set(*vip)).collect()).await
     }
 
     /// Changes members of sets, all in one process; a bad line costs only its own step.
     async fn members(&self, steps: &[&Step], failed: &mut Vec<StepError>) {
-        let mut rest: Vec<(&Step, String)> =
-            steps.iter().filter_map(|step| Some((*step, member_line(step)?))).collect();
+        let mut rest: Vec<(&Step, String)> = steps
+            .iter()
+            .filter_map(|step| Some((*step, member_line(step)?)))
+            .collect();
         let mut bad_lines = 0;
         while !rest.is_empty() {
             let document = rest.iter().map(|(_, line)| format!("{line}\n")).collect();
@@ -204,8 +200,9 @@ impl Iptables {
             let bad = error.line().and_then(|line| line.checked_sub(1));
             match bad.filter(|bad| *bad < rest.len() && bad_lines < MOST_BAD_LINES) {
                 Some(bad) => {
-                    failed.push(step_error(rest[bad].0, error));
-                    rest.drain(..=bad);
+                    // All others again: ipset may not have sent the lines before the bad one yet.
+                    let (step, _) = rest.remove(bad);
+                    failed.push(step_error(step, error));
                 }
                 None => {
                     let text = error.to_string();
@@ -237,7 +234,12 @@ impl Firewall for Iptables {
     async fn apply(&mut self, steps: &[&Step]) -> Vec<StepError> {
         let mut failed = Vec::new();
         for batch in steps.chunk_by(|a, b| kind(a) == kind(b)) {
-            let vips = || batch.iter().filter_map(|step| vip_of(step)).collect::<Vec<_>>();
+            let vips = || {
+                batch
+                    .iter()
+                    .filter_map(|step| vip_of(step))
+                    .collect::<Vec<_>>()
+            };
             let result = match (kind(batch[0]), batch[0]) {
                 (Kind::Members, _) => {
                     self.members(batch, &mut failed).await;
@@ -248,7 +250,9 @@ impl Firewall for Iptables {
                 (Kind::Single, _) => {
                     for step in batch {
                         let result = match step {
-                            Step::InstallFirewall(family, vips) => self.install(*family, vips).await,
+                            Step::InstallFirewall(family, vips) => {
+                                self.install(*family, vips).await
+                            }
                             Step::RemoveFirewall(family) => self.remove(*family).await,
                             _ => Ok(()),
                         };
@@ -355,8 +359,8 @@ async fn survey(variant: Variant, families: &[Family]) -> Result<Survey, Error> 
 /// Whether anybody uses the legacy tables here: asking the legacy tools would register them.
 async fn has_legacy_tables(family: Family) -> bool {
     let file = match family {
-        Family::V4 => "/proc/self/net/ip_tables_names",
-        Family::V6 => "/proc/self/net/ip6_tables_names",
+        Family::V4 => "/proc/thread-self/net/ip_tables_names",
+        Family::V6 => "/proc/thread-self/net/ip6_tables_names",
     };
     // Absent until the module is loaded.
     tokio::fs::read_to_string(file)
@@ -443,10 +447,21 @@ fn vip_set(vip: IpAddr) -> String {
             let bits = u128::from(v6);
             let digit = |n: u32| {
                 // 22 digits of 6 bits are 132: the last one has 2 bits of the address.
-                let six = if n < 21 { (bits >> (122 - 6 * n)) & 63 } else { (bits << 4) & 63 };
-                usize::try_from(six).ok().and_then(|six| BASE64.get(six).copied()).map(char::from)
+                let six = if n < 21 {
+                    (bits >> (122 - 6 * n)) & 63
+                } else {
+                    (bits << 4) & 63
+                };
+                usize::try_from(six)
+                    .ok()
+                    .and_then(|six| BASE64.get(six).copied())
+                    .map(char::from)
             };
-            (0..22).filter_map(digit).fold(format!("{PREFIX}6"), |name, c| name + c.encode_utf8(&mut [0; 4]))
+            (0..22)
+                .filter_map(digit)
+                .fold(format!("{PREFIX}6"), |name, c| {
+                    name + c.encode_utf8(&mut [0; 4])
+                })
         }
     }
 }
@@ -463,7 +478,11 @@ fn vip_of_set(name: &str) -> Option<IpAddr> {
     let mut bits: u128 = 0;
     for (n, c) in digits.bytes().enumerate() {
         let six = u128::try_from(BASE64.iter().position(|digit| *digit == c)?).ok()?;
-        bits = if n < 21 { (bits << 6) | six } else { (bits << 2) | (six >> 4) };
+        bits = if n < 21 {
+            (bits << 6) | six
+        } else {
+            (bits << 2) | (six >> 4)
+        };
     }
     Some(IpAddr::V6(Ipv6Addr::from(bits)))
 }
@@ -507,26 +526,36 @@ async fn ipset(document: String) -> Result<(), ToolError> {
     if document.is_empty() {
         return Ok(());
     }
-    run("ipset", &["-exist", "restore"], document).await.map(drop)
+    run("ipset", &["-exist", "restore"], document)
+        .await
+        .map(drop)
 }
 
-/// Destroys a set that no rule uses any more; absent is fine.
-async fn destroy(name: &str) -> Result<(), ToolError> {
+/// Destroys sets that no rule uses any more; absent is fine.
+async fn destroy(mut sets: Vec<String>) -> Result<(), ToolError> {
     let mut tries = 0;
-    loop {
-        tries += 1;
-        match run("ipset", &["destroy", name], String::new()).await {
-            Err(ToolError::Failed { message, .. }) if message.contains("does not exist") => {
-                return Ok(());
-            }
-            Err(ToolError::Failed { message, .. })
-                if message.contains("in use") && tries < RELEASE_TRIES =>
-            {
+    while !sets.is_empty() {
+        let document = sets.iter().map(|set| format!("destroy {set}\n")).collect();
+        let Err(error) = ipset(document).await else {
+            return Ok(());
+        };
+        let ToolError::Failed { message, .. } = &error else {
+            return Err(error);
+        };
+        let bad = error.line().and_then(|line| line.checked_sub(1));
+        let bad = bad.filter(|bad| *bad < sets.len());
+        match bad {
+            // ipset sends each of these lines by itself: those before the bad one are done.
+            Some(bad) if message.contains("does not exist") => drop(sets.drain(..=bad)),
+            Some(bad) if message.contains("in use") && tries < RELEASE_TRIES => {
+                tries += 1;
+                sets.drain(..bad);
                 tokio::time::sleep(RELEASE_PAUSE).await;
             }
-            result => return result.map(drop),
+            _ => return Err(error),
         }
     }
+    Ok(())
 }
 
 /// Members of the sets of ours by set, with the rest of their line.
@@ -606,7 +635,10 @@ fn chains(family: Family, mask: u32) -> Vec<Chain> {
         Family::V4 => ("0.0.0.0/0", "icmp-admin-prohibited"),
         Family::V6 => ("::/0", "icmp6-adm-prohibited"),
     };
-    let to_excluded = Rule::new("excluded", &format!("-m set --match-set {excluded} dst -j RETURN"));
+    let to_excluded = Rule::new(
+        "excluded",
+        &format!("-m set --match-set {excluded} dst -j RETURN"),
+    );
     // `! --ctdir ORIGINAL` would not do: an untracked packet has no direction, and must not slip through.
     let reply = Rule::new("reply", "-m conntrack --ctdir REPLY -j RETURN");
     let jump = |name: &str, gate: &str| Rule::new("jump", &format!("{gate}-j {name}"));
@@ -647,7 +679,9 @@ fn chains(family: Family, mask: u32) -> Vec<Chain> {
                 // Says why, unlike port-unreachable.
                 Rule::new(
                     "reject",
-                    &format!("-m set --match-set {blocked} src -j REJECT --reject-with {prohibited}"),
+                    &format!(
+                        "-m set --match-set {blocked} src -j REJECT --reject-with {prohibited}"
+                    ),
                 ),
             ],
         },
@@ -675,16 +709,20 @@ fn chains(family: Family, mask: u32) -> Vec<Chain> {
                 // before the pod's own next packet would make a connection entry that clashes with the pod's.
                 Rule::new(
                     "new-to-vip",
-                    &format!(
-                        "-m conntrack --ctstate NEW -m set --match-set {vips} dst -j DROP"
-                    ),
+                    &format!("-m conntrack --ctstate NEW -m set --match-set {vips} dst -j DROP"),
                 ),
                 // Translated by a node that was the gateway and is none any more.
-                Rule::new("from-vip", &format!("-m set --match-set {vips} src -j DROP")),
+                Rule::new(
+                    "from-vip",
+                    &format!("-m set --match-set {vips} src -j DROP"),
+                ),
                 to_excluded.clone(),
                 reply.clone(),
                 // To be rejected in METALEG-BLOCK; what gets past it is dropped in METALEG-LEAK.
-                Rule::new("blocked", &format!("-m set --match-set {blocked} src -j RETURN")),
+                Rule::new(
+                    "blocked",
+                    &format!("-m set --match-set {blocked} src -j RETURN"),
+                ),
                 // INVALID packets skip NAT.
                 Rule::new(
                     "invalid",
@@ -727,7 +765,10 @@ fn chains(family: Family, mask: u32) -> Vec<Chain> {
 
 /// The rule that translates the pods of a VIP's set to it.
 fn translation(vip: IpAddr) -> Rule {
-    let text = format!("-m set --match-set {} src -j SNAT --to-source {vip}", vip_set(vip));
+    let text = format!(
+        "-m set --match-set {} src -j SNAT --to-source {vip}",
+        vip_set(vip)
+    );
     Rule::new(&format!("vip={vip}"), &text)
 }
 
@@ -738,7 +779,12 @@ fn table(name: &str, lines: impl Iterator<Item = String>) -> String {
 
 /// The document that puts all chains and jumps in place, whatever was there. Each table is exchanged
 /// atomically; NAT comes first and marks last, because a marked packet needs the NAT.
-fn install_document(family: Family, mask: u32, vips: &BTreeSet<IpAddr>, present: &[Line]) -> String {
+fn install_document(
+    family: Family,
+    mask: u32,
+    vips: &BTreeSet<IpAddr>,
+    present: &[Line],
+) -> String {
     let chains = chains(family, mask);
     let mut document = String::new();
     for name in ["nat", "filter", "mangle"] {
@@ -750,7 +796,9 @@ fn install_document(family: Family, mask: u32, vips: &BTreeSet<IpAddr>, present:
         if name == "nat" {
             lines.extend(vips.iter().map(|vip| translation(*vip).append(NAT)));
         }
-        let jumps = present.iter().filter(|line| line.table == name && line.jumps_to_us());
+        let jumps = present
+            .iter()
+            .filter(|line| line.table == name && line.jumps_to_us());
         lines.extend(jumps.map(Line::delete));
         lines.extend(own().map(|chain| format!("-I {} 1 {}", chain.base, chain.jump.text)));
         document += &table(name, lines.into_iter());
@@ -763,7 +811,10 @@ fn remove_document(present: &[Line]) -> String {
     let mut document = String::new();
     for name in ["mangle", "filter", "nat"] {
         let ours = || present.iter().filter(|line| line.table == name);
-        let mut lines: Vec<String> = ours().filter(|l| l.jumps_to_us()).map(Line::delete).collect();
+        let mut lines: Vec<String> = ours()
+            .filter(|l| l.jumps_to_us())
+            .map(Line::delete)
+            .collect();
         let own_chains = || ours().filter(|line| line.rule.is_none() && is_own_chain(&line.chain));
         lines.extend(own_chains().map(|line| format!("-F {}", line.chain)));
         lines.extend(own_chains().map(|line| format!("-X {}", line.chain)));
@@ -775,7 +826,12 @@ fn remove_document(present: &[Line]) -> String {
 }
 
 fn is_own_chain(name: &str) -> bool {
-    let own = ["METALEG-BLOCK", "METALEG-MARK", "METALEG-GUARD", "METALEG-LEAK"];
+    let own = [
+        "METALEG-BLOCK",
+        "METALEG-MARK",
+        "METALEG-GUARD",
+        "METALEG-LEAK",
+    ];
     name == NAT || own.contains(&name)
 }
 
@@ -798,7 +854,11 @@ impl Line {
     }
 
     fn delete(&self) -> String {
-        format!("-D {} {}", self.chain, self.rule.as_deref().unwrap_or_default())
+        format!(
+            "-D {} {}",
+            self.chain,
+            self.rule.as_deref().unwrap_or_default()
+        )
     }
 
     /// Our tag in the rule's comment.
@@ -824,7 +884,10 @@ fn parse_save(text: &str) -> Vec<Line> {
                 chain: chain.split(' ').next().unwrap_or_default().to_owned(),
                 rule: None,
             });
-        } else if let Some((chain, rule)) = line.strip_prefix("-A ").and_then(|rest| rest.split_once(' ')) {
+        } else if let Some((chain, rule)) = line
+            .strip_prefix("-A ")
+            .and_then(|rest| rest.split_once(' '))
+        {
             lines.push(Line {
                 table: table.clone(),
                 chain: chain.to_owned(),
@@ -844,7 +907,10 @@ fn translated_vips(lines: &[Line]) -> impl Iterator<Item = IpAddr> {
 }
 
 fn vip_of_tag(tag: &str) -> Option<IpAddr> {
-    let (vip, _) = tag.strip_prefix(TAG)?.strip_prefix("vip=")?.rsplit_once(':')?;
+    let (vip, _) = tag
+        .strip_prefix(TAG)?
+        .strip_prefix("vip=")?
+        .rsplit_once(':')?;
     vip.parse().ok()
 }
 
@@ -852,10 +918,21 @@ fn vip_of_tag(tag: &str) -> Option<IpAddr> {
 
 fn state(family: Family, mask: u32, lines: &[Line], sets: &Sets) -> FirewallState {
     let members = |set: StaticSet| sets.get(&set.name(family)).map_or(&[][..], Vec::as_slice);
-    let addresses = |set: StaticSet| members(set).iter().filter_map(|(ip, _)| ip.parse::<IpAddr>().ok());
+    let addresses = |set: StaticSet| {
+        members(set)
+            .iter()
+            .filter_map(|(ip, _)| ip.parse::<IpAddr>().ok())
+    };
     let nets = |set: StaticSet| -> BTreeSet<IpNet> {
-        let net = |text: &str| text.parse().ok().or_else(|| text.parse::<IpAddr>().ok().map(IpNet::from));
-        members(set).iter().filter_map(|(text, _)| net(text)).collect()
+        let net = |text: &str| {
+            text.parse()
+                .ok()
+                .or_else(|| text.parse::<IpAddr>().ok().map(IpNet::from))
+        };
+        members(set)
+            .iter()
+            .filter_map(|(text, _)| net(text))
+            .collect()
     };
     let mut pods: BTreeMap<IpAddr, PodState> = BTreeMap::new();
     for pod in addresses(StaticSet::Pods) {
@@ -917,7 +994,9 @@ fn skeleton(
     [with_set, guarded, with_rule]: [&BTreeSet<IpAddr>; 3],
 ) -> Skeleton {
     let own_sets = StaticSet::ALL.map(|set| set.name(family));
-    let has_chain = lines.iter().any(|line| is_own_chain(&line.chain) || line.jumps_to_us());
+    let has_chain = lines
+        .iter()
+        .any(|line| is_own_chain(&line.chain) || line.jumps_to_us());
     if !has_chain && with_set.is_empty() && !own_sets.iter().any(|set| sets.contains_key(set)) {
         return Skeleton::Absent;
     }
@@ -944,13 +1023,23 @@ fn skeleton(
 fn damage(chain: &Chain, lines: &[Line]) -> Option<String> {
     let name = chain.name;
     let rules_of = |wanted: &'static str| {
-        let of_chain = move |line: &&Line| line.table == chain.table && line.chain == wanted && line.rule.is_some();
+        let of_chain = move |line: &&Line| {
+            line.table == chain.table && line.chain == wanted && line.rule.is_some()
+        };
         lines.iter().filter(of_chain)
     };
     let found: Vec<Option<&str>> = rules_of(name).map(Line::tag).collect();
-    let mut expected: Vec<Option<&str>> = chain.rules.iter().map(|rule| Some(rule.tag.as_str())).collect();
+    let mut expected: Vec<Option<&str>> = chain
+        .rules
+        .iter()
+        .map(|rule| Some(rule.tag.as_str()))
+        .collect();
     let vip_rules: Vec<String> = if name == NAT {
-        translated_vips(lines).collect::<BTreeSet<_>>().into_iter().map(|vip| translation(vip).tag).collect()
+        translated_vips(lines)
+            .collect::<BTreeSet<_>>()
+            .into_iter()
+            .map(|vip| translation(vip).tag)
+            .collect()
     } else {
         Vec::new()
     };
@@ -970,8 +1059,15 @@ fn damage(chain: &Chain, lines: &[Line]) -> Option<String> {
     match jumps.as_slice() {
         [0] => None,
         [_] if !chain.first => None,
-        [_] => Some(format!("the jump from {} to {name} is not the first rule", chain.base)),
+        [_] => Some(format!(
+            "the jump from {} to {name} is not the first rule",
+            chain.base
+        )),
         [] => Some(format!("the jump from {} to {name} is missing", chain.base)),
-        _ => Some(format!("the jump from {} to {name} is there {} times", chain.base, jumps.len())),
+        _ => Some(format!(
+            "the jump from {} to {name} is there {} times",
+            chain.base,
+            jumps.len()
+        )),
     }
 }

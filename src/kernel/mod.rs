@@ -98,7 +98,7 @@ impl NodeKernel {
     /// When a tool is missing, or the kernel cannot be asked.
     pub async fn open(mask: u32) -> Result<NodeKernel, Error> {
         // Absent in a kernel without IPv6.
-        let has_ipv6 = tokio::fs::try_exists("/proc/self/net/if_inet6").await;
+        let has_ipv6 = tokio::fs::try_exists("/proc/thread-self/net/if_inet6").await;
         let mut families = vec![Family::V4];
         if has_ipv6.unwrap_or(false) {
             families.push(Family::V6);

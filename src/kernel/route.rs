@@ -144,10 +144,13 @@ impl Routes {
             };
             let length = message.header.prefix_len;
             // `Address` is the peer's on a point-to-point link, which is what can be reached there.
-            let nets = message.attributes.iter().filter_map(|attribute| match attribute {
-                AddressAttribute::Address(address) => IpNet::new(*address, length).ok(),
-                _ => None,
-            });
+            let nets = message
+                .attributes
+                .iter()
+                .filter_map(|attribute| match attribute {
+                    AddressAttribute::Address(address) => IpNet::new(*address, length).ok(),
+                    _ => None,
+                });
             link.nets.extend(nets.map(|net| net.trunc()));
         }
         Ok(links.into_values().collect())
@@ -233,10 +236,13 @@ impl Routes {
             .await
             .map_err(refused("list interfaces"))?;
         let interface = |link: netlink_packet_route::link::LinkMessage| {
-            let name = link.attributes.iter().find_map(|attribute| match attribute {
-                LinkAttribute::IfName(name) => Some(name.clone()),
-                _ => None,
-            })?;
+            let name = link
+                .attributes
+                .iter()
+                .find_map(|attribute| match attribute {
+                    LinkAttribute::IfName(name) => Some(name.clone()),
+                    _ => None,
+                })?;
             Some(Interface {
                 index: link.header.index,
                 name,
@@ -440,8 +446,12 @@ mod tests {
         ] {
             let mut message = rule_message(Family::V4, &rule);
             assert_eq!(parse_rule(&message), Some(rule));
-            message.attributes.retain(|a| !matches!(a, RuleAttribute::Protocol(_)));
-            message.attributes.push(RuleAttribute::Protocol(RouteProtocol::Static));
+            message
+                .attributes
+                .retain(|a| !matches!(a, RuleAttribute::Protocol(_)));
+            message
+                .attributes
+                .push(RuleAttribute::Protocol(RouteProtocol::Static));
             assert_eq!(parse_rule(&message), None);
         }
     }

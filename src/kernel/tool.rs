@@ -135,7 +135,11 @@ mod tests {
                 "ipset v7.17: Error in line 3: Syntax error: '300.0.0.1' is out of range",
                 Some(3),
             ),
-            ("iptables-restore: line 12 failed\n", "iptables-restore: line 12 failed", Some(12)),
+            (
+                "iptables-restore: line 12 failed\n",
+                "iptables-restore: line 12 failed",
+                Some(12),
+            ),
             (
                 "iptables-nft-restore v1.8.9 (nf_tables): Set X doesn't exist.\n\nError occurred at line: 4\nTry `iptables-restore -h' for more information.\n",
                 "iptables-nft-restore v1.8.9 (nf_tables): Set X doesn't exist.",
@@ -143,13 +147,21 @@ mod tests {
             ),
             ("", "exit status: 0", None),
         ] {
-            assert_eq!(complaint(stderr, ExitStatus::default()), (message.to_owned(), line));
+            assert_eq!(
+                complaint(stderr, ExitStatus::default()),
+                (message.to_owned(), line)
+            );
         }
     }
 
     #[tokio::test]
     async fn a_tool_that_is_missing_names_its_package() {
-        let error = run("ipset-that-is-not-there", &[], String::new()).await.unwrap_err();
-        assert_eq!(error.to_string(), "cannot start `ipset-that-is-not-there` (Debian package ipset)");
+        let error = run("ipset-that-is-not-there", &[], String::new())
+            .await
+            .unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "cannot start `ipset-that-is-not-there` (Debian package ipset)"
+        );
     }
 }

@@ -92,7 +92,9 @@ mod tests {
             pod_cidrs: [format!("10.244.{last}.0/24").parse().unwrap()].into(),
         };
         View {
-            nodes: [2, 3].map(|n| (NodeName(format!("node{n}")), node(n))).into(),
+            nodes: [2, 3]
+                .map(|n| (NodeName(format!("node{n}")), node(n)))
+                .into(),
             service_cidrs: ["10.96.0.0/16".parse().unwrap()].into(),
             ..View::default()
         }
@@ -101,7 +103,10 @@ mod tests {
     fn found(wanted: &str, pod: &str) -> (Vec<String>, bool) {
         let wanted = ExcludedDestinations {
             auto: wanted.contains("auto"),
-            listed: wanted.split(',').filter_map(|net| net.parse().ok()).collect(),
+            listed: wanted
+                .split(',')
+                .filter_map(|net| net.parse().ok())
+                .collect(),
         };
         let excluded = find(Family::V4, &view(), &wanted, [pod.parse().unwrap()]);
         let nets = excluded.nets.iter().map(IpNet::to_string).collect();
@@ -139,12 +144,21 @@ mod tests {
     fn a_pod_outside_every_pod_network_excludes_the_private_networks() {
         let (nets, fallback) = found("auto", "172.30.0.9");
         assert!(fallback);
-        assert!(nets.contains(&"10.0.0.0/8".to_owned()) && nets.contains(&"172.16.0.0/12".to_owned()));
+        assert!(
+            nets.contains(&"10.0.0.0/8".to_owned()) && nets.contains(&"172.16.0.0/12".to_owned())
+        );
     }
 
     #[test]
     fn a_list_replaces_auto_and_adds_to_it() {
-        assert_eq!(found("10.0.0.0/8,10.9.0.0/16", "172.30.0.9"), (vec!["10.0.0.0/8".to_owned()], false));
-        assert!(found("auto,203.0.113.0/24", "10.244.2.9").0.contains(&"203.0.113.0/24".to_owned()));
+        assert_eq!(
+            found("10.0.0.0/8,10.9.0.0/16", "172.30.0.9"),
+            (vec!["10.0.0.0/8".to_owned()], false)
+        );
+        assert!(
+            found("auto,203.0.113.0/24", "10.244.2.9")
+                .0
+                .contains(&"203.0.113.0/24".to_owned())
+        );
     }
 }

@@ -242,12 +242,14 @@ fn egress_pods<'a>(
     for (service, _) in services {
         for (slice, endpoint) in slices.get(service).into_iter().flatten() {
             for written in &endpoint.addresses {
-                let checked = pod_address(written, endpoint, service, &node_addresses)
-                    .and_then(|address| match pods.get(&address) {
-                        Some(pod) if pod.service != *service => {
-                            Err(Ignored::OwnedBy(pod.service.clone()))
+                let checked =
+                    pod_address(written, endpoint, service, &node_addresses).and_then(|address| {
+                        match pods.get(&address) {
+                            Some(pod) if pod.service != *service => {
+                                Err(Ignored::OwnedBy(pod.service.clone()))
+                            }
+                            _ => Ok(address),
                         }
-                        _ => Ok(address),
                     });
                 match checked {
                     Ok(address) if Family::of(address) == family => {
@@ -341,8 +343,8 @@ fn gateway<'a>(
     if *node == settings.node_name {
         return Ok(Gateway { node, hop: None });
     }
-    let via = Node::address(facts, family)
-        .ok_or_else(|| Blocked::GatewayWithoutAddress(node.clone()))?;
+    let via =
+        Node::address(facts, family).ok_or_else(|| Blocked::GatewayWithoutAddress(node.clone()))?;
     let dev = view
         .links
         .iter()
@@ -373,9 +375,7 @@ fn pod_state(local: bool, egress: &Egress<'_>, slots: &Slots, settings: &Setting
         // Not our pod: its node routes it. Should a packet pass here, it leaves with the VIP all the same.
         (Ok(_), _) if !local => {}
         (Ok(_), Ok(Gateway { hop: Some(hop), .. })) => {
-            state.mark = slots
-                .get(hop.via)
-                .and_then(|slot| slot.mark(settings.mask));
+            state.mark = slots.get(hop.via).and_then(|slot| slot.mark(settings.mask));
             state.blocked = state.mark.is_none();
         }
         (Ok(_), Err(_)) => state.blocked = true,
@@ -499,14 +499,17 @@ impl fmt::Display for Blocked {
             Blocked::HostnameIngress(name) => {
                 write!(f, "the ingress is the host name {name}, not an address")
             }
-            Blocked::NoAnnouncer => {
-                f.write_str("no node announces the VIP (MetalLB does only while an endpoint is ready)")
-            }
+            Blocked::NoAnnouncer => f.write_str(
+                "no node announces the VIP (MetalLB does only while an endpoint is ready)",
+            ),
             Blocked::UnknownGateway(node) => {
                 write!(f, "announced by {node}, which is not a node of the cluster")
             }
             Blocked::GatewayWithoutAddress(node) => {
-                write!(f, "announced by {node}, which has no InternalIP of this family")
+                write!(
+                    f,
+                    "announced by {node}, which has no InternalIP of this family"
+                )
             }
             Blocked::GatewayOffLink(node, address) => write!(
                 f,
@@ -540,7 +543,10 @@ impl fmt::Display for Ignored {
                 f.write_str("loopback, link-local, multicast or unspecified: no pod's address")
             }
             Ignored::NodeAddress(node) => {
-                write!(f, "address of node {node}: a hostNetwork pod leaves as its node")
+                write!(
+                    f,
+                    "address of node {node}: a hostNetwork pod leaves as its node"
+                )
             }
             Ignored::NotAPodOfItsNamespace(Target::Pod(pod)) => {
                 write!(f, "stands for Pod {pod} of another namespace")

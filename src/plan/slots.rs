@@ -120,7 +120,10 @@ mod tests {
     }
 
     fn numbers(slots: &Slots) -> Vec<(IpAddr, u32)> {
-        slots.iter().map(|(gateway, slot)| (gateway, slot.0)).collect()
+        slots
+            .iter()
+            .map(|(gateway, slot)| (gateway, slot.0))
+            .collect()
     }
 
     #[test]
@@ -136,7 +139,10 @@ mod tests {
     #[test]
     fn a_slot_changes_hands_at_once_only_when_there_is_no_other() {
         let full = assign(&Slots::default(), &[11, 12, 13], mask(3));
-        assert_eq!(numbers(&assign(&full, &[12, 13, 14], mask(3))), [(ip(12), 2), (ip(13), 3), (ip(14), 1)]);
+        assert_eq!(
+            numbers(&assign(&full, &[12, 13, 14], mask(3))),
+            [(ip(12), 2), (ip(13), 3), (ip(14), 1)]
+        );
     }
 
     #[test]

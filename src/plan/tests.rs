@@ -76,7 +76,10 @@ fn pod(address: &str, on: &str) -> Endpoint {
 fn cluster() -> View {
     let nodes = (1..=3).map(|n| {
         let facts = Node {
-            addresses: vec![ip(&format!("192.0.2.1{n}")), ip(&format!("2001:db8:1::1{n}"))],
+            addresses: vec![
+                ip(&format!("192.0.2.1{n}")),
+                ip(&format!("2001:db8:1::1{n}")),
+            ],
             pod_cidrs: [
                 format!("10.244.{n}.0/24").parse().unwrap(),
                 format!("fd00:10:244:{n}::/64").parse().unwrap(),
@@ -124,13 +127,15 @@ impl View {
 
 /// The usual cluster: Service `a`, announced by node2, with a pod on every node.
 fn usual() -> View {
-    cluster().with_service("a", service(1), Some("node2")).with_slice(
-        "a-4",
-        "a",
-        (1..=3)
-            .map(|n| pod(&format!("10.244.{n}.11"), &format!("node{n}")))
-            .collect(),
-    )
+    cluster()
+        .with_service("a", service(1), Some("node2"))
+        .with_slice(
+            "a-4",
+            "a",
+            (1..=3)
+                .map(|n| pod(&format!("10.244.{n}.11"), &format!("node{n}")))
+                .collect(),
+        )
 }
 
 fn make(view: &View, settings: &Settings) -> Desired {
@@ -179,7 +184,11 @@ fn a_pod_is_marked_on_its_node_translated_on_the_gateway_and_known_everywhere() 
                 ..plain.clone()
             };
             let address = format!("10.244.{n}.11");
-            assert_eq!(pod_of(&desired, &address), Some(expected), "{address} on {on_node}");
+            assert_eq!(
+                pod_of(&desired, &address),
+                Some(expected),
+                "{address} on {on_node}"
+            );
         }
         let active = Verdict::Active {
             vip: ip("192.0.2.200"),
@@ -262,7 +271,10 @@ fn a_host_name_is_no_source_address() {
     named.hostname = Some("a.example".to_owned());
     let view = usual().with_service("a", named, Some("node2"));
     let reason = blocked(&make(&view, &on("node1")), Family::V4);
-    assert_eq!(reason, Some(Blocked::HostnameIngress("a.example".to_owned())));
+    assert_eq!(
+        reason,
+        Some(Blocked::HostnameIngress("a.example".to_owned()))
+    );
 }
 
 #[test]
@@ -275,7 +287,13 @@ fn without_a_usable_gateway_local_pods_are_blocked_and_those_of_other_nodes_are_
             Blocked::UnknownGateway(node("node2")),
         ),
         (
-            |view| view.nodes.get_mut(&node("node2")).unwrap().addresses.clear(),
+            |view| {
+                view.nodes
+                    .get_mut(&node("node2"))
+                    .unwrap()
+                    .addresses
+                    .clear()
+            },
             Blocked::GatewayWithoutAddress(node("node2")),
         ),
         (
@@ -312,7 +330,10 @@ fn the_named_interface_is_the_only_one_that_counts() {
         ..on("node1")
     };
     let reason = blocked(&make(&usual(), &settings), Family::V4);
-    assert_eq!(reason, Some(Blocked::GatewayOffLink(node("node2"), ip("192.0.2.12"))));
+    assert_eq!(
+        reason,
+        Some(Blocked::GatewayOffLink(node("node2"), ip("192.0.2.12")))
+    );
 }
 
 #[test]
@@ -323,11 +344,16 @@ fn gateways_beyond_the_mask_block_and_do_not_leak() {
     };
     let mut other = service(2);
     other.vips.insert(Family::V4, ip("192.0.2.201"));
-    let view = usual()
-        .with_service("b", other, Some("node3"))
-        .with_slice("b-4", "b", vec![pod("10.244.1.12", "node1")]);
+    let view = usual().with_service("b", other, Some("node3")).with_slice(
+        "b-4",
+        "b",
+        vec![pod("10.244.1.12", "node1")],
+    );
     let desired = make(&view, &settings);
-    assert_eq!(pod_of(&desired, "10.244.1.11").unwrap().mark.unwrap().value, 0x0010_0000);
+    assert_eq!(
+        pod_of(&desired, "10.244.1.11").unwrap().mark.unwrap().value,
+        0x0010_0000
+    );
     assert!(pod_of(&desired, "10.244.1.12").unwrap().blocked);
     assert_eq!(
         desired.services[&key("b")][&Family::V4],
@@ -337,7 +363,11 @@ fn gateways_beyond_the_mask_block_and_do_not_leak() {
 
 #[test]
 fn of_two_services_the_older_one_has_the_pod_and_the_name_decides_a_tie() {
-    for (age_of_b, owner, vip) in [(0, "b", "192.0.2.201"), (1, "a", "192.0.2.200"), (2, "a", "192.0.2.200")] {
+    for (age_of_b, owner, vip) in [
+        (0, "b", "192.0.2.201"),
+        (1, "a", "192.0.2.200"),
+        (2, "a", "192.0.2.200"),
+    ] {
         let mut b = service(age_of_b);
         b.vips.insert(Family::V4, ip("192.0.2.201"));
         let view = cluster()
@@ -376,7 +406,10 @@ fn endpoints_that_are_no_pods_of_the_service_are_ignored_with_a_reason() {
         (pod("224.0.0.1", "node1"), Ignored::NotAPodAddress),
         (pod("fe80::1", "node1"), Ignored::NotAPodAddress),
         (pod("::ffff:10.244.1.11", "node1"), Ignored::NotAPodAddress),
-        (pod("192.0.2.13", "node3"), Ignored::NodeAddress(node("node3"))),
+        (
+            pod("192.0.2.13", "node3"),
+            Ignored::NodeAddress(node("node3")),
+        ),
         (of(foreign.clone()), Ignored::NotAPodOfItsNamespace(foreign)),
         (of(nothing.clone()), Ignored::NotAPodOfItsNamespace(nothing)),
     ] {
@@ -385,8 +418,17 @@ fn endpoints_that_are_no_pods_of_the_service_are_ignored_with_a_reason() {
             .with_slice("a-4", "a", vec![endpoint, pod("10.244.1.12", "node1")]);
         let desired = make(&view, &on("node1"));
         assert_eq!(desired.ignored.values().collect::<Vec<_>>(), [&reason]);
-        let pods: Vec<_> = desired.kernel.families.values().flat_map(|f| f.firewall.pods.keys()).collect();
-        assert_eq!(pods, [&ip("10.244.1.12")], "the good endpoint counts beside: {reason}");
+        let pods: Vec<_> = desired
+            .kernel
+            .families
+            .values()
+            .flat_map(|f| f.firewall.pods.keys())
+            .collect();
+        assert_eq!(
+            pods,
+            [&ip("10.244.1.12")],
+            "the good endpoint counts beside: {reason}"
+        );
     }
 }
 
@@ -396,7 +438,10 @@ fn a_service_of_another_type_is_ignored() {
     cluster_ip.load_balancer = false;
     let desired = make(&usual().with_service("a", cluster_ip, None), &on("node1"));
     assert_eq!(pod_of(&desired, "10.244.1.11"), None);
-    assert_eq!(desired.ignored, [(Subject::Service(key("a")), Ignored::NotLoadBalancer)].into());
+    assert_eq!(
+        desired.ignored,
+        [(Subject::Service(key("a")), Ignored::NotLoadBalancer)].into()
+    );
 }
 
 #[test]
@@ -407,7 +452,12 @@ fn an_endpoint_without_a_node_is_local_where_its_network_is() {
         .with_service("a", service(1), Some("node2"))
         .with_slice("a-4", "a", vec![endpoint]);
     for (on_node, mark) in [("node1", Some(SLOT_1)), ("node3", None)] {
-        assert_eq!(pod_of(&make(&view, &on(on_node)), "10.244.1.11").unwrap().mark, mark);
+        assert_eq!(
+            pod_of(&make(&view, &on(on_node)), "10.244.1.11")
+                .unwrap()
+                .mark,
+            mark
+        );
     }
 }
 
@@ -417,13 +467,27 @@ fn without_the_filter_pods_of_other_nodes_are_routed_too() {
         filter_endpoints_for_node: false,
         ..on("node1")
     };
-    assert_eq!(pod_of(&make(&usual(), &settings), "10.244.3.11").unwrap().mark, Some(SLOT_1));
+    assert_eq!(
+        pod_of(&make(&usual(), &settings), "10.244.3.11")
+            .unwrap()
+            .mark,
+        Some(SLOT_1)
+    );
 }
 
 #[test]
 fn only_other_nodes_pods_are_held_to_be_known_and_only_when_asked() {
-    let nets = |settings: &Settings| make(&usual(), settings).kernel.families[&Family::V4].firewall.remote_pods.clone();
-    let others: BTreeSet<IpNet> = ["10.244.2.0/24".parse().unwrap(), "10.244.3.0/24".parse().unwrap()].into();
+    let nets = |settings: &Settings| {
+        make(&usual(), settings).kernel.families[&Family::V4]
+            .firewall
+            .remote_pods
+            .clone()
+    };
+    let others: BTreeSet<IpNet> = [
+        "10.244.2.0/24".parse().unwrap(),
+        "10.244.3.0/24".parse().unwrap(),
+    ]
+    .into();
     assert_eq!(nets(&on("node1")), others);
     let router = Settings {
         guard_transit: false,
@@ -440,27 +504,52 @@ fn slots_are_kept_over_plans_and_adopted_from_the_kernel() {
     let announcer = Announcer::Present(node("node3"));
     moved.announcers.insert(key("a"), announcer);
     let second = plan(&moved, &settings, &Family::ALL.into(), &first.slots);
-    assert_eq!(pod_of(&second, "10.244.1.11").unwrap().mark.unwrap().value, 0x0020_0000);
+    assert_eq!(
+        pod_of(&second, "10.244.1.11").unwrap().mark.unwrap().value,
+        0x0020_0000
+    );
     let adopted = Slots::adopt(&second.kernel, &settings);
-    assert_eq!(plan(&moved, &settings, &Family::ALL.into(), &adopted), second);
+    assert_eq!(
+        plan(&moved, &settings, &Family::ALL.into(), &adopted),
+        second
+    );
 }
 
 #[test]
 fn a_family_that_the_kernel_lacks_is_left_alone() {
-    let desired = plan(&usual(), &on("node1"), &[Family::V4].into(), &Slots::default());
-    assert_eq!(desired.kernel.families.keys().collect::<Vec<_>>(), [&Family::V4]);
+    let desired = plan(
+        &usual(),
+        &on("node1"),
+        &[Family::V4].into(),
+        &Slots::default(),
+    );
+    assert_eq!(
+        desired.kernel.families.keys().collect::<Vec<_>>(),
+        [&Family::V4]
+    );
 }
 
 /// Small clusters with every kind of trouble: shared pods, missing VIPs, missing announcers.
 fn any_view() -> impl Strategy<Value = View> {
-    let service = (0..3_i64, any::<bool>(), any::<bool>(), proptest::option::of(1..=4_u8));
+    let service = (
+        0..3_i64,
+        any::<bool>(),
+        any::<bool>(),
+        proptest::option::of(1..=4_u8),
+    );
     let endpoint = (1..=3_u8, 11..=14_u8, 1..=3_u8, any::<bool>());
-    let slices = proptest::collection::vec((0..4_usize, proptest::collection::vec(endpoint, 0..6)), 0..6);
+    let slices = proptest::collection::vec(
+        (0..4_usize, proptest::collection::vec(endpoint, 0..6)),
+        0..6,
+    );
     (proptest::collection::vec(service, 0..4), slices).prop_map(|(services, slices)| {
         let mut view = cluster();
         for (n, (created, has_vip, single, announcer)) in services.into_iter().enumerate() {
             let mut facts = super::tests::service(created);
-            facts.vips.insert(Family::V4, IpAddr::from([192, 0, 2, 200 + u8::try_from(n).unwrap()]));
+            facts.vips.insert(
+                Family::V4,
+                IpAddr::from([192, 0, 2, 200 + u8::try_from(n).unwrap()]),
+            );
             if !has_vip {
                 facts.vips.clear();
             }
@@ -472,10 +561,18 @@ fn any_view() -> impl Strategy<Value = View> {
         }
         for (n, (service, endpoints)) in slices.into_iter().enumerate() {
             let endpoints = endpoints.into_iter().map(|(net, last, on, v6)| {
-                let address = if v6 { format!("fd00:10:244:{net}::{last}") } else { format!("10.244.{net}.{last}") };
+                let address = if v6 {
+                    format!("fd00:10:244:{net}::{last}")
+                } else {
+                    format!("10.244.{net}.{last}")
+                };
                 pod(&address, &format!("node{on}"))
             });
-            view = view.with_slice(&format!("slice{n}"), &format!("s{service}"), endpoints.collect());
+            view = view.with_slice(
+                &format!("slice{n}"),
+                &format!("s{service}"),
+                endpoints.collect(),
+            );
         }
         view
     })

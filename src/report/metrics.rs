@@ -86,10 +86,14 @@ impl Collector for Scrape {
         ready.encode(one)?;
 
         let summary = self.0.summary();
-        let help = "Labelled Services by family and verdict: Active, or the reason that blocks them";
+        let help =
+            "Labelled Services by family and verdict: Active, or the reason that blocks them";
         let mut services = encoder.encode_descriptor("metaleg_services", help, None, kind)?;
         for ((family, verdict), count) in &summary.services {
-            let labels = [("family", family.to_string()), ("verdict", (*verdict).to_owned())];
+            let labels = [
+                ("family", family.to_string()),
+                ("verdict", (*verdict).to_owned()),
+            ];
             gauge(*count).encode(services.encode_family(&labels)?)?;
         }
         let help = "Egress pods of the cluster by family";
@@ -111,12 +115,8 @@ impl Collector for Scrape {
         }
         let zero = ConstCounter::new(0_u64);
         let help = "Failures of watches";
-        let mut failures = encoder.encode_descriptor(
-            "metaleg_watch_failures",
-            help,
-            None,
-            zero.metric_type(),
-        )?;
+        let mut failures =
+            encoder.encode_descriptor("metaleg_watch_failures", help, None, zero.metric_type())?;
         for (watch, state) in &watches {
             let labels = [("watch", watch.to_string())];
             let count = ConstCounter::new(state.failures);

@@ -196,7 +196,9 @@ mod tests {
                    "metadata": {"name": "l2-x", "resourceVersion": "7"}, "status": status})
         };
         assert_eq!(
-            parsed(object(json!({"node": "node1", "serviceName": "a", "serviceNamespace": "shop"}))),
+            parsed(object(
+                json!({"node": "node1", "serviceName": "a", "serviceNamespace": "shop"})
+            )),
             Some(claim("node1", 7))
         );
         assert_eq!(parsed(object(json!({}))), None);
@@ -210,7 +212,10 @@ mod tests {
             [claim("node2", 6), claim("node1", 5)],
         ] {
             let (announcers, ends) = Announcers::new(GRACE).resolve(&claims, |_| true, now);
-            assert_eq!(announcers, [(key(), Announcer::Present(node("node2")))].into());
+            assert_eq!(
+                announcers,
+                [(key(), Announcer::Present(node("node2")))].into()
+            );
             assert_eq!(ends, None);
         }
     }

@@ -253,7 +253,9 @@ impl Node {
 #[must_use]
 pub fn service_cidrs(object: &networking::ServiceCIDR) -> BTreeSet<IpNet> {
     let spec = object.spec.as_ref();
-    let cidrs = spec.and_then(|spec| spec.cidrs.as_deref()).unwrap_or_default();
+    let cidrs = spec
+        .and_then(|spec| spec.cidrs.as_deref())
+        .unwrap_or_default();
     cidrs
         .iter()
         .filter_map(|cidr| cidr.parse::<IpNet>().ok())
@@ -325,7 +327,11 @@ mod tests {
                 endpoints: vec![
                     endpoint("10.244.1.2", Some("node1"), Target::Pod(key("p"))),
                     endpoint("10.0.0.1", None, Target::Other("nothing".to_owned())),
-                    endpoint("10.0.0.2", None, Target::Other("VirtualMachine v".to_owned())),
+                    endpoint(
+                        "10.0.0.2",
+                        None,
+                        Target::Other("VirtualMachine v".to_owned())
+                    ),
                 ]
             })
         );

@@ -322,7 +322,9 @@ async fn follow<O, K, F>(
                     let failure = describe(watch, &error);
                     if let Failure::Away(text) = &failure {
                         if !std::mem::replace(&mut index.away, true) {
-                            warn!("the API server does not answer, keeping the data plane and retrying: {text}");
+                            warn!(
+                                "the API server does not answer, keeping the data plane and retrying: {text}"
+                            );
                         }
                     }
                     fail(watch, failure, facts(&mut index))
@@ -460,7 +462,10 @@ mod tests {
     #[test]
     fn only_changes_are_news() {
         let mut facts = Facts::default();
-        assert!(facts.end_list(), "the first complete list is news even when it is empty");
+        assert!(
+            facts.end_list(),
+            "the first complete list is news even when it is empty"
+        );
         assert!(facts.apply("a", Some(1)));
         assert!(!facts.apply("a", Some(1)));
         assert!(facts.apply("a", Some(2)));

@@ -1,0 +1,85 @@
+use std::time::Instant;
+
+use metaleg::state::Step;
+
+use super::*;
+
+fn insert(source: &str, destination: &str, reply: [&str; 2], port: u16) -> String {
+    let [reply_source, reply_destination] = reply;
+    format!(
+        "conntrack -I -s {source} -d {destination} -r {reply_source} -q {reply_destination} \
+         -p udp --sport {port} --dport 53 -t 600 >/dev/null 2>&1\n"
+    )
+}
+
+#[test]
+fn exactly_the_outside_connections_of_the_pods_are_forgotten() {
+    in_namespace(|| async {
+        let mut kernel = open(Mode::Nft).await;
+        sh(
+            "iptables-nft -A FORWARD -m conntrack --ctstate NEW; ip6tables-nft -A FORWARD -m conntrack --ctstate NEW",
+        );
+        let (pod, other) = ("10.244.1.11", "10.244.1.12");
+        let (pod6, outside6) = ("fd00:10:244:1::b", "2001:db8:2::10");
+        let outside = "198.51.100.10";
+        sh(&[
+            insert(pod, outside, [outside, "192.0.2.200"], 1001),
+            insert(pod, outside, [outside, pod], 1002),
+            insert(other, outside, [outside, other], 1003),
+            insert(pod, "10.96.0.10", ["10.244.2.11", pod], 1004),
+            insert(outside, "192.0.2.200", [pod, outside], 1005),
+            insert(pod6, outside6, [outside6, "2001:db8:1::c8"], 1006),
+            insert(outside6, pod6, [pod6, outside6], 1007),
+        ]
+        .concat());
+        let steps = [
+            Step::ForgetConnections(ip(pod)),
+            Step::ForgetConnections(ip(pod6)),
+        ];
+        let excluded = ["10.244.0.0/16".parse().unwrap()].into();
+        let failed = kernel.apply(&steps, &excluded).await;
+        assert!(failed.is_empty(), "{failed:?}");
+        let left = sh("conntrack -L -f ipv4 2>/dev/null; conntrack -L -f ipv6 2>/dev/null");
+        let left: Vec<bool> = (1001..=1007)
+            .map(|port| left.contains(&format!("sport={port} ")))
+            .collect();
+        assert_eq!(left, [false, false, true, true, true, false, true]);
+    });
+}
+
+#[test]
+fn thousands_of_connections_are_forgotten_at_once() {
+    in_namespace(|| async {
+        let mut kernel = open(Mode::Nft).await;
+        sh("iptables-nft -A OUTPUT -m conntrack --ctstate NEW; 
+            ip route add default via 192.0.2.254; ip neigh add 192.0.2.254 lladdr 02:00:00:00:00:fe dev eth0");
+        let socket = std::net::UdpSocket::bind("192.0.2.11:0").unwrap();
+        for n in 0..5000_u16 {
+            let [high, low] = n.to_be_bytes();
+            socket
+                .send_to(b"x", (IpAddr::from([198, 18, high, low]), 53))
+                .unwrap();
+        }
+        let count = || {
+            sh("conntrack -L 2>/dev/null | wc -l")
+                .trim()
+                .parse::<usize>()
+                .unwrap()
+        };
+        assert!(
+            count() >= 4000,
+            "the kernel keeps {} of the connections",
+            count()
+        );
+        let started = Instant::now();
+        let failed = kernel
+            .apply(
+                &[Step::ForgetConnections(ip("192.0.2.11"))],
+                &BTreeSet::new(),
+            )
+            .await;
+        println!("forgot about 5,000 connections in {:?}", started.elapsed());
+        assert!(failed.is_empty(), "{failed:?}");
+        assert_eq!(count(), 0);
+    });
+}

@@ -1,0 +1,251 @@
+use std::time::Instant;
+
+use metaleg::state::Step;
+
+use super::*;
+
+/// Chains, rules and sets that look as much like ours as others' may.
+fn make_foreign(mode: Mode) {
+    for tool in mode.tools() {
+        let family = if tool.starts_with("ip6") {
+            "inet6"
+        } else {
+            "inet"
+        };
+        let foreign = format!("MY-METALEG-{family}");
+        sh(&format!(
+            "{tool} -t mangle -N METALEG-OF-OTHERS; {tool} -t mangle -A METALEG-OF-OTHERS -j ACCEPT
+             {tool} -t mangle -A FORWARD -j METALEG-OF-OTHERS
+             {tool} -t nat -A POSTROUTING -m comment --comment 'metaleg is not ours' -j MASQUERADE
+             {tool} -A FORWARD -j ACCEPT
+             ipset create {foreign} hash:ip family {family}
+             ipset create METALEG-SRC-{family} hash:ip family {family}"
+        ));
+    }
+}
+
+fn foreign(text: &str) -> Vec<String> {
+    let counters = |line: &str| line.split(" [").next().unwrap_or_default().to_owned();
+    let is_foreign = |line: &&str| {
+        !line.starts_with('#')
+            && ["OTHERS", "not ours", "FORWARD -j ACCEPT"]
+                .iter()
+                .any(|f| line.contains(f))
+    };
+    text.lines().filter(is_foreign).map(counters).collect()
+}
+
+fn a_state_is_reached_read_back_and_removed(mode: Mode) {
+    in_namespace(move || async move {
+        make_foreign(mode);
+        let foreign_before = foreign(&mode.save());
+        let mut kernel = open(mode).await;
+        assert_eq!(kernel.observe().await.unwrap(), nothing());
+
+        reach(&mut kernel, &example()).await;
+        assert!(diff(&kernel.observe().await.unwrap(), &example()).is_empty());
+        let marks = sh("ipset save METALEG-MARK-4; ipset save METALEG-MARK-6");
+        assert!(
+            marks.contains("add METALEG-MARK-4 10.244.1.12 skbmark 0x100000/0xf00000"),
+            "{marks}"
+        );
+        let save = mode.save();
+        for rule in [
+            "-j SNAT --to-source 192.0.2.200",
+            "-j SNAT --to-source 2001:db8:1::c8",
+        ] {
+            assert_eq!(save.matches(rule).count(), 1, "{save}");
+        }
+
+        reach(&mut kernel, &nothing()).await;
+        assert_eq!(foreign(&mode.save()), foreign_before);
+        let left = format!("{}{}", mode.save(), sh("ipset list -n"));
+        let ours = |line: &&str| line.contains("METALEG") && !line.contains("OTHERS");
+        let left: Vec<&str> = left.lines().filter(ours).collect();
+        assert_eq!(
+            left,
+            [
+                "MY-METALEG-inet",
+                "METALEG-SRC-inet",
+                "MY-METALEG-inet6",
+                "METALEG-SRC-inet6"
+            ]
+        );
+    });
+}
+
+#[test]
+fn nft_a_state_is_reached_read_back_and_removed() {
+    a_state_is_reached_read_back_and_removed(Mode::Nft);
+}
+
+#[test]
+fn legacy_a_state_is_reached_read_back_and_removed() {
+    a_state_is_reached_read_back_and_removed(Mode::Legacy);
+}
+
+fn damage_is_seen_and_healed(mode: Mode) {
+    in_namespace(move || async move {
+        let mut kernel = open(mode).await;
+        reach(&mut kernel, &example()).await;
+        let [v4, v6] = mode.tools();
+        for damage in [
+            format!("{v4} -t nat -D POSTROUTING 1"),
+            format!("{v4} -D FORWARD 1"),
+            format!("{v6} -t mangle -D PREROUTING 1"),
+            format!("{v4} -t nat -F METALEG-NAT"),
+            format!("{v6} -F METALEG-BLOCK"),
+            format!("{v4} -t mangle -D METALEG-GUARD 3"),
+            format!("{v4} -t mangle -I METALEG-GUARD 1 -j ACCEPT"),
+            format!("{v4} -t nat -I POSTROUTING 1 -j MASQUERADE"),
+            format!("{v4} -I FORWARD 1 -j ACCEPT"),
+            format!("{v4} -t mangle -A FORWARD -j METALEG-GUARD"),
+            format!("{v4} -t nat -D METALEG-NAT 4"),
+            format!("{v4} -t nat -F; {v4} -t mangle -F; {v4} -F"),
+            "ipset flush METALEG-PODS-4".to_owned(),
+            "ipset del METALEG-VIPS-4 192.0.2.200".to_owned(),
+            "ipset add METALEG-BLOCKED-4 10.244.1.99".to_owned(),
+            "ipset flush METALEG-MARK-6; ipset add METALEG-MARK-6 fd00:10:244:1::c skbmark 0x200000/0xf00000".to_owned(),
+            "ipset create METALEG-VIP-192.0.2.99 hash:ip maxelem 1048576; ipset add METALEG-VIP-192.0.2.99 10.244.1.11".to_owned(),
+            format!("{v4} -t nat -F; {v4} -t mangle -F; {v4} -F; ipset destroy METALEG-PODS-4"),
+            "ip rule flush; ip rule add pref 32766 lookup main".to_owned(),
+            "ip -6 route flush table 100001".to_owned(),
+        ] {
+            sh(&damage);
+            assert_ne!(kernel.observe().await.unwrap(), example(), "not seen: {damage}");
+            reach(&mut kernel, &example()).await;
+        }
+    });
+}
+
+#[test]
+fn nft_damage_is_seen_and_healed() {
+    damage_is_seen_and_healed(Mode::Nft);
+}
+
+#[test]
+fn legacy_damage_is_seen_and_healed() {
+    damage_is_seen_and_healed(Mode::Legacy);
+}
+
+#[test]
+fn every_step_may_be_repeated() {
+    in_namespace(|| async {
+        let mut kernel = open(Mode::Nft).await;
+        for (from, to) in [(nothing(), example()), (example(), nothing())] {
+            for step in diff(&from, &to) {
+                for _ in 0..2 {
+                    let failed = kernel
+                        .apply(std::slice::from_ref(&step), &BTreeSet::new())
+                        .await;
+                    assert!(failed.is_empty(), "{step}: {failed:?}");
+                }
+            }
+            assert_eq!(kernel.observe().await.unwrap(), to);
+        }
+    });
+}
+
+#[test]
+fn vips_come_and_go_beside_each_other() {
+    in_namespace(|| async {
+        let mut kernel = open(Mode::Nft).await;
+        reach(&mut kernel, &example()).await;
+        let mut other = example();
+        let firewall = &mut other.families.get_mut(&Family::V4).unwrap().firewall;
+        firewall.vips = [ip("192.0.2.200"), ip("192.0.2.210"), ip("192.0.2.211")].into();
+        firewall.pods.get_mut(&ip("10.244.1.13")).unwrap().vips = [ip("192.0.2.210")].into();
+        reach(&mut kernel, &other).await;
+        assert!(!sh("ipset list -n").contains("192.0.2.201"));
+        reach(&mut kernel, &example()).await;
+    });
+}
+
+#[test]
+fn a_step_that_fails_keeps_no_other_from_being_done() {
+    in_namespace(|| async {
+        let mut kernel = open(Mode::Nft).await;
+        let steps = [
+            Step::InstallFirewall(Family::V4, [ip("192.0.2.200")].into()),
+            Step::Know(ip("10.244.1.11")),
+            Step::Translate {
+                pod: ip("10.244.1.11"),
+                vip: ip("192.0.2.99"),
+            },
+            Step::Block(ip("10.244.1.12")),
+            Step::SetGateway(
+                TableId(100_001),
+                NextHop {
+                    via: ip("192.0.2.12"),
+                    dev: "eth9".to_owned(),
+                },
+            ),
+            Step::Gateway(ip("10.244.1.11")),
+        ];
+        let failed = kernel.apply(&steps, &BTreeSet::new()).await;
+        let failed: Vec<&Step> = failed.iter().map(|failure| &failure.step).collect();
+        assert_eq!(failed, [&steps[2], &steps[4]]);
+        let state = kernel.observe().await.unwrap();
+        let pods = &state.families[&Family::V4].firewall.pods;
+        assert!(pods[&ip("10.244.1.11")].known && pods[&ip("10.244.1.11")].gatewayed);
+        assert!(pods[&ip("10.244.1.12")].blocked);
+    });
+}
+
+#[test]
+fn five_thousand_services_fit() {
+    in_namespace(|| async {
+        let mut kernel = open(Mode::Nft).await;
+        let mut large = example();
+        let firewall = &mut large.families.get_mut(&Family::V4).unwrap().firewall;
+        for n in 0..5000_u16 {
+            let [high, low] = n.to_be_bytes();
+            let vip = IpAddr::from([198, 18, high, low]);
+            let state = PodState {
+                known: true,
+                vips: [vip].into(),
+                ..PodState::default()
+            };
+            firewall.vips.insert(vip);
+            firewall
+                .pods
+                .insert(IpAddr::from([10, 99, high, low]), state);
+        }
+        let started = Instant::now();
+        reach(&mut kernel, &large).await;
+        println!(
+            "5,000 VIPs with a pod each: written and read back in {:?}",
+            started.elapsed()
+        );
+        let started = Instant::now();
+        reach(&mut kernel, &example()).await;
+        println!("removed and read back in {:?}", started.elapsed());
+    });
+}
+
+#[test]
+fn legacy_tables_are_not_registered_by_looking_for_them() {
+    in_namespace(|| async {
+        sh("iptables-nft -t nat -A POSTROUTING -j MASQUERADE");
+        let kernel = NodeKernel::open(MASK).await.unwrap();
+        assert!(
+            kernel.describe().contains("nf_tables"),
+            "{}",
+            kernel.describe()
+        );
+        assert_eq!(sh("cat /proc/net/ip_tables_names 2>/dev/null || true"), "");
+    });
+}
+
+#[test]
+fn without_a_kubelet_the_mode_with_more_rules_is_used() {
+    in_namespace(|| async {
+        sh("iptables-legacy -t nat -A POSTROUTING -j MASQUERADE");
+        let kernel = NodeKernel::open(MASK).await.unwrap();
+        assert!(
+            kernel.describe().contains("legacy"),
+            "{}",
+            kernel.describe()
+        );
+    });
+}

@@ -1,0 +1,141 @@
+use super::*;
+
+#[test]
+fn rules_and_routes_are_what_the_design_says() {
+    in_namespace(|| async {
+        let mut kernel = open(Mode::Nft).await;
+        reach(&mut kernel, &example()).await;
+        let rules = sh("ip rule list | grep 'proto 77' | tr '\\t' ' '");
+        for rule in [
+            "1000: from all fwmark 0/0xf00000 goto 1099 proto 77",
+            "1001: from all to 10.244.2.0/24 goto 1099 proto 77",
+            "1002: from all fwmark 0x100000/0xf00000 lookup 100001 proto 77",
+            "1098: not from all fwmark 0/0xf00000 unreachable proto 77",
+            "1099: from all nop proto 77",
+        ] {
+            assert!(
+                rules.lines().any(|line| line == rule),
+                "{rule}\nnot in\n{rules}"
+            );
+        }
+        assert_eq!(sh("ip -6 rule list | grep -c 'proto 77'"), "8\n");
+        let table = sh("ip route show table 100001");
+        assert_eq!(
+            table.lines().map(str::trim).collect::<Vec<_>>(),
+            [
+                "default via 192.0.2.12 dev eth0 proto 77 metric 100",
+                "unreachable default proto 77 metric 4278198272"
+            ]
+        );
+        let table = sh("ip -6 route show table 100001");
+        assert!(
+            table.contains("default via 2001:db8:1::12 dev eth0 proto 77 metric 100"),
+            "{table}"
+        );
+        assert!(
+            table.contains("unreachable default dev lo proto 77 metric 4278198272"),
+            "{table}"
+        );
+    });
+}
+
+#[test]
+fn rules_and_routes_of_others_stay_even_in_our_ranges() {
+    in_namespace(|| async {
+        let foreign = "
+            ip rule add pref 1001 to 10.244.2.0/24 lookup main
+            ip rule add pref 1002 fwmark 0x100000/0xf00000 lookup 100001
+            ip rule add pref 1099 nop
+            ip route add 203.0.113.0/24 dev eth0 table 100001
+            ip route add blackhole default metric 50 table 100002";
+        sh(foreign);
+        let look =
+            "ip rule list | grep -v 'proto 77'; ip route show table all | grep -v 'proto 77'";
+        let before = sh(look);
+        let mut kernel = open(Mode::Nft).await;
+        reach(&mut kernel, &example()).await;
+        assert_eq!(sh(look), before);
+        reach(&mut kernel, &nothing()).await;
+        assert_eq!(sh(look), before);
+    });
+}
+
+#[test]
+fn a_gateway_is_replaced_without_a_moment_without_one() {
+    in_namespace(|| async {
+        let mut kernel = open(Mode::Nft).await;
+        reach(&mut kernel, &example()).await;
+        let mut moved = example();
+        for (family, via) in [(Family::V4, "192.0.2.13"), (Family::V6, "2001:db8:1::13")] {
+            let routes = &mut moved.families.get_mut(&family).unwrap().routes;
+            let table = routes.tables.get_mut(&TableId(100_001)).unwrap();
+            table.gateway.as_mut().unwrap().via = ip(via);
+        }
+        let steps = diff(&example(), &moved);
+        assert_eq!(steps.len(), 2, "{steps:?}");
+        reach(&mut kernel, &moved).await;
+        assert_eq!(
+            sh("ip -4 route show table 100001; ip -6 route show table 100001")
+                .lines()
+                .count(),
+            4
+        );
+    });
+}
+
+#[test]
+fn a_node_whose_first_rule_is_lost_is_not_cut_off() {
+    in_namespace(|| async {
+        let mut kernel = open(Mode::Nft).await;
+        reach(&mut kernel, &example()).await;
+        sh("ip route add default via 192.0.2.254");
+        sh("ip rule del pref 1000; ip rule del pref 1099");
+        assert!(sh("ip route get 198.51.100.10").contains("via 192.0.2.254"));
+        let marked = Command::new("ip")
+            .args(["route", "get", "198.51.100.10", "mark", "0x200000"])
+            .output()
+            .unwrap();
+        assert!(
+            !marked.status.success(),
+            "a mark without a gateway must not leave"
+        );
+    });
+}
+
+#[test]
+fn a_marked_packet_takes_the_gateway_unless_its_destination_is_excluded() {
+    in_namespace(|| async {
+        let mut kernel = open(Mode::Nft).await;
+        reach(&mut kernel, &example()).await;
+        sh("ip route add default via 192.0.2.254");
+        let route = |to: &str| sh(&format!("ip route get {to} mark 0x100000"));
+        assert!(route("198.51.100.10").contains("via 192.0.2.12"));
+        assert!(route("10.244.2.9").contains("via 192.0.2.254"));
+        sh("ip route del default via 192.0.2.12 table 100001");
+        let lost = Command::new("ip")
+            .args(["route", "get", "198.51.100.10", "mark", "0x100000"])
+            .output()
+            .unwrap();
+        assert!(
+            !lost.status.success(),
+            "a lost gateway must not fall through to the main table"
+        );
+    });
+}
+
+#[test]
+fn links_that_are_up_tell_their_networks() {
+    in_namespace(|| async {
+        let mut kernel = open(Mode::Nft).await;
+        sh("ip link add down0 type bridge; ip addr add 203.0.113.1/24 dev down0");
+        let links = kernel.links().await.unwrap();
+        let link = links.iter().find(|link| link.name == "eth0").unwrap();
+        assert!(link.nets.contains(&"192.0.2.0/24".parse().unwrap()));
+        assert!(link.nets.contains(&"2001:db8:1::/64".parse().unwrap()));
+        assert!(
+            !links
+                .iter()
+                .any(|link| link.name == "down0" || link.name == "lo")
+        );
+    });
+}
