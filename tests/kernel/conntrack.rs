@@ -8,7 +8,7 @@ fn insert(source: &str, destination: &str, reply: [&str; 2], port: u16) -> Strin
     let [reply_source, reply_destination] = reply;
     format!(
         "conntrack -I -s {source} -d {destination} -r {reply_source} -q {reply_destination} \
-         -p udp --sport {port} --dport 53 -t 600 >/dev/null 2>&1\n"
+         -p udp --sport {port} --dport 53 --reply-port-src 53 --reply-port-dst {port} -t 600 >/dev/null 2>&1\n"
     )
 }
 
