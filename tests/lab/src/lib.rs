@@ -1,1 +1,920 @@
-//! The lab.
+//! A real Kubernetes with MetalLB in network namespaces of one machine, for tests and the demo.
+//!
+//! ```text
+//!            control plane .1      LAN server .100
+//!                  |                    |
+//!   ---------------+------- LAN --------+----------+---  192.0.2.0/24, 2001:db8:1::/64
+//!        |              |             |            |
+//!   node1 .11      node2 .12     node3 .13     router .254 --- far server 198.51.100.10, 2001:db8:2::10
+//!     pods           pods          pods
+//!   10.244.1.0/24  10.244.2.0/24  10.244.3.0/24 (and fd00:10:244:N::/64)
+//! ```
+//!
+//! etcd, kube-apiserver with RBAC, kube-controller-manager, kube-scheduler, kube-proxy and MetalLB are the real
+//! programs; the kernel is the real kernel. Only the kubelet is a stand-in: see [`kubelet`].
+//!
+//! Nothing has a name outside: namespaces are held by processes, which the kernel kills when the lab ends,
+//! however it ends. Any number of labs run side by side.
+
+pub mod api;
+pub mod binaries;
+pub mod cluster;
+pub mod host;
+pub mod kubelet;
+pub mod net;
+pub mod probe;
+
+use std::fmt;
+use std::fs;
+use std::net::{IpAddr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, Once, PoisonError};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use nix::sys::signal::Signal;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use crate::api::Api;
+use crate::binaries::Binaries;
+use crate::cluster::Cluster;
+use crate::host::Host;
+use crate::kubelet::Kubelet;
+use crate::probe::{PORT, Protocol, Seen, Server, Stream};
+
+/// Writes a line for the person who watches.
+#[macro_export]
+macro_rules! say {
+    ($($arg:tt)*) => {{
+        use std::io::Write as _;
+        // A reader that goes away early is no failure.
+        let _ = writeln!(std::io::stdout(), $($arg)*);
+        let _ = std::io::stdout().flush();
+    }};
+}
+
+/// An IP address family.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Family {
+    /// IPv4.
+    V4,
+    /// IPv6.
+    V6,
+}
+
+impl Family {
+    /// Both.
+    pub const BOTH: [Family; 2] = [Family::V4, Family::V6];
+}
+
+impl fmt::Display for Family {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Family::V4 => "IPv4",
+            Family::V6 => "IPv6",
+        })
+    }
+}
+
+/// How kube-proxy programs the nodes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KubeProxy {
+    /// With iptables.
+    Iptables,
+    /// With nftables.
+    Nftables,
+}
+
+/// Where the CNI plugin's masquerade is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Masquerade {
+    /// iptables in nf_tables mode.
+    IptablesNft,
+    /// iptables in legacy mode.
+    IptablesLegacy,
+    /// A table of its own.
+    NftTable,
+}
+
+impl Masquerade {
+    /// The mode of iptables on these nodes.
+    #[must_use]
+    pub fn iptables_mode(self) -> &'static str {
+        match self {
+            Masquerade::IptablesLegacy => "legacy",
+            Masquerade::IptablesNft | Masquerade::NftTable => "nft",
+        }
+    }
+}
+
+/// What kind of lab.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Number of nodes.
+    pub nodes: usize,
+    /// kube-proxy's mode.
+    pub kube_proxy: KubeProxy,
+    /// The CNI plugin's masquerade.
+    pub masquerade: Masquerade,
+    /// The program that the image of the DaemonSet stands for.
+    pub agent: PathBuf,
+}
+
+/// A pod of the lab.
+#[derive(Debug)]
+pub struct Pod {
+    /// Its name.
+    pub name: String,
+    /// Its node, counted from 1.
+    pub node: usize,
+    /// Its addresses.
+    pub addresses: [String; 2],
+    host: Host,
+    _server: Server,
+}
+
+impl Pod {
+    /// Its address in a family.
+    #[must_use]
+    pub fn address(&self, family: Family) -> IpAddr {
+        net::pick(&self.addresses, family)
+    }
+}
+
+/// Outside servers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outside {
+    /// On the nodes' network.
+    Lan,
+    /// Behind the router.
+    Far,
+}
+
+impl Outside {
+    /// Both.
+    pub const BOTH: [Outside; 2] = [Outside::Lan, Outside::Far];
+
+    /// Its address in a family.
+    #[must_use]
+    pub fn address(self, family: Family) -> IpAddr {
+        match self {
+            Outside::Lan => net::pick(&net::LAN_SERVER, family),
+            Outside::Far => net::pick(&net::FAR_SERVER, family),
+        }
+    }
+}
+
+/// A LoadBalancer Service of the lab.
+#[derive(Clone, Debug)]
+pub struct ServiceSpec {
+    /// Its name; its pods are those with the label `app` of this value.
+    pub name: String,
+    /// `Cluster` or `Local`.
+    pub traffic_policy: &'static str,
+    /// Its families.
+    pub families: Vec<Family>,
+}
+
+impl ServiceSpec {
+    /// A dual-stack Service whose traffic keeps the client's address.
+    #[must_use]
+    pub fn new(name: &str) -> ServiceSpec {
+        ServiceSpec {
+            name: name.to_owned(),
+            traffic_policy: "Cluster",
+            families: Family::BOTH.into(),
+        }
+    }
+
+    /// Chooses the traffic policy.
+    #[must_use]
+    pub fn traffic_policy(mut self, policy: &'static str) -> ServiceSpec {
+        self.traffic_policy = policy;
+        self
+    }
+
+    /// Chooses the families.
+    #[must_use]
+    pub fn families(mut self, families: &[Family]) -> ServiceSpec {
+        self.families = families.into();
+        self
+    }
+}
+
+/// Label that makes a Service an egress Service.
+pub const EGRESS_LABEL: &str = "metaleg.de/rewriteSrcIP";
+const EXCLUDE_LABEL: &str = "node.kubernetes.io/exclude-from-external-load-balancers";
+const SERVICES: &str = "/api/v1/namespaces/default/services";
+const PODS: &str = "/api/v1/namespaces/default/pods";
+/// How long anything of the cluster may take to come about.
+pub const SOON: Duration = Duration::from_secs(20);
+const PREFIX: &str = "metaleg-lab-";
+
+/// A running lab. Everything of it ends with it.
+#[derive(Debug)]
+pub struct Lab {
+    // In the order in which they must end.
+    kubelet: Option<Kubelet>,
+    pods: Vec<Pod>,
+    _servers: Vec<Server>,
+    cluster: Cluster,
+    api: Api,
+    nodes: Arc<Vec<Host>>,
+    lan_server: Host,
+    far_server: Host,
+    _router: Host,
+    control_plane: Host,
+    _lan: Host,
+    directory: TempDir,
+    options: Options,
+    next_pod: usize,
+}
+
+/// Waits until `check` finds something.
+///
+/// # Errors
+/// With `what` and the last error or "not yet" when it has not by the end of `limit`.
+pub fn eventually<T>(
+    limit: Duration,
+    what: &str,
+    mut check: impl FnMut() -> Result<Option<T>>,
+) -> Result<T> {
+    let deadline = Instant::now() + limit;
+    loop {
+        let result = check();
+        if let Ok(Some(value)) = result {
+            return Ok(value);
+        }
+        if Instant::now() > deadline {
+            let why = result
+                .err()
+                .map_or("not yet".to_owned(), |error| format!("{error:#}"));
+            bail!("waited {limit:?} until {what}: {why}");
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+impl Lab {
+    /// Builds what is missing and starts a lab with everything but MetalEG.
+    ///
+    /// # Errors
+    /// When a tool is missing, or something does not come up; nothing is left then.
+    pub fn start(options: Options) -> Result<Lab> {
+        if !nix::unistd::geteuid().is_root() {
+            bail!("the lab makes network namespaces: run it as root");
+        }
+        require_tools()?;
+        let binaries = Binaries::build()?;
+        sweep();
+        end_with_signals();
+        let directory = tempfile::Builder::new()
+            .prefix(&format!("{PREFIX}{}-", std::process::id()))
+            .tempdir()?;
+        remember(directory.path());
+
+        let lan = Host::new("lan")?;
+        net::make_lan(&lan)?;
+        let control_plane = Host::new("control-plane")?;
+        net::join(
+            &lan,
+            &control_plane,
+            "02:00:00:00:00:01",
+            &net::CONTROL_PLANE,
+        )?;
+        let (mut cluster, api) = {
+            let nodes = Lab::nodes(&lan, &options)?;
+            let (mut cluster, api) = Cluster::start(&control_plane, &binaries, directory.path())?;
+            for (number, node) in (1..).zip(&nodes) {
+                cluster::create_node(&api, &node.name, number)?;
+            }
+            cluster.start_controllers(
+                &control_plane,
+                &nodes,
+                options.kube_proxy,
+                options.masquerade,
+            )?;
+            ((cluster, nodes), api)
+        };
+        cluster.0.start_metallb(&control_plane, &cluster.1, &api)?;
+        let (cluster, nodes) = cluster;
+        let router = Host::new("router")?;
+        net::join(
+            &lan,
+            &router,
+            "02:00:00:00:00:fe",
+            &["192.0.2.254", "2001:db8:1::fe"],
+        )?;
+        let far_server = Host::new("far-server")?;
+        net::make_far_side(&router, &far_server)?;
+        net::routes_to_pods(&router, options.nodes, None)?;
+        let lan_server = Host::new("lan-server")?;
+        net::join(&lan, &lan_server, "02:00:00:00:00:64", &net::LAN_SERVER)?;
+        net::default_route(&lan_server)?;
+        net::routes_to_pods(&lan_server, options.nodes, None)?;
+        let mut servers = vec![probe::serve(&lan_server)?, probe::serve(&far_server)?];
+        for node in &nodes {
+            servers.push(probe::serve(node)?);
+        }
+        Ok(Lab {
+            kubelet: None,
+            pods: Vec::new(),
+            _servers: servers,
+            cluster,
+            api,
+            nodes: Arc::new(nodes),
+            lan_server,
+            far_server,
+            _router: router,
+            control_plane,
+            _lan: lan,
+            directory,
+            options,
+            next_pod: 1,
+        })
+    }
+
+    fn nodes(lan: &Host, options: &Options) -> Result<Vec<Host>> {
+        let mut nodes = Vec::new();
+        for number in 1..=options.nodes {
+            let node = Host::new(&format!("node{number}"))?;
+            net::join(lan, &node, &net::node_mac(number), &net::node(number))?;
+            net::default_route(&node)?;
+            net::routes_to_pods(&node, options.nodes, Some(number))?;
+            net::make_node(&node, number, options.masquerade)?;
+            nodes.push(node);
+        }
+        Ok(nodes)
+    }
+
+    // === looking around ===
+
+    /// The directory with logs and kubeconfigs.
+    #[must_use]
+    pub fn directory(&self) -> &Path {
+        self.directory.path()
+    }
+
+    /// A shell command that runs kubectl as the administrator, from anywhere on this machine.
+    #[must_use]
+    pub fn kubectl_command(&self) -> String {
+        format!(
+            "nsenter -t {} -n {} --kubeconfig={}",
+            self.control_plane.pid(),
+            self.cluster.kubectl_path().display(),
+            self.cluster.kubeconfig.display()
+        )
+    }
+
+    /// A node, counted from 1.
+    #[must_use]
+    pub fn node(&self, number: usize) -> &Host {
+        &self.nodes[number - 1]
+    }
+
+    /// Numbers of all nodes.
+    #[must_use]
+    pub fn node_numbers(&self) -> std::ops::RangeInclusive<usize> {
+        1..=self.options.nodes
+    }
+
+    /// A pod by name.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn pod(&self, name: &str) -> Result<&Pod> {
+        let pod = self.pods.iter().find(|pod| pod.name == name);
+        pod.with_context(|| format!("there is no pod {name}"))
+    }
+
+    /// The API server.
+    #[must_use]
+    pub fn api(&self) -> &Api {
+        &self.api
+    }
+
+    /// Runs kubectl as the administrator.
+    ///
+    /// # Errors
+    /// With what kubectl says.
+    pub fn kubectl(&self, args: &[&str]) -> Result<String> {
+        self.cluster.kubectl(&self.control_plane, args, None)
+    }
+
+    /// Writes everything that helps to understand a failure into a directory.
+    ///
+    /// # Errors
+    /// When the directory cannot be written.
+    pub fn dump(&self, target: &Path) -> Result<()> {
+        fs::create_dir_all(target)?;
+        for node in self.nodes.iter() {
+            let text = node.output(
+                "for c in 'ip rule' 'ip -6 rule' 'ip route show table all' 'ip -6 route show table all' \
+                 'ip neigh' iptables-nft-save ip6tables-nft-save iptables-legacy-save ip6tables-legacy-save \
+                 'nft list ruleset' 'ipset save' 'conntrack -L' 'conntrack -L -f ipv6'; do \
+                 echo \"== $c\"; $c 2>&1 || true; done",
+            )?;
+            fs::write(target.join(format!("{}.txt", node.name)), text.stdout)?;
+        }
+        let objects = self.kubectl(&[
+            "get",
+            "services,endpointslices,nodes,pods,servicel2statuses.metallb.io",
+            "-A",
+            "-o",
+            "yaml",
+        ]);
+        fs::write(
+            target.join("objects.yaml"),
+            objects.unwrap_or_else(|error| format!("{error:#}")),
+        )?;
+        for entry in fs::read_dir(self.directory().join("logs"))? {
+            let entry = entry?;
+            fs::copy(entry.path(), target.join(entry.file_name()))?;
+        }
+        Ok(())
+    }
+
+    // === MetalEG ===
+
+    /// Installs MetalEG as an operator does, and waits until it is ready on every node.
+    ///
+    /// # Errors
+    /// With the agents' logs when they do not become ready.
+    pub fn install_metaleg(&mut self) -> Result<()> {
+        let manifests = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../k8s");
+        let manifests = manifests.canonicalize()?.display().to_string();
+        self.kubectl(&["apply", "-k", &manifests])?;
+        self.kubelet = Some(Kubelet::start(
+            &self.api,
+            &self.nodes,
+            ("metallb-system", "app.kubernetes.io/name=metaleg"),
+            &self.options.agent,
+            &self.cluster.authority,
+            self.directory.path(),
+        ));
+        self.wait_for_agents()
+    }
+
+    /// Waits until the agents of all nodes are ready.
+    ///
+    /// # Errors
+    /// With the agents' logs when they do not become ready.
+    pub fn wait_for_agents(&self) -> Result<()> {
+        let nodes = self.options.nodes;
+        let all_ready = || {
+            let path = "/apis/apps/v1/namespaces/metallb-system/daemonsets/metaleg-agent";
+            let status = &self.api.get(path)?["status"];
+            let kubelet = self.kubelet.as_ref().context("MetalEG is not installed")?;
+            Ok((status["numberReady"] == nodes && kubelet.ready() == nodes).then_some(()))
+        };
+        eventually(SOON, "MetalEG is ready on every node", all_ready).map_err(|error| {
+            let logs: String = self.node_numbers().map(|n| self.agent_log(n)).collect();
+            error.context(format!("logs of the agents:\n{logs}"))
+        })
+    }
+
+    /// What the agent of a node wrote, over all its starts.
+    #[must_use]
+    pub fn agent_log(&self, node: usize) -> String {
+        let path = self.directory().join(format!("logs/agent-node{node}.log"));
+        fs::read_to_string(path).unwrap_or_default()
+    }
+
+    /// Ends the agent of a node with a signal and waits until the kubelet has started it again and it is ready.
+    ///
+    /// # Errors
+    /// When it does not come back.
+    pub fn restart_agent(&self, node: usize, signal: Signal) -> Result<()> {
+        let kubelet = self.kubelet.as_ref().context("MetalEG is not installed")?;
+        let name = format!("node{node}");
+        let before = kubelet.restarts(&name);
+        kubelet.signal(&name, signal)?;
+        eventually(SOON, "the agent is started again", || {
+            Ok((kubelet.restarts(&name) > before).then_some(()))
+        })?;
+        self.wait_for_agents()
+    }
+
+    // === objects ===
+
+    /// Starts a pod on a node, as a member of an `app`.
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub fn create_pod(&mut self, name: &str, node: usize, app: &str) -> Result<()> {
+        let n = self.next_pod;
+        self.next_pod += 1;
+        let host = Host::new(name)?;
+        net::connect_pod(self.node(node), node, &host, &format!("pod{n}"), n)?;
+        let server = probe::serve(&host)?;
+        let addresses = net::pod(node, n);
+        let labels = json!({"app": app});
+        cluster::create_pod(
+            &self.api,
+            "default",
+            name,
+            &format!("node{node}"),
+            &labels,
+            &addresses,
+            false,
+        )?;
+        self.pods.push(Pod {
+            name: name.to_owned(),
+            node,
+            addresses,
+            host,
+            _server: server,
+        });
+        Ok(())
+    }
+
+    /// Creates a hostNetwork pod: an object only, for its network is the node's.
+    ///
+    /// # Errors
+    /// With the API server's reason.
+    pub fn create_host_network_pod(&self, name: &str, node: usize, app: &str) -> Result<()> {
+        let labels = json!({"app": app});
+        cluster::create_pod(
+            &self.api,
+            "default",
+            name,
+            &format!("node{node}"),
+            &labels,
+            &net::node(node),
+            true,
+        )
+    }
+
+    /// Ends a pod.
+    ///
+    /// # Errors
+    /// With the API server's reason.
+    pub fn delete_pod(&mut self, name: &str) -> Result<()> {
+        self.api.delete(&format!("{PODS}/{name}"))?;
+        self.pods.retain(|pod| pod.name != name);
+        Ok(())
+    }
+
+    /// Creates a LoadBalancer Service and waits for its VIPs.
+    ///
+    /// # Errors
+    /// When MetalLB gives none.
+    pub fn create_service(&self, spec: &ServiceSpec) -> Result<Vec<IpAddr>> {
+        let families: Vec<String> = spec.families.iter().map(Family::to_string).collect();
+        let policy = if families.len() > 1 {
+            "RequireDualStack"
+        } else {
+            "SingleStack"
+        };
+        let service = json!({
+            "apiVersion": "v1", "kind": "Service",
+            "metadata": {"name": spec.name},
+            "spec": {
+                "type": "LoadBalancer", "selector": {"app": spec.name},
+                "externalTrafficPolicy": spec.traffic_policy,
+                "ipFamilyPolicy": policy, "ipFamilies": families,
+                "ports": [{"name": "tcp", "protocol": "TCP", "port": PORT},
+                          {"name": "udp", "protocol": "UDP", "port": PORT}],
+            },
+        });
+        self.api.create(SERVICES, &service)?;
+        self.wait_for_vips(&spec.name)
+    }
+
+    /// Waits until a Service has a VIP for each of its families, and returns them in the order of the families.
+    ///
+    /// # Errors
+    /// When MetalLB gives none.
+    pub fn wait_for_vips(&self, service: &str) -> Result<Vec<IpAddr>> {
+        eventually(SOON, "MetalLB assigns the VIPs", || {
+            let object = self.service(service)?;
+            let families = object["spec"]["ipFamilies"]
+                .as_array()
+                .cloned()
+                .unwrap_or_default();
+            let ingress = object["status"]["loadBalancer"]["ingress"]
+                .as_array()
+                .cloned();
+            let vips: Vec<IpAddr> = ingress
+                .unwrap_or_default()
+                .iter()
+                .filter_map(|ingress| ingress["ip"].as_str()?.parse().ok())
+                .collect();
+            let of = |family: &Value| {
+                vips.iter()
+                    .find(|vip| vip.is_ipv4() == (*family == "IPv4"))
+                    .copied()
+            };
+            let ordered: Vec<IpAddr> = families.iter().filter_map(of).collect();
+            Ok((ordered.len() == families.len() && !ordered.is_empty()).then_some(ordered))
+        })
+    }
+
+    fn service(&self, name: &str) -> Result<Value> {
+        self.api.get(&format!("{SERVICES}/{name}"))
+    }
+
+    /// Changes a Service by a merge patch.
+    ///
+    /// # Errors
+    /// With the API server's reason.
+    pub fn patch_service(&self, name: &str, change: &Value) -> Result<()> {
+        self.api.patch(&format!("{SERVICES}/{name}"), change)
+    }
+
+    /// Opts a Service in or out.
+    ///
+    /// # Errors
+    /// With the API server's reason.
+    pub fn label_service(&self, name: &str, egress: bool) -> Result<()> {
+        let value = if egress { json!("true") } else { Value::Null };
+        self.patch_service(
+            name,
+            &json!({"metadata": {"labels": {EGRESS_LABEL: value}}}),
+        )
+    }
+
+    /// Deletes a Service.
+    ///
+    /// # Errors
+    /// With the API server's reason.
+    pub fn delete_service(&self, name: &str) -> Result<()> {
+        self.api.delete(&format!("{SERVICES}/{name}"))
+    }
+
+    /// A port of a Service on the nodes.
+    ///
+    /// # Errors
+    /// When it has none.
+    pub fn node_port(&self, service: &str) -> Result<u16> {
+        let port = self.service(service)?["spec"]["ports"][0]["nodePort"].as_u64();
+        Ok(u16::try_from(port.context("no node port")?)?)
+    }
+
+    /// The ClusterIP of a Service in a family.
+    ///
+    /// # Errors
+    /// When it has none.
+    pub fn cluster_ip(&self, service: &str, family: Family) -> Result<IpAddr> {
+        let object = self.service(service)?;
+        let ips = object["spec"]["clusterIPs"]
+            .as_array()
+            .cloned()
+            .unwrap_or_default();
+        let mut ips = ips
+            .iter()
+            .filter_map(|ip| ip.as_str()?.parse::<IpAddr>().ok());
+        ips.find(|ip| ip.is_ipv4() == (family == Family::V4))
+            .context("no ClusterIP of this family")
+    }
+
+    // === the wire ===
+
+    /// The node that answers for a VIP on the wire, if any.
+    ///
+    /// # Errors
+    /// When the LAN server cannot be asked.
+    pub fn announcer(&self, vip: IpAddr) -> Result<Option<usize>> {
+        let look = format!(
+            "ip neigh del {vip} dev eth0 2>/dev/null || true
+             ip neigh add {vip} dev eth0 nud none 2>/dev/null || true
+             ip neigh change {vip} dev eth0 use 2>/dev/null || true
+             for i in 1 2 3 4 5 6 7 8 9 10; do
+               line=$(ip neigh show {vip} dev eth0)
+               case \"$line\" in *lladdr*) break;; esac
+               sleep 0.05
+             done
+             echo \"$line\""
+        );
+        // Something must be sent for the kernel to ask who has the address.
+        let target = SocketAddr::new(vip, 9);
+        let sent = self.lan_server.inside(move || {
+            let any: IpAddr = if vip.is_ipv4() {
+                [0; 4].into()
+            } else {
+                [0_u16; 8].into()
+            };
+            std::net::UdpSocket::bind((any, 0))
+                .and_then(|socket| socket.send_to(b"?", target))
+                .is_ok()
+        })?;
+        // What matters is the question, not the datagram.
+        let _ = sent.join();
+        let line = self.lan_server.sh(&look)?;
+        Ok(self
+            .node_numbers()
+            .find(|number| line.contains(&net::node_mac(*number))))
+    }
+
+    /// Waits until some node, or a certain one, answers for a VIP, and returns it.
+    ///
+    /// # Errors
+    /// When none does in time.
+    pub fn wait_for_announcer(&self, vip: IpAddr, wanted: Option<usize>) -> Result<usize> {
+        eventually(SOON, &format!("{vip} is announced by {wanted:?}"), || {
+            let found = self.announcer(vip)?;
+            Ok(found.filter(|node| wanted.is_none_or(|wanted| wanted == *node)))
+        })
+    }
+
+    /// Makes a node the only one that may announce, and waits until it does for all of these VIPs.
+    ///
+    /// # Errors
+    /// When the VIPs do not move.
+    pub fn move_announcement(&self, vips: &[IpAddr], to: usize) -> Result<()> {
+        // The new one first: in between there is always one that may.
+        self.allow_announcing(to, true)?;
+        for number in self.node_numbers().filter(|number| *number != to) {
+            self.allow_announcing(number, false)?;
+        }
+        for vip in vips {
+            self.wait_for_announcer(*vip, Some(to))?;
+        }
+        Ok(())
+    }
+
+    /// Says whether a node may announce VIPs.
+    ///
+    /// # Errors
+    /// With the API server's reason.
+    pub fn allow_announcing(&self, node: usize, allowed: bool) -> Result<()> {
+        let value = if allowed { Value::Null } else { json!("true") };
+        let change = json!({"metadata": {"labels": {EXCLUDE_LABEL: value}}});
+        self.api
+            .patch(&format!("/api/v1/nodes/node{node}"), &change)
+    }
+
+    /// Kills a process of the cluster (`kube-apiserver`, `speaker-node1`, `kube-proxy-node2`, …).
+    ///
+    /// # Errors
+    /// When there is none of that name.
+    pub fn kill(&mut self, process: &str) -> Result<()> {
+        self.cluster.kill(process)
+    }
+
+    /// Starts a process of the cluster again.
+    ///
+    /// # Errors
+    /// When there never was one of that name.
+    pub fn restart(&mut self, process: &str) -> Result<()> {
+        let node = self
+            .nodes
+            .iter()
+            .find(|node| process.ends_with(&format!("-{}", node.name)));
+        self.cluster
+            .restart(process, node.unwrap_or(&self.control_plane))
+    }
+
+    /// What an outside server sees when a pod opens a connection.
+    ///
+    /// # Errors
+    /// When there is no such pod.
+    pub fn source_seen(
+        &self,
+        pod: &str,
+        to: Outside,
+        family: Family,
+        protocol: Protocol,
+    ) -> Result<Seen> {
+        self.ask_from_pod(pod, to.address(family), PORT, protocol)
+    }
+
+    /// What a server sees when a pod opens a connection to it.
+    ///
+    /// # Errors
+    /// When there is no such pod.
+    pub fn ask_from_pod(
+        &self,
+        pod: &str,
+        to: IpAddr,
+        port: u16,
+        protocol: Protocol,
+    ) -> Result<Seen> {
+        probe::ask(&self.pod(pod)?.host, SocketAddr::new(to, port), protocol)
+    }
+
+    /// What an outside server sees when a process of a node opens a connection.
+    ///
+    /// # Errors
+    /// When the node's network cannot be entered.
+    pub fn ask_from_node(&self, node: usize, to: IpAddr, protocol: Protocol) -> Result<Seen> {
+        probe::ask(self.node(node), SocketAddr::new(to, PORT), protocol)
+    }
+
+    /// What a server of the cluster sees when an outside host opens a connection to it.
+    ///
+    /// # Errors
+    /// When the host's network cannot be entered.
+    pub fn ask_from_outside(
+        &self,
+        from: Outside,
+        to: IpAddr,
+        port: u16,
+        protocol: Protocol,
+    ) -> Result<Seen> {
+        let host = match from {
+            Outside::Lan => &self.lan_server,
+            Outside::Far => &self.far_server,
+        };
+        probe::ask(host, SocketAddr::new(to, port), protocol)
+    }
+
+    /// A connection of a pod to an outside server that stays open.
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub fn open_stream(&self, pod: &str, to: Outside, family: Family) -> Result<Stream> {
+        Stream::open(
+            &self.pod(pod)?.host,
+            SocketAddr::new(to.address(family), PORT),
+        )
+    }
+}
+
+/// The tools that the lab runs, with their Debian packages.
+const TOOLS: [(&str, &str); 8] = [
+    ("conntrack", "conntrack"),
+    ("go", "golang (1.26 or newer)"),
+    ("ip", "iproute2"),
+    ("ipset", "ipset"),
+    ("iptables-nft", "iptables"),
+    ("nft", "nftables"),
+    ("setpriv", "util-linux"),
+    ("sysctl", "procps"),
+];
+
+fn require_tools() -> Result<()> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let directories: Vec<PathBuf> = std::env::split_paths(&path)
+        .chain(std::env::split_paths(host::PATH))
+        .collect();
+    let missing = |tool: &str| {
+        !directories
+            .iter()
+            .any(|directory| directory.join(tool).exists())
+    };
+    let packages: Vec<&str> = TOOLS
+        .iter()
+        .filter(|(tool, _)| missing(tool))
+        .map(|(_, p)| *p)
+        .collect();
+    if !packages.is_empty() {
+        bail!(
+            "the lab needs these Debian packages: {}",
+            packages.join(", ")
+        );
+    }
+    Ok(())
+}
+
+static DIRECTORIES: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
+
+fn remember(directory: &Path) {
+    let mut directories = DIRECTORIES.lock().unwrap_or_else(PoisonError::into_inner);
+    directories.push(directory.to_owned());
+}
+
+/// Removes the files on Ctrl-C and SIGTERM; the processes and with them the namespaces end by themselves.
+#[expect(
+    clippy::exit,
+    reason = "a signal ends the process, whatever it is doing"
+)]
+fn end_with_signals() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        let Ok(mut signals) = signal_hook::iterator::Signals::new([
+            signal_hook::consts::SIGINT,
+            signal_hook::consts::SIGTERM,
+        ]) else {
+            return;
+        };
+        std::thread::spawn(move || {
+            if let Some(signal) = signals.forever().next() {
+                let directories = DIRECTORIES.lock().unwrap_or_else(PoisonError::into_inner);
+                for directory in directories.iter() {
+                    // What cannot be removed now is swept by the next lab.
+                    let _ = fs::remove_dir_all(directory);
+                }
+                std::process::exit(128 + signal);
+            }
+        });
+    });
+}
+
+/// Removes the files of labs that were killed.
+fn sweep() {
+    let Ok(entries) = fs::read_dir(std::env::temp_dir()) else {
+        return;
+    };
+    for entry in entries.flatten() {
+        let name = entry.file_name();
+        let pid = name
+            .to_str()
+            .and_then(|name| name.strip_prefix(PREFIX)?.split('-').next());
+        if pid.is_some_and(|pid| !Path::new("/proc").join(pid).exists()) {
+            // Another lab may sweep at the same time.
+            let _ = fs::remove_dir_all(entry.path());
+        }
+    }
+}

@@ -1,0 +1,260 @@
+//! Servers that say whom they see, and clients that ask them.
+
+use std::io::{BufRead, BufReader, ErrorKind, Write};
+use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt};
+use tokio::sync::oneshot;
+
+use crate::host::Host;
+
+/// Port of every server of the lab.
+pub const PORT: u16 = 8080;
+
+/// How long a client waits: more than the kernel's first two retransmissions of a SYN (1 s and 2 s later).
+pub const PATIENCE: Duration = Duration::from_secs(4);
+
+/// A server on one host; stops when it goes out of scope.
+#[derive(Debug)]
+pub struct Server {
+    _stop: oneshot::Sender<()>,
+}
+
+/// Answers on TCP and UDP, both families: a line with the host's name and the address of the peer, at the
+/// beginning of a connection and for each line and datagram received.
+///
+/// # Errors
+/// When the port cannot be bound.
+pub fn serve(host: &Host) -> Result<Server> {
+    let (stop, stopped) = oneshot::channel::<()>();
+    let (ready, bound) = std::sync::mpsc::channel();
+    let name = host.name.clone();
+    host.inside(move || {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build();
+        let result = runtime.and_then(|runtime| {
+            runtime.block_on(async {
+                let any = (std::net::Ipv6Addr::UNSPECIFIED, PORT);
+                let tcp = tokio::net::TcpListener::bind(any).await?;
+                let udp = tokio::net::UdpSocket::bind(any).await?;
+                let _ = ready.send(None);
+                tokio::select! {
+                    _ = stopped => {}
+                    () = serve_tcp(&name, tcp) => {}
+                    () = serve_udp(&name, udp) => {}
+                }
+                Ok(())
+            })
+        });
+        if let Err(error) = result {
+            let _ = ready.send(Some(error));
+        }
+    })?;
+    match bound.recv().context("a server ended at once")? {
+        None => Ok(Server { _stop: stop }),
+        Some(error) => Err(error).with_context(|| format!("cannot serve on {}", host.name)),
+    }
+}
+
+fn line(name: &str, peer: SocketAddr) -> String {
+    format!("{name} {} {}\n", peer.ip().to_canonical(), peer.port())
+}
+
+async fn serve_tcp(name: &str, listener: tokio::net::TcpListener) {
+    while let Ok((mut stream, peer)) = listener.accept().await {
+        let line = line(name, peer);
+        tokio::spawn(async move {
+            let (reader, mut writer) = stream.split();
+            let mut lines = tokio::io::BufReader::new(reader).lines();
+            loop {
+                if writer.write_all(line.as_bytes()).await.is_err() {
+                    return;
+                }
+                match lines.next_line().await {
+                    Ok(Some(_)) => {}
+                    Ok(None) | Err(_) => return,
+                }
+            }
+        });
+    }
+}
+
+async fn serve_udp(name: &str, socket: tokio::net::UdpSocket) {
+    let mut buffer = [0; 64];
+    while let Ok((_, peer)) = socket.recv_from(&mut buffer).await {
+        // A peer that is gone is no reason to stop.
+        let _ = socket.send_to(line(name, peer).as_bytes(), peer).await;
+    }
+}
+
+/// Transport protocols.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Protocol {
+    /// TCP.
+    Tcp,
+    /// UDP.
+    Udp,
+}
+
+/// What came of a connection.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Seen {
+    /// The server answered.
+    As {
+        /// Name of the host that answered.
+        by: String,
+        /// The address that it saw.
+        address: IpAddr,
+    },
+    /// Refused or reset.
+    Refused,
+    /// No route, or prohibited.
+    Unreachable,
+    /// No answer.
+    TimedOut,
+}
+
+impl Seen {
+    /// The address that was seen, if any.
+    #[must_use]
+    pub fn address(&self) -> Option<IpAddr> {
+        match self {
+            Seen::As { address, .. } => Some(*address),
+            _ => None,
+        }
+    }
+
+    /// Whether nothing came through, and the client was told so.
+    #[must_use]
+    pub fn is_rejected(&self) -> bool {
+        matches!(self, Seen::Refused | Seen::Unreachable)
+    }
+
+    fn from_line(line: &str) -> Seen {
+        let mut words = line.split_whitespace();
+        match (
+            words.next(),
+            words.next().and_then(|word| word.parse().ok()),
+        ) {
+            (Some(by), Some(address)) => Seen::As {
+                by: by.to_owned(),
+                address,
+            },
+            _ => Seen::TimedOut,
+        }
+    }
+
+    fn from_error(error: &std::io::Error) -> Seen {
+        match error.kind() {
+            ErrorKind::ConnectionRefused | ErrorKind::ConnectionReset => Seen::Refused,
+            ErrorKind::HostUnreachable
+            | ErrorKind::NetworkUnreachable
+            | ErrorKind::PermissionDenied => Seen::Unreachable,
+            _ => Seen::TimedOut,
+        }
+    }
+}
+
+impl std::fmt::Display for Seen {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Seen::As { by, address } => write!(f, "{address} (seen by {by})"),
+            Seen::Refused => f.write_str("refused"),
+            Seen::Unreachable => f.write_str("unreachable"),
+            Seen::TimedOut => f.write_str("no answer"),
+        }
+    }
+}
+
+/// Opens a connection from a host and returns what the server saw.
+///
+/// # Errors
+/// When the host's network cannot be entered.
+pub fn ask(from: &Host, to: SocketAddr, protocol: Protocol) -> Result<Seen> {
+    let asked = from.inside(move || {
+        let result = match protocol {
+            Protocol::Tcp => ask_tcp(to),
+            Protocol::Udp => ask_udp(to),
+        };
+        result.unwrap_or_else(|error| Seen::from_error(&error))
+    })?;
+    asked
+        .join()
+        .map_err(|_| anyhow::anyhow!("the client panicked"))
+}
+
+fn ask_tcp(to: SocketAddr) -> std::io::Result<Seen> {
+    let stream = TcpStream::connect_timeout(&to, PATIENCE)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    let mut line = String::new();
+    BufReader::new(stream).read_line(&mut line)?;
+    Ok(Seen::from_line(&line))
+}
+
+fn ask_udp(to: SocketAddr) -> std::io::Result<Seen> {
+    let any: IpAddr = if to.is_ipv4() {
+        [0; 4].into()
+    } else {
+        [0_u16; 8].into()
+    };
+    let socket = UdpSocket::bind((any, 0))?;
+    socket.connect(to)?;
+    socket.set_read_timeout(Some(Duration::from_secs(1)))?;
+    let mut buffer = [0; 64];
+    let mut last = None;
+    for _ in 0..3 {
+        match socket.send(b"?").and_then(|_| socket.recv(&mut buffer)) {
+            Ok(length) => return Ok(Seen::from_line(&String::from_utf8_lossy(&buffer[..length]))),
+            Err(error) => last = Some(error),
+        }
+    }
+    last.map_or(Ok(Seen::TimedOut), Err)
+}
+
+/// A connection that stays open.
+#[derive(Debug)]
+pub struct Stream {
+    reader: BufReader<TcpStream>,
+}
+
+impl Stream {
+    /// Opens it.
+    ///
+    /// # Errors
+    /// When the connection cannot be made.
+    pub fn open(from: &Host, to: SocketAddr) -> Result<Stream> {
+        let connected = from.inside(move || TcpStream::connect_timeout(&to, PATIENCE))?;
+        let stream = connected
+            .join()
+            .map_err(|_| anyhow::anyhow!("the client panicked"))??;
+        stream.set_nodelay(true)?;
+        let mut stream = Stream {
+            reader: BufReader::new(stream),
+        };
+        stream.read(PATIENCE)?;
+        Ok(stream)
+    }
+
+    /// Sends a line and returns what the server says of us; retransmissions may take up to `limit`.
+    ///
+    /// # Errors
+    /// When the connection is broken or silent.
+    pub fn ask(&mut self, limit: Duration) -> Result<Seen> {
+        self.reader
+            .get_mut()
+            .write_all(b"?\n")
+            .context("cannot send")?;
+        self.read(limit)
+    }
+
+    fn read(&mut self, limit: Duration) -> Result<Seen> {
+        self.reader.get_ref().set_read_timeout(Some(limit))?;
+        let mut line = String::new();
+        let length = self.reader.read_line(&mut line).context("no answer")?;
+        anyhow::ensure!(length > 0, "closed by the other side");
+        Ok(Seen::from_line(&line))
+    }
+}
