@@ -1,6 +1,6 @@
 //! `metaleg-agent`: reads the settings, starts logging, and runs the agent until a signal ends it.
 
-use std::io::Write;
+use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -86,10 +86,12 @@ async fn run(settings: &Settings) -> Result<()> {
 }
 
 fn start_logging(settings: &Settings) {
-    // Checked when the settings were read.
-    let filter = EnvFilter::new(&settings.log_filter);
+    // Checked when the settings were read. The client's own complaints come first, so that the operator's words
+    // override: each of them is told again by the watch that failed, once and not for every try.
+    let filter = EnvFilter::new(format!("kube_client=off,{}", settings.log_filter));
     let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
+        .with_ansi(std::io::stderr().is_terminal())
         .with_writer(std::io::stderr);
     match settings.log_format {
         LogFormat::Text => log.with_target(false).init(),

@@ -306,9 +306,15 @@ async fn follow<O, K, F>(
     let mut events = watcher::watcher(api, config).boxed();
     let mut pause = SHORTEST_PAUSE;
     while let Some(event) = events.next().await {
+        let failed = event.is_err();
         let changed = {
             let mut index = cluster.index();
             match event {
+                // Says that a list is about to be asked for, not that there is an answer.
+                Ok(Event::Init) => {
+                    facts(&mut index).start_list();
+                    false
+                }
                 Ok(event) => {
                     pause = SHORTEST_PAUSE;
                     if std::mem::take(&mut index.away) {
@@ -334,7 +340,6 @@ async fn follow<O, K, F>(
         if changed {
             cluster.changed.notify_one();
         }
-        let failed = facts(&mut cluster.index()).failure.is_some();
         if failed {
             tokio::time::sleep(pause).await;
             pause = LONGEST_PAUSE.min(pause * 2);
@@ -364,10 +369,7 @@ fn take<O, K: Ord + fmt::Debug, F: PartialEq + Clone>(
             facts.apply(key, fact)
         }
         Event::Delete(object) => facts.apply(key(&object), None),
-        Event::Init => {
-            facts.start_list();
-            false
-        }
+        Event::Init => false,
         Event::InitApply(object) => {
             let (key, fact) = read(&object, facts);
             facts.list(key, fact);

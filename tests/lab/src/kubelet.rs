@@ -220,7 +220,10 @@ impl Worker {
         }
         let ended = running().get_mut(uid).map(|container| {
             let pause = RESTART_PAUSE.saturating_sub(container.started.elapsed());
-            container.process.ended().map(|_| (container.restarts + 1, pause))
+            container
+                .process
+                .ended()
+                .map(|_| (container.restarts + 1, pause))
         });
         let (restarts, wait) = match ended {
             None => (0, Duration::ZERO),

@@ -1,0 +1,110 @@
+//! The product on real clusters. The oracle is what the other end of a connection sees.
+//!
+//! One lab for each combination of kube-proxy and CNI masquerade, the rows in it one after the other. Arguments
+//! choose labs by a part of their name: `cargo test --test e2e -- legacy`.
+
+mod bad_input;
+mod rows;
+
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::Instant;
+
+use anyhow::Result;
+use metaleg_lab::{KubeProxy, Lab, Masquerade, Options, say};
+
+/// The agent of this build.
+const AGENT: &str = env!("CARGO_BIN_EXE_metaleg-agent");
+
+/// Counts and tells what passes.
+#[derive(Default)]
+struct Suite {
+    passed: usize,
+    failed: usize,
+}
+
+impl Suite {
+    /// Runs a row; the following ones run whatever comes of it.
+    fn row(&mut self, name: &str, check: impl FnOnce() -> Result<()>) {
+        let started = Instant::now();
+        let result = check();
+        let ms = started.elapsed().as_millis();
+        match result {
+            Ok(()) => {
+                self.passed += 1;
+                say!("  ok      {name} ({ms} ms)");
+            }
+            Err(error) => {
+                self.failed += 1;
+                say!("  FAILED  {name} ({ms} ms)\n          {error:#}");
+            }
+        }
+    }
+}
+
+fn main() -> ExitCode {
+    let wanted: Vec<String> = std::env::args()
+        .skip(1)
+        .filter(|arg| !arg.starts_with('-'))
+        .collect();
+    let is_wanted = |name: &str| wanted.is_empty() || wanted.iter().any(|part| name.contains(part));
+    let mut suite = Suite::default();
+    if !nix::unistd::geteuid().is_root() {
+        say!("skipped: needs root");
+        return if std::env::var_os("CI").is_some() {
+            ExitCode::FAILURE
+        } else {
+            ExitCode::SUCCESS
+        };
+    }
+    if is_wanted("bad input") {
+        say!("bad input");
+        bad_input::run(&mut suite);
+    }
+    for (kube_proxy, masquerade) in [
+        (KubeProxy::Iptables, Masquerade::IptablesNft),
+        (KubeProxy::Nftables, Masquerade::IptablesLegacy),
+        (KubeProxy::Iptables, Masquerade::NftTable),
+        (KubeProxy::Nftables, Masquerade::IptablesNft),
+        (KubeProxy::Iptables, Masquerade::IptablesLegacy),
+        (KubeProxy::Nftables, Masquerade::NftTable),
+    ] {
+        let name = format!("kube-proxy {kube_proxy:?}, masquerade {masquerade:?}");
+        if is_wanted(&name) {
+            say!("{name}");
+            in_lab(&mut suite, &name, kube_proxy, masquerade);
+        }
+    }
+    say!("{} passed, {} failed", suite.passed, suite.failed);
+    if suite.failed == 0 {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
+}
+
+fn in_lab(suite: &mut Suite, name: &str, kube_proxy: KubeProxy, masquerade: Masquerade) {
+    let started = Instant::now();
+    let mut lab = match Lab::start(Options {
+        nodes: 3,
+        kube_proxy,
+        masquerade,
+        agent: AGENT.into(),
+    }) {
+        Ok(lab) => lab,
+        Err(error) => return suite.row("the lab starts", || Err(error)),
+    };
+    say!("  lab up in {:.1} s", started.elapsed().as_secs_f64());
+    let failed_before = suite.failed;
+    rows::run(suite, &mut lab);
+    if suite.failed > failed_before {
+        let directory = name.replace(", ", "-").replace(' ', "-").to_lowercase();
+        let target = Path::new(env!("CARGO_TARGET_TMPDIR"))
+            .join("e2e")
+            .join(directory);
+        match lab.dump(&target) {
+            Ok(()) => say!("  state and logs: {}", target.display()),
+            Err(error) => say!("  no state and logs: {error:#}"),
+        }
+    }
+}
