@@ -6,7 +6,7 @@ SHELL := /bin/bash
 
 # Debian packages that tests and demo need beside Go and Rust.
 PACKAGES := conntrack iproute2 ipset iptables nftables procps util-linux
-CARGO_DENY := 0.19.0
+CARGO_DENY := 0.20.2
 CARGO := cargo
 KEEP ?=
 

@@ -1,4 +1,46 @@
 //! MetalEG: pods leave the cluster with the MetalLB address of their Service.
+//!
+//! A per-node agent for bare-metal Kubernetes. A pod of a labelled Service is marked and policy-routed to the
+//! node that announces the Service's VIP, the *gateway*, and translated to the VIP there.
+//!
+//! # Promises
+//!
+//! | | promise | shown by |
+//! |---|---|---|
+//! | I1 | never leak: an egress pod's packet to outside leaves with its VIP or not at all | `i1_…` in [`plan`] and [`diff`], rows of `tests/e2e` |
+//! | I2 | never steal: replies, traffic inside the cluster, other pods and hosts are not touched | rows of `tests/e2e` |
+//! | I3 | never foreign: only objects that carry our name or protocol number are changed | `tests/kernel` |
+//! | I4 | hitless: a restarted agent adopts what is there and changes nothing | `tests/e2e`, `slots_are_kept…` in [`plan`] |
+//! | I5 | convergent: from any kernel state one pass reaches the desired one | `i5_…` in [`diff`], `damage_…` in `tests/kernel` |
+//! | I6 | continuous: connections survive a move of their VIP | `tests/e2e` |
+//! | I7 | quiet: work is proportional to the change | `i7_…` in [`diff`] |
+//!
+//! # Data flow
+//!
+//! One direction; each arrow is a plain value that can be printed:
+//!
+//! ```text
+//! API server --watch--> View --plan--> Desired --diff--> Steps --apply--> kernel
+//!                                                  ^                        |
+//!                                                  +----- KernelState <-----+
+//! ```
+//!
+//! # Layout
+//!
+//! * [`settings`]: what the operator asks for; the only place that reads the environment.
+//! * [`view`]: Kubernetes objects reduced to facts; [`view::watch`] alone talks to the API server.
+//! * [`mod@plan`]: every rule of the product, and why. Pure.
+//! * [`state`]: what a kernel holds, and the steps that change it.
+//! * [`mod@diff`]: which steps, in which order. Pure.
+//! * [`kernel`]: reads and executes; knows nothing of Kubernetes.
+//! * [`agent`]: the loop; one task owns the kernel.
+//! * [`report`]: probes and metrics.
+//!
+//! # Words
+//!
+//! *VIP*: the address that MetalLB gives a Service. *Announcer*: the node that answers for it on the LAN.
+//! *Gateway*: the announcer, as the pods' way out. *Slot*: a gateway's mark and routing table on one node.
+//! *Excluded*: destinations that are not egress. *Egress pod*: a pod of a labelled Service.
 
 pub mod agent;
 pub mod diff;
@@ -8,3 +50,31 @@ pub mod report;
 pub mod settings;
 pub mod state;
 pub mod view;
+
+#[cfg(test)]
+mod tests {
+    /// What decides must not do: no I/O, no clock, no cluster.
+    #[test]
+    fn plan_and_diff_are_pure() {
+        for (file, text) in [
+            ("plan/mod.rs", include_str!("plan/mod.rs")),
+            ("plan/slots.rs", include_str!("plan/slots.rs")),
+            ("plan/excluded.rs", include_str!("plan/excluded.rs")),
+            ("diff.rs", include_str!("diff.rs")),
+            ("state.rs", include_str!("state.rs")),
+        ] {
+            for word in [
+                "tokio",
+                "kube::",
+                "std::fs",
+                "std::process",
+                "std::time",
+                "std::env",
+                "async ",
+                "kernel::",
+            ] {
+                assert!(!text.contains(word), "{file} contains `{word}`");
+            }
+        }
+    }
+}

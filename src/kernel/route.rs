@@ -337,8 +337,7 @@ fn rule_message(family: Family, rule: &Rule) -> RuleMessage {
 fn parse_rule(message: &RuleMessage) -> Option<Rule> {
     let ours = message
         .attributes
-        .iter()
-        .any(|attribute| *attribute == RuleAttribute::Protocol(PROTOCOL));
+        .contains(&RuleAttribute::Protocol(PROTOCOL));
     if !ours {
         return None;
     }

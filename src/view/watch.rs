@@ -326,12 +326,12 @@ async fn follow<O, K, F>(
                 }
                 Err(error) => {
                     let failure = describe(watch, &error);
-                    if let Failure::Away(text) = &failure {
-                        if !std::mem::replace(&mut index.away, true) {
-                            warn!(
-                                "the API server does not answer, keeping the data plane and retrying: {text}"
-                            );
-                        }
+                    if let Failure::Away(text) = &failure
+                        && !std::mem::replace(&mut index.away, true)
+                    {
+                        warn!(
+                            "the API server does not answer, keeping the data plane and retrying: {text}"
+                        );
                     }
                     fail(watch, failure, facts(&mut index))
                 }

@@ -82,10 +82,10 @@ pub(crate) fn run(suite: &mut Suite, lab: &mut Lab) {
             lab.create_pod("shop-new", 3, "shop")?;
             settle(lab, &["shop-new"], &vips)?;
             leave_as(lab, &["shop-new"], &vips)?;
-            lab.delete_pod("shop-new")?;
+            delete_and_wait(lab, "shop-new")?;
             lab.create_pod("shop-next", 1, "shop")?;
             settle(lab, &["shop-next"], &vips)?;
-            lab.delete_pod("shop-next")
+            delete_and_wait(lab, "shop-next")
         },
     );
     for (signal, name) in [(Signal::SIGTERM, "stopped"), (Signal::SIGKILL, "killed")] {
@@ -431,7 +431,7 @@ fn move_announcement(lab: &Lab, vips: &[IpAddr]) -> Result<()> {
     for (family, pod) in every(SHOP) {
         streams.push((pod, lab.open_stream(pod, Outside::Far, family)?));
     }
-    lab.move_announcement(vips, to)?;
+    lab.move_announcement("shop", vips, to)?;
     // From now on a connection may fail for a moment, but not show another address.
     for _ in 0..10 {
         for (family, pod) in every(SHOP) {
@@ -450,12 +450,25 @@ fn move_announcement(lab: &Lab, vips: &[IpAddr]) -> Result<()> {
             .ask(STREAM_PATIENCE)
             .with_context(|| format!("a connection of {pod} broke, node{from} to node{to}"))?;
     }
+    Ok(())
+}
+
+/// Ends a pod and waits until no node knows it any more.
+fn delete_and_wait(lab: &mut Lab, pod: &str) -> Result<()> {
+    let addresses = lab.pod(pod)?.addresses.clone();
+    lab.delete_pod(pod)?;
     for number in lab.node_numbers() {
-        lab.allow_announcing(number, true)?;
+        eventually(SOON, &format!("node{number} has forgotten {pod}"), || {
+            let sets = lab.node(number).sh("ipset save")?;
+            let gone = |address: &String| {
+                !sets
+                    .lines()
+                    .any(|line| line.split(' ').any(|word| word == address))
+            };
+            Ok(addresses.iter().all(gone).then_some(()))
+        })?;
     }
-    // MetalLB may take the VIP back.
-    std::thread::sleep(Duration::from_millis(500));
-    settle(lab, &SHOP, vips)
+    Ok(())
 }
 
 fn without_vip(lab: &mut Lab) -> Result<()> {

@@ -3,6 +3,12 @@
 //! What the code wrote is also looked at with `ip`, `ipset` and `iptables-save`: a reader that shares the
 //! writer's mistake would not see it.
 
+#![expect(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "a test fails by panicking and tells what it measured"
+)]
+
 mod conntrack;
 mod firewall;
 mod routes;

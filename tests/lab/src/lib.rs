@@ -718,11 +718,29 @@ impl Lab {
         })
     }
 
-    /// Makes a node the only one that may announce, and waits until it does for all of these VIPs.
+    /// Makes a node the only one that may announce, and waits until it does, on the wire and by MetalLB's word.
+    ///
+    /// MetalLB 0.15 sometimes loses its word at a move: the speaker that gives the VIP up deletes the object
+    /// that the new one has just written, and nobody writes it again while the VIP is announced. Then the VIP
+    /// is moved once more, over another node.
     ///
     /// # Errors
     /// When the VIPs do not move.
-    pub fn move_announcement(&self, vips: &[IpAddr], to: usize) -> Result<()> {
+    pub fn move_announcement(&self, service: &str, vips: &[IpAddr], to: usize) -> Result<()> {
+        const TRIES: usize = 5;
+        for _ in 0..TRIES {
+            self.announce_from(vips, to)?;
+            if self.status_names(service, to)? {
+                return Ok(());
+            }
+            say!("  (MetalLB lost its ServiceL2Status of {service}: moving once more)");
+            let other = self.node_numbers().find(|number| *number != to);
+            self.announce_from(vips, other.context("there is one node only")?)?;
+        }
+        bail!("MetalLB lost its ServiceL2Status of {service} {TRIES} times")
+    }
+
+    fn announce_from(&self, vips: &[IpAddr], to: usize) -> Result<()> {
         // The new one first: in between there is always one that may.
         self.allow_announcing(to, true)?;
         for number in self.node_numbers().filter(|number| *number != to) {
@@ -732,6 +750,28 @@ impl Lab {
             self.wait_for_announcer(*vip, Some(to))?;
         }
         Ok(())
+    }
+
+    /// Whether MetalLB's object comes to name this node as the announcer of a Service.
+    fn status_names(&self, service: &str, node: usize) -> Result<bool> {
+        let path = "/apis/metallb.io/v1beta1/namespaces/metallb-system/servicel2statuses";
+        let path = format!("{path}?labelSelector=metallb.io/service-name={service}");
+        let deadline = Instant::now() + Duration::from_secs(2);
+        loop {
+            let list = self.api.get(&path)?;
+            let items = list["items"].as_array().cloned().unwrap_or_default();
+            let names: Vec<&str> = items
+                .iter()
+                .filter_map(|item| item["metadata"]["labels"]["metallb.io/node"].as_str())
+                .collect();
+            if names == [format!("node{node}")] {
+                return Ok(true);
+            }
+            if Instant::now() > deadline {
+                return Ok(false);
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
     }
 
     /// Says whether a node may announce VIPs.

@@ -29,8 +29,13 @@ fn command() -> Command {
             .value_parser(values.to_vec())
             .default_value(values[0])
     };
+    let agent = Arg::new("agent")
+        .long("agent")
+        .value_parser(clap::value_parser!(PathBuf))
+        .help("The agent to run [default: metaleg-agent beside this program]");
     let with_options = |command: Command| {
         command
+            .arg(agent.clone())
             .arg(choice("kube-proxy", &["iptables", "nftables"]))
             .arg(choice(
                 "masquerade",
@@ -87,7 +92,7 @@ fn start(matches: &ArgMatches) -> Result<Lab> {
             "nft-table" => Masquerade::NftTable,
             _ => Masquerade::IptablesNft,
         },
-        agent: agent()?,
+        agent: agent(matches)?,
     };
     let started = Instant::now();
     say!(
@@ -99,8 +104,11 @@ fn start(matches: &ArgMatches) -> Result<Lab> {
     Ok(lab)
 }
 
-/// The agent that was built beside this program.
-fn agent() -> Result<PathBuf> {
+/// The agent that was named, or the one that was built beside this program.
+fn agent(matches: &ArgMatches) -> Result<PathBuf> {
+    if let Some(path) = matches.get_one::<PathBuf>("agent") {
+        return Ok(path.clone());
+    }
     let path = std::env::current_exe()?.with_file_name("metaleg-agent");
     if !path.exists() {
         bail!("{} is missing: run cargo build --workspace", path.display());
@@ -173,7 +181,7 @@ fn demo(matches: &ArgMatches) -> Result<()> {
     say!(
         "\nMoving the announcement from node{gateway} to node{next}, with a connection of each pod left open\n"
     );
-    lab.move_announcement(&vips, next)?;
+    lab.move_announcement("shop", &vips, next)?;
     wait_until_vips_are_seen(&lab, &vips)?;
     say!("Moved: the gateway is node{next} now, the address is the same");
     show(&lab)?;
