@@ -444,6 +444,44 @@ impl Step {
     }
 }
 
+impl Step {
+    /// The pod that the step is about.
+    fn pod(&self) -> Option<IpAddr> {
+        match self {
+            Step::Know(pod)
+            | Step::Unknow(pod)
+            | Step::Unmark(pod)
+            | Step::Gateway(pod)
+            | Step::Ungateway(pod)
+            | Step::Block(pod)
+            | Step::Unblock(pod)
+            | Step::ForgetConnections(pod)
+            | Step::Mark { pod, .. }
+            | Step::Translate { pod, .. }
+            | Step::Untranslate { pod, .. } => Some(*pod),
+            _ => None,
+        }
+    }
+
+    /// Whether this step must not be tried when `failed` could not be done: it would open what the other should
+    /// have closed. Blocking a pod is always safe. So is whatever comes after a missing gateway route, because
+    /// the floor below it rejects.
+    #[must_use]
+    pub fn needs(&self, failed: &Step) -> bool {
+        let Some(pod) = self.pod().filter(|_| !matches!(self, Step::Block(_))) else {
+            return false;
+        };
+        match failed {
+            Step::AddRule(family, _)
+            | Step::AddFloor(family, _)
+            | Step::InstallFirewall(family, _) => Family::of(pod) == *family,
+            Step::Exclude(net) => Family::of(pod) == Family::of_net(*net),
+            Step::AddVip(failed) => matches!(self, Step::Translate { vip, .. } if vip == failed),
+            _ => failed.pod() == Some(pod),
+        }
+    }
+}
+
 impl fmt::Display for Step {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {

@@ -14,7 +14,7 @@ use std::time::Duration;
 use ipnet::IpNet;
 
 use crate::kernel::tool::{ToolError, run};
-use crate::kernel::{Error, Firewall, StepError};
+use crate::kernel::{Error, Firewall, StepError, tryable};
 use crate::state::{Family, FirewallState, Mark, PodState, Skeleton, Step};
 
 /// What every set and chain of ours is called.
@@ -184,7 +184,31 @@ impl Iptables {
         destroy(vips.iter().map(|vip| vip_set(*vip)).collect()).await
     }
 
-    /// Changes members of sets, all in one process; a bad line costs only its own step.
+    /// Executes steps that all add or all remove a VIP.
+    async fn vips(&mut self, steps: &[&Step]) -> Result<(), ToolError> {
+        let vips_of = |wanted: Kind| -> Vec<IpAddr> {
+            let of_kind = steps.iter().filter(|step| kind(step) == wanted);
+            of_kind.filter_map(|step| vip_of(step)).collect()
+        };
+        self.add_vips(&vips_of(Kind::AddVips)).await?;
+        self.remove_vips(&vips_of(Kind::RemoveVips)).await
+    }
+
+    async fn one_by_one(&mut self, steps: &[&Step], failed: &mut Vec<StepError>) {
+        for step in steps {
+            let result = match step {
+                Step::InstallFirewall(family, vips) => self.install(*family, vips).await,
+                Step::RemoveFirewall(family) => self.remove(*family).await,
+                _ => self.vips(&[step]).await,
+            };
+            if let Err(error) = result {
+                failed.push(step_error(step, error));
+            }
+        }
+    }
+
+    /// Changes members of sets, all in one process; a bad line costs only its own step and those that rely on
+    /// it.
     async fn members(&self, steps: &[&Step], failed: &mut Vec<StepError>) {
         let mut rest: Vec<(&Step, String)> = steps
             .iter()
@@ -203,6 +227,14 @@ impl Iptables {
                     // All others again: ipset may not have sent the lines before the bad one yet.
                     let (step, _) = rest.remove(bad);
                     failed.push(step_error(step, error));
+                    let (done, later) = rest.split_at(bad);
+                    let later: Vec<&Step> = later.iter().map(|(step, _)| *step).collect();
+                    let keep = tryable(&later, failed);
+                    let done = done.iter().map(|(step, _)| *step);
+                    rest = done
+                        .chain(keep)
+                        .filter_map(|step| Some((step, member_line(step)?)))
+                        .collect();
                 }
                 None => {
                     let text = error.to_string();
@@ -231,56 +263,24 @@ impl Firewall for Iptables {
         Ok(states)
     }
 
-    async fn apply(&mut self, steps: &[&Step]) -> Vec<StepError> {
-        let mut failed = Vec::new();
+    async fn apply(&mut self, steps: &[&Step], failed: &mut Vec<StepError>) {
         for batch in steps.chunk_by(|a, b| kind(a) == kind(b)) {
-            let vips = || {
-                batch
-                    .iter()
-                    .filter_map(|step| vip_of(step))
-                    .collect::<Vec<_>>()
-            };
-            let result = match (kind(batch[0]), batch[0]) {
-                (Kind::Members, _) => {
-                    self.members(batch, &mut failed).await;
-                    continue;
-                }
-                (Kind::AddVips, _) => self.add_vips(&vips()).await,
-                (Kind::RemoveVips, _) => self.remove_vips(&vips()).await,
-                (Kind::Single, _) => {
-                    for step in batch {
-                        let result = match step {
-                            Step::InstallFirewall(family, vips) => {
-                                self.install(*family, vips).await
-                            }
-                            Step::RemoveFirewall(family) => self.remove(*family).await,
-                            _ => Ok(()),
-                        };
-                        if let Err(error) = result {
-                            failed.push(step_error(step, error));
+            let batch = tryable(batch, failed);
+            match batch.first().map(|step| kind(step)) {
+                None => {}
+                Some(Kind::Members) => self.members(&batch, failed).await,
+                Some(Kind::Single) => self.one_by_one(&batch, failed).await,
+                Some(Kind::AddVips | Kind::RemoveVips) => {
+                    if let Err(error) = self.vips(&batch).await {
+                        match batch.as_slice() {
+                            [only] => failed.push(step_error(only, error)),
+                            // Which one it was cannot be told: one bad VIP must cost no other.
+                            _ => self.one_by_one(&batch, failed).await,
                         }
                     }
-                    continue;
-                }
-            };
-            let Err(error) = result else { continue };
-            if batch.len() == 1 {
-                failed.push(step_error(batch[0], error));
-                continue;
-            }
-            // Which one it was cannot be told: each by itself, so that one bad VIP costs no other.
-            for step in batch {
-                let vip: Vec<IpAddr> = vip_of(step).into_iter().collect();
-                let result = match kind(step) {
-                    Kind::AddVips => self.add_vips(&vip).await,
-                    _ => self.remove_vips(&vip).await,
-                };
-                if let Err(error) = result {
-                    failed.push(step_error(step, error));
                 }
             }
         }
-        failed
     }
 }
 

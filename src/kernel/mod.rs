@@ -20,7 +20,7 @@ use crate::kernel::tool::ToolError;
 use crate::state::{Executor, Family, FamilyState, FirewallState, KernelState, Step};
 use crate::view::Link;
 
-/// A step that could not be executed; the steps after it were tried all the same.
+/// A step that could not be executed; the steps after it were tried all the same, but for those that rely on it.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot {step}")]
 pub struct StepError {
@@ -46,6 +46,9 @@ pub enum Error {
     /// Connection tracking.
     #[error(transparent)]
     Conntrack(#[from] ConntrackError),
+    /// What the step relies on failed.
+    #[error("not tried, because what it relies on failed: {0}")]
+    NotTried(String),
     /// A failure that a test asked for.
     #[cfg(test)]
     #[error("injected failure")]
@@ -67,7 +70,8 @@ pub trait Kernel: Send {
     fn links(&mut self) -> impl Future<Output = Result<Vec<Link>, Error>> + Send;
 
     /// Executes the steps in order; connections to `excluded` destinations are never forgotten.
-    /// Returns the steps that failed. A failed step does not keep the following ones from being tried.
+    /// Returns the steps that failed. A failed step keeps no other from being tried than those that rely on it
+    /// ([`Step::needs`]).
     fn apply(
         &mut self,
         steps: &[Step],
@@ -80,8 +84,29 @@ trait Firewall {
     /// Reads everything of ours, by family.
     async fn observe(&mut self) -> Result<BTreeMap<Family, FirewallState>, Error>;
 
-    /// Executes firewall steps in order and returns those that failed.
-    async fn apply(&mut self, steps: &[&Step]) -> Vec<StepError>;
+    /// Executes firewall steps in order, and adds those that fail to `failed`.
+    async fn apply(&mut self, steps: &[&Step], failed: &mut Vec<StepError>);
+}
+
+/// The steps that rely on none that failed; the others join these.
+fn tryable<'a>(steps: &[&'a Step], failed: &mut Vec<StepError>) -> Vec<&'a Step> {
+    if failed.is_empty() {
+        return steps.to_vec();
+    }
+    let mut rest = Vec::new();
+    for step in steps {
+        match failed.iter().find(|failure| step.needs(&failure.step)) {
+            Some(failure) => {
+                let source = Error::NotTried(failure.step.to_string());
+                failed.push(StepError {
+                    step: (*step).clone(),
+                    source,
+                });
+            }
+            None => rest.push(*step),
+        }
+    }
+    rest
 }
 
 /// The kernel of the node that this process runs on.
@@ -136,13 +161,15 @@ impl Kernel for NodeKernel {
     async fn apply(&mut self, steps: &[Step], excluded: &BTreeSet<IpNet>) -> Vec<StepError> {
         let mut failed = Vec::new();
         for batch in steps.chunk_by(|a, b| a.executor() == b.executor()) {
-            match batch[0].executor() {
-                Executor::Routes => failed.extend(self.routes.apply(batch).await),
-                Executor::Firewall => {
-                    let batch: Vec<&Step> = batch.iter().collect();
-                    failed.extend(self.firewall.apply(&batch).await);
+            let executor = batch[0].executor();
+            let batch: Vec<&Step> = batch.iter().collect();
+            match executor {
+                Executor::Routes => self.routes.apply(&batch, &mut failed).await,
+                Executor::Firewall => self.firewall.apply(&batch, &mut failed).await,
+                Executor::Conntrack => {
+                    let batch = tryable(&batch, &mut failed);
+                    failed.extend(forget(&batch, excluded).await);
                 }
-                Executor::Conntrack => failed.extend(forget(batch, excluded).await),
             }
         }
         failed
@@ -150,7 +177,7 @@ impl Kernel for NodeKernel {
 }
 
 /// One look at the connections for all pods of a batch.
-async fn forget(steps: &[Step], excluded: &BTreeSet<IpNet>) -> Vec<StepError> {
+async fn forget(steps: &[&Step], excluded: &BTreeSet<IpNet>) -> Vec<StepError> {
     let pods: BTreeSet<IpAddr> = steps
         .iter()
         .filter_map(|step| match step {
@@ -162,8 +189,8 @@ async fn forget(steps: &[Step], excluded: &BTreeSet<IpNet>) -> Vec<StepError> {
         Ok(_) => Vec::new(),
         Err(error) => {
             let text = error.to_string();
-            let failure = |step: &Step| StepError {
-                step: step.clone(),
+            let failure = |step: &&Step| StepError {
+                step: (*step).clone(),
                 source: Error::Batch(text.clone()),
             };
             steps.iter().map(failure).collect()

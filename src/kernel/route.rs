@@ -156,18 +156,16 @@ impl Routes {
         Ok(links.into_values().collect())
     }
 
-    /// Executes route steps in order and returns those that failed.
-    pub(crate) async fn apply(&self, steps: &[Step]) -> Vec<StepError> {
-        let mut failed = Vec::new();
+    /// Executes route steps in order, and adds those that fail to `failed`.
+    pub(crate) async fn apply(&self, steps: &[&Step], failed: &mut Vec<StepError>) {
         for step in steps {
             if let Err(error) = self.execute(step).await {
                 failed.push(StepError {
-                    step: step.clone(),
+                    step: (*step).clone(),
                     source: error.into(),
                 });
             }
         }
-        failed
     }
 
     async fn execute(&self, step: &Step) -> Result<(), RouteError> {

@@ -162,17 +162,24 @@ fn vips_come_and_go_beside_each_other() {
 }
 
 #[test]
-fn a_step_that_fails_keeps_no_other_from_being_done() {
+fn a_step_that_fails_costs_only_the_steps_that_rely_on_it() {
     in_namespace(|| async {
         let mut kernel = open(Mode::Nft).await;
+        let (bad, good) = (ip("10.244.1.11"), ip("10.244.1.12"));
+        let mark = Mark {
+            value: 0x0010_0000,
+            mask: MASK,
+        };
+        let translate = |pod, vip| Step::Translate { pod, vip: ip(vip) };
         let steps = [
             Step::InstallFirewall(Family::V4, [ip("192.0.2.200")].into()),
-            Step::Know(ip("10.244.1.11")),
-            Step::Translate {
-                pod: ip("10.244.1.11"),
-                vip: ip("192.0.2.99"),
-            },
-            Step::Block(ip("10.244.1.12")),
+            // There is no such VIP: a pod that was marked all the same would leave with the node's address.
+            translate(bad, "192.0.2.99"),
+            translate(good, "192.0.2.200"),
+            Step::Know(bad),
+            Step::Know(good),
+            Step::Mark { pod: bad, mark },
+            Step::Mark { pod: good, mark },
             Step::SetGateway(
                 TableId(100_001),
                 NextHop {
@@ -180,15 +187,28 @@ fn a_step_that_fails_keeps_no_other_from_being_done() {
                     dev: "eth9".to_owned(),
                 },
             ),
-            Step::Gateway(ip("10.244.1.11")),
+            Step::ForgetConnections(bad),
+            Step::Block(bad),
+            Step::Gateway(good),
         ];
         let failed = kernel.apply(&steps, &BTreeSet::new()).await;
         let failed: Vec<&Step> = failed.iter().map(|failure| &failure.step).collect();
-        assert_eq!(failed, [&steps[2], &steps[4]]);
+        assert_eq!(failed, [1, 3, 5, 7, 8].map(|n: usize| &steps[n]));
         let state = kernel.observe().await.unwrap();
         let pods = &state.families[&Family::V4].firewall.pods;
-        assert!(pods[&ip("10.244.1.11")].known && pods[&ip("10.244.1.11")].gatewayed);
-        assert!(pods[&ip("10.244.1.12")].blocked);
+        let only_blocked = PodState {
+            blocked: true,
+            ..PodState::default()
+        };
+        assert_eq!(pods[&bad], only_blocked);
+        let complete = PodState {
+            known: true,
+            vips: [ip("192.0.2.200")].into(),
+            mark: Some(mark),
+            gatewayed: true,
+            blocked: false,
+        };
+        assert_eq!(pods[&good], complete);
     });
 }
 
