@@ -1,12 +1,11 @@
 //! Settings that make no sense, and an API server that does not answer: one clear line, nothing changed.
 
-use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpStream};
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use metaleg_lab::eventually;
 use metaleg_lab::host::{Host, Program};
+use metaleg_lab::probe::http_get;
 use nix::sys::signal::Signal;
 
 use crate::{AGENT, Suite};
@@ -127,14 +126,7 @@ fn unreachable() -> Result<()> {
         .collect();
     ensure!(warnings.len() == 1, "not one line: {said}");
 
-    let asked = host.inside(|| -> std::io::Result<String> {
-        let mut stream = TcpStream::connect(SocketAddr::from(([127, 0, 0, 1], 21794)))?;
-        stream.write_all(b"GET /readyz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")?;
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer)?;
-        Ok(answer)
-    })?;
-    let answer = asked.join().unwrap_or_else(|_| Ok(String::new()))?;
+    let answer = http_get(&host, 21794, "/readyz")?;
     ensure!(answer.starts_with("HTTP/1.1 503"), "/readyz says: {answer}");
     ensure!(
         answer.contains("waiting for watches: Services: the API server does not answer"),

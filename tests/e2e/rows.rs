@@ -4,7 +4,7 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use metaleg_lab::probe::{PORT, Protocol, Seen};
+use metaleg_lab::probe::{PORT, Protocol, Seen, http_get};
 use metaleg_lab::{Family, Lab, Outside, SOON, ServiceSpec, eventually, net};
 use nix::sys::signal::Signal;
 use serde_json::json;
@@ -50,6 +50,33 @@ pub(crate) fn run(suite: &mut Suite, lab: &mut Lab) {
             lab.label_service("local", true)?;
             settle(lab, &SHOP, &vips)?;
             leave_as(lab, &SHOP, &vips)
+        },
+    );
+    suite.row(
+        "the agents are ready, alive, and count what they do",
+        || {
+            for number in lab.node_numbers() {
+                for path in ["/readyz", "/healthz"] {
+                    let answer = http_get(lab.node(number), 21794, path)?;
+                    ensure!(answer.starts_with("HTTP/1.1 200"), "{path}: {answer}");
+                }
+                let metrics = http_get(lab.node(number), 21793, "/metrics")?;
+                for line in [
+                    "metaleg_ready 1",
+                    "metaleg_services{family=\"IPv4\",verdict=\"Active\"} 2",
+                    "metaleg_watch_synced{watch=\"ServiceL2Statuses\"} 1",
+                ] {
+                    ensure!(
+                        metrics.lines().any(|found| found == line),
+                        "no {line} in {metrics}"
+                    );
+                }
+                ensure!(
+                    metrics.contains("metaleg_steps_total{executor=\"firewall\"}"),
+                    "no count of steps in {metrics}"
+                );
+            }
+            Ok(())
         },
     );
     suite.row("unlabelled pods and host processes leave as before", || {

@@ -4,8 +4,6 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -19,6 +17,7 @@ use serde_json::{Value, json};
 use crate::api::Api;
 use crate::cluster::{pod_status, token};
 use crate::host::{Host, PATH, Process, Program};
+use crate::probe::http_get;
 use crate::{net, say};
 
 /// How often the kubelet looks for work: also the resolution of the readiness that it reports.
@@ -441,7 +440,7 @@ fn field_of(pod: &Value, field: &str, addresses: &[String; 2]) -> Result<String>
 /// Asks the container's readiness endpoint, from its node.
 fn probe(node: &Host, spec: &Value) -> Result<bool> {
     let get = &spec["readinessProbe"]["httpGet"];
-    let path = get["path"].as_str().unwrap_or("/").to_owned();
+    let path = get["path"].as_str().unwrap_or("/");
     let ports = spec["ports"].as_array().cloned().unwrap_or_default();
     let named = ports.iter().find(|port| port["name"] == get["port"]);
     let port = named.map_or(&get["port"], |port| &port["containerPort"]);
@@ -449,18 +448,6 @@ fn probe(node: &Host, spec: &Value) -> Result<bool> {
         .as_u64()
         .and_then(|port| u16::try_from(port).ok())
         .context("no probe port")?;
-    let asked = node.inside(move || -> std::io::Result<String> {
-        let address = SocketAddr::from(([127, 0, 0, 1], port));
-        let mut stream = TcpStream::connect_timeout(&address, Duration::from_secs(1))?;
-        stream.set_read_timeout(Some(Duration::from_secs(2)))?;
-        write!(
-            stream,
-            "GET {path} HTTP/1.1\r\nHost: probe\r\nConnection: close\r\n\r\n"
-        )?;
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer)?;
-        Ok(answer)
-    })?;
-    let answer = asked.join().unwrap_or_else(|_| Ok(String::new()));
+    let answer = http_get(node, port, path);
     Ok(answer.is_ok_and(|answer| answer.starts_with("HTTP/1.1 200")))
 }

@@ -1,6 +1,6 @@
 //! Servers that say whom they see, and clients that ask them.
 
-use std::io::{BufRead, BufReader, ErrorKind, Write};
+use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
 use std::time::Duration;
 
@@ -212,6 +212,30 @@ fn ask_udp(to: SocketAddr) -> std::io::Result<Seen> {
         }
     }
     last.map_or(Ok(Seen::TimedOut), Err)
+}
+
+/// Asks a web server on a host itself, and returns the whole answer.
+///
+/// # Errors
+/// When it does not answer.
+pub fn http_get(host: &Host, port: u16, path: &str) -> Result<String> {
+    let path = path.to_owned();
+    let asked = host.inside(move || -> std::io::Result<String> {
+        let address = SocketAddr::from(([127, 0, 0, 1], port));
+        let mut stream = TcpStream::connect_timeout(&address, PATIENCE)?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        write!(
+            stream,
+            "GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n"
+        )?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer)?;
+        Ok(answer)
+    })?;
+    let answer = asked
+        .join()
+        .map_err(|_| anyhow::anyhow!("the client panicked"))?;
+    answer.with_context(|| format!("{}:{port} does not answer", host.name))
 }
 
 /// A connection that stays open.
