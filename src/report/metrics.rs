@@ -82,13 +82,13 @@ impl Collector for Scrape {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
         let ready = gauge(usize::from(self.0.not_ready().is_none()));
         let kind = ready.metric_type();
-        let one = encoder.encode_descriptor("metaleg_ready", "1 when ready", None, kind)?;
+        let one = encoder.encode_descriptor("ready", "1 when ready", None, kind)?;
         ready.encode(one)?;
 
         let summary = self.0.summary();
         let help =
             "Labelled Services by family and verdict: Active, or the reason that blocks them";
-        let mut services = encoder.encode_descriptor("metaleg_services", help, None, kind)?;
+        let mut services = encoder.encode_descriptor("services", help, None, kind)?;
         for ((family, verdict), count) in &summary.services {
             let labels = [
                 ("family", family.to_string()),
@@ -97,18 +97,18 @@ impl Collector for Scrape {
             gauge(*count).encode(services.encode_family(&labels)?)?;
         }
         let help = "Egress pods of the cluster by family";
-        let mut pods = encoder.encode_descriptor("metaleg_pods", help, None, kind)?;
+        let mut pods = encoder.encode_descriptor("pods", help, None, kind)?;
         for (family, count) in &summary.pods {
             let labels = [("family", family.to_string())];
             gauge(*count).encode(pods.encode_family(&labels)?)?;
         }
         let help = "Services and endpoints that are left out";
-        let ignored = encoder.encode_descriptor("metaleg_ignored", help, None, kind)?;
+        let ignored = encoder.encode_descriptor("ignored", help, None, kind)?;
         gauge(summary.ignored).encode(ignored)?;
 
         let watches = self.0.cluster.watches();
         let help = "1 for each watch that has its first list";
-        let mut synced = encoder.encode_descriptor("metaleg_watch_synced", help, None, kind)?;
+        let mut synced = encoder.encode_descriptor("watch_synced", help, None, kind)?;
         for (watch, state) in &watches {
             let labels = [("watch", watch.to_string())];
             gauge(usize::from(state.synced)).encode(synced.encode_family(&labels)?)?;
@@ -116,7 +116,7 @@ impl Collector for Scrape {
         let zero = ConstCounter::new(0_u64);
         let help = "Failures of watches";
         let mut failures =
-            encoder.encode_descriptor("metaleg_watch_failures", help, None, zero.metric_type())?;
+            encoder.encode_descriptor("watch_failures", help, None, zero.metric_type())?;
         for (watch, state) in &watches {
             let labels = [("watch", watch.to_string())];
             let count = ConstCounter::new(state.failures);
