@@ -338,6 +338,15 @@ impl Settings {
     }
 }
 
+#[cfg(test)]
+impl Settings {
+    /// The defaults, on a node.
+    pub(crate) fn default_on(node: &str) -> Settings {
+        let only_the_name = |name: &str| if name == "NODE_NAME" { node } else { "" }.to_owned();
+        Settings::parse(only_the_name).unwrap()
+    }
+}
+
 fn command() -> Command {
     let args = DEFINITIONS.iter().map(|definition| {
         let help = if definition.default.is_empty() {

@@ -3,31 +3,7 @@ use std::sync::Mutex;
 use tokio::sync::Notify;
 
 use super::*;
-use crate::settings::{ExcludedDestinations, FwMask, LogFormat};
 use crate::state::{FamilyState, Skeleton};
-
-fn settings() -> Settings {
-    Settings {
-        node_name: NodeName("node1".to_owned()),
-        metallb_namespace: "metallb-system".to_owned(),
-        mask: FwMask::new(0x00f0_0000).unwrap(),
-        excluded: ExcludedDestinations {
-            auto: true,
-            listed: BTreeSet::new(),
-        },
-        table_offset: 100_000,
-        rule_priority: 1000,
-        reconciliation_interval: Duration::from_secs(300),
-        filter_endpoints_for_node: true,
-        guard_transit: true,
-        grace: Duration::from_secs(30),
-        lan_interface: None,
-        metrics_address: None,
-        health_address: None,
-        log_filter: "info".to_owned(),
-        log_format: LogFormat::Text,
-    }
-}
 
 /// A kernel that remembers what was done to it, and fails where it is told to.
 #[derive(Debug, Default)]
@@ -116,7 +92,14 @@ fn start(failing: usize) -> Running {
     let task = tokio::spawn({
         let (cluster, report, stop) = (cluster.clone(), report.clone(), stop.clone());
         async move {
-            run(&settings(), &cluster, &report, &mut kernel, stop.notified()).await;
+            run(
+                &Settings::default_on("node1"),
+                &cluster,
+                &report,
+                &mut kernel,
+                stop.notified(),
+            )
+            .await;
         }
     });
     Running {

@@ -4,7 +4,7 @@ use std::net::IpAddr;
 use proptest::prelude::*;
 
 use super::*;
-use crate::settings::{ExcludedDestinations, FwMask, LogFormat};
+use crate::settings::FwMask;
 use crate::state::{Mark, TableId};
 use crate::view::l2status::Announcer;
 use crate::view::{Link, Slice};
@@ -26,26 +26,7 @@ fn ip(text: &str) -> IpAddr {
 
 /// Settings of an agent on a node.
 fn on(name: &str) -> Settings {
-    Settings {
-        node_name: node(name),
-        metallb_namespace: "metallb-system".to_owned(),
-        mask: FwMask::new(0x00f0_0000).unwrap(),
-        excluded: ExcludedDestinations {
-            auto: true,
-            listed: BTreeSet::new(),
-        },
-        table_offset: 100_000,
-        rule_priority: 1000,
-        reconciliation_interval: std::time::Duration::from_secs(300),
-        filter_endpoints_for_node: true,
-        guard_transit: true,
-        grace: std::time::Duration::from_secs(30),
-        lan_interface: None,
-        metrics_address: None,
-        health_address: None,
-        log_filter: "info".to_owned(),
-        log_format: LogFormat::Text,
-    }
+    Settings::default_on(name)
 }
 
 /// A dual-stack LoadBalancer Service with both VIPs, as old as `created` says.
