@@ -17,8 +17,8 @@ help: ## List the targets
 .PHONY: demo
 demo: packages ## Show MetalEG at work on a real cluster on this machine (root; KEEP=1 leaves it running)
 	$(CARGO) build --locked --workspace
-	target/debug/metaleg-lab build
-	target/debug/metaleg-lab demo $(if $(KEEP),--keep)
+	@target/debug/metaleg-lab build
+	@target/debug/metaleg-lab demo $(if $(KEEP),--keep)
 
 .PHONY: test
 test: packages lint test-fast test-kernel test-e2e ## Everything (root; builds Kubernetes and MetalLB the first time)

@@ -189,8 +189,13 @@ fn demo(matches: &ArgMatches) -> Result<()> {
         let seen = stream.and_then(|mut stream| stream.ask(SOON));
         match seen {
             Ok(seen) => {
-                say!("  the connection that {pod} opened before the move goes on as {seen}")
+                let address = seen.address();
+                let shown = address.map_or(seen.to_string(), |address| address.to_string());
+                say!(
+                    "  the connection that {pod} opened before the move goes on, still as {shown}"
+                );
             }
+
             Err(error) => {
                 say!("  the connection that {pod} opened before the move is broken: {error:#}")
             }
