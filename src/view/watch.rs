@@ -405,7 +405,8 @@ fn describe(watch: Watch, error: &watcher::Error) -> Failure {
         // packets to a ClusterIP are looked at after kube-proxy has chosen the pod.
         (Watch::ServiceCidrs, 404) => Failure::NotServed,
         (Watch::ServiceL2Statuses, 404) => Failure::Refused(
-            "not served by the API server: is MetalLB 0.14 or newer installed?".to_owned(),
+            "not served by the API server: is a MetalLB installed that has this resource?"
+                .to_owned(),
         ),
         _ => Failure::Refused(chain(error)),
     }
