@@ -15,6 +15,7 @@ use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
 use crate::diff::diff;
+use crate::error::chain;
 use crate::kernel::{self, Kernel, StepError};
 use crate::plan::slots::Slots;
 use crate::plan::{Desired, plan};
@@ -22,7 +23,7 @@ use crate::report::{Outcome, Report};
 use crate::settings::Settings;
 use crate::state::{Executor, Family, KernelState, Step};
 use crate::view::l2status::Announcers;
-use crate::view::watch::{Cluster, chain};
+use crate::view::watch::Cluster;
 use crate::view::{Key, Link, NodeName, View};
 
 /// First pause after a failed pass; it doubles up to [`LONGEST_PAUSE`].

@@ -44,6 +44,7 @@
 
 pub mod agent;
 pub mod diff;
+mod error;
 pub mod kernel;
 pub mod plan;
 pub mod report;

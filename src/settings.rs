@@ -49,9 +49,9 @@ pub const DEFINITIONS: &[Definition] = &[
     },
     Definition {
         name: "FIREWALL_BACKEND",
-        default: "iptables",
-        help: "What marks and translates packets: `iptables` (nf_tables or legacy mode, as the node's other \
-               programs use it)",
+        default: "auto",
+        help: "What marks and translates packets: `nftables` (a table of its own), `iptables` (nf_tables or \
+               legacy mode, as the node's other programs use it), or `auto`: nftables where the node can",
     },
     Definition {
         name: "FIREWALL_MASK",
@@ -139,6 +139,9 @@ pub const DEFINITIONS: &[Definition] = &[
     },
 ];
 
+/// More slots gain nothing, and each costs a chain: a node's pods hardly use as many gateways.
+const MOST_SLOTS: u32 = 255;
+
 /// The bits of the packet mark that are ours.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FwMask(u32);
@@ -165,10 +168,10 @@ impl FwMask {
         self.0
     }
 
-    /// How many slots there are: all values but 0, which means unmarked.
+    /// How many slots there are: all values but 0, which means unmarked, and at most [`MOST_SLOTS`].
     #[must_use]
     pub fn slots(self) -> u32 {
-        self.0 >> self.0.trailing_zeros()
+        MOST_SLOTS.min(self.0 >> self.0.trailing_zeros())
     }
 
     /// The mark of a slot; `None` outside 1 to [`FwMask::slots`].
@@ -199,6 +202,17 @@ pub struct ExcludedDestinations {
     pub listed: BTreeSet<IpNet>,
 }
 
+/// What marks and translates packets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FirewallBackend {
+    /// nftables where the node can do what is needed, else iptables.
+    Auto,
+    /// nftables, or the agent does not start.
+    Nftables,
+    /// iptables and ipset.
+    Iptables,
+}
+
 /// How log lines look.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LogFormat {
@@ -215,6 +229,8 @@ pub struct Settings {
     pub node_name: NodeName,
     /// Where MetalLB's status objects are.
     pub metallb_namespace: String,
+    /// What marks and translates packets.
+    pub firewall: FirewallBackend,
     /// Mark bits that are ours.
     pub mask: FwMask,
     /// Destinations that are not egress.
@@ -304,7 +320,12 @@ impl Settings {
                 "{name} is not set: must be the name of this Kubernetes node (in a pod: fieldRef spec.nodeName)"
             )));
         }
-        one_of(&value("FIREWALL_BACKEND"), &["iptables"])?;
+        let backend = value("FIREWALL_BACKEND");
+        let firewall = match one_of(&backend, &["auto", "nftables", "iptables"])? {
+            "nftables" => FirewallBackend::Nftables,
+            "iptables" => FirewallBackend::Iptables,
+            _ => FirewallBackend::Auto,
+        };
         one_of(&value("ROUTE_BACKEND"), &["netlink"])?;
         one_of(&value("ANNOUNCER_SOURCES"), &["status"])?;
         one_of(&value("STRICT_START"), &["false"])?;
@@ -318,6 +339,7 @@ impl Settings {
         Ok(Settings {
             node_name: NodeName(node_name),
             metallb_namespace: value("METALLB_NAMESPACE").1,
+            firewall,
             mask,
             excluded: excluded(&value("FIREWALL_EXCLUDE_DST_CIDRS"))?,
             table_offset: table_offset(&value("ROUTE_TABLE_ID_OFFSET"), mask)?,

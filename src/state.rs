@@ -446,7 +446,8 @@ impl Step {
 
 impl Step {
     /// The pod that the step is about.
-    fn pod(&self) -> Option<IpAddr> {
+    #[must_use]
+    pub fn pod(&self) -> Option<IpAddr> {
         match self {
             Step::Know(pod)
             | Step::Unknow(pod)

@@ -8,40 +8,27 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use ipnet::IpNet;
-use netlink_packet_core::{
-    NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload, Nla,
-};
+use netlink_packet_core::{NLM_F_ACK, NetlinkPayload, Nla};
 use netlink_packet_netfilter::conntrack::{ConntrackAttribute, ConntrackMessage, IPTuple, Tuple};
-use netlink_packet_netfilter::{
-    NetfilterHeader, NetfilterMessage, NetfilterMessageInner, NetfilterProtoFamily,
-};
-use netlink_sys::protocols::NETLINK_NETFILTER;
-use netlink_sys::{Socket, SocketAddr};
+use netlink_packet_netfilter::{NetfilterMessageInner, NetfilterProtoFamily};
 
+use crate::kernel::netlink::{Netfilter, NetlinkError, message};
 use crate::state::Family;
 
 /// Attributes that tell apart entries with the same tuple (`CTA_ID`, `CTA_ZONE` of nfnetlink_conntrack.h).
 const CTA_ID: u16 = 12;
 const CTA_ZONE: u16 = 18;
-/// A dump message of the kernel is at most 32 KiB.
-const RECEIVE_BYTES: usize = 64 * 1024;
 /// How many deletes are sent before their answers are read: each answer is below 100 bytes, so that these fit
 /// into the smallest default receive buffer.
 const DELETES_AT_ONCE: usize = 256;
 const ENOENT: i32 = 2;
-const EINTR: i32 = 4;
-/// How often a dump that the kernel interrupted is tried again.
-const DUMP_TRIES: u32 = 5;
 
 /// What can go wrong with connection tracking.
 #[derive(Debug, thiserror::Error)]
 pub enum ConntrackError {
     /// No socket, or no answer.
-    #[error("cannot speak to connection tracking over netlink: {0}")]
-    Socket(#[from] std::io::Error),
-    /// An answer that is none.
-    #[error("connection tracking answered nonsense: {0}")]
-    Decode(String),
+    #[error("connection tracking: {0}")]
+    Netlink(#[from] NetlinkError),
     /// The work was cut off.
     #[error("forgetting connections was cut off: {0}")]
     CutOff(#[from] tokio::task::JoinError),
@@ -73,20 +60,22 @@ fn forget_family(
     pods: &BTreeSet<IpAddr>,
     excluded: &BTreeSet<IpNet>,
 ) -> Result<usize, ConntrackError> {
-    let mut socket = Socket::new(NETLINK_NETFILTER)?;
-    socket.bind_auto()?;
-    socket.connect(&SocketAddr::new(0, 0))?;
-    let mut tries = 0;
-    let entries = loop {
-        tries += 1;
-        match dump(&socket, family, pods, excluded) {
-            Err(ConntrackError::Socket(error))
-                if error.raw_os_error() == Some(EINTR) && tries < DUMP_TRIES => {}
-            result => break result?,
-        }
-    };
+    let netfilter = Netfilter::open()?;
+    let get = NetfilterMessageInner::Conntrack(ConntrackMessage::Get(Vec::new()));
+    let entries: Vec<Entry> = netfilter.dump(
+        proto(family),
+        &get,
+        |entries: &mut Vec<Entry>, answer| match answer {
+            NetfilterMessageInner::Conntrack(ConntrackMessage::New(attributes))
+                if is_to_forget(&attributes, pods, excluded) =>
+            {
+                entries.push(identity(attributes));
+            }
+            _ => {}
+        },
+    )?;
     for batch in entries.chunks(DELETES_AT_ONCE) {
-        delete(&socket, family, batch)?;
+        delete(&netfilter, family, batch)?;
     }
     Ok(entries.len())
 }
@@ -123,32 +112,6 @@ fn source(tuple: &[Tuple]) -> Option<IpAddr> {
     })
 }
 
-fn dump(
-    socket: &Socket,
-    family: Family,
-    pods: &BTreeSet<IpAddr>,
-    excluded: &BTreeSet<IpNet>,
-) -> Result<Vec<Entry>, ConntrackError> {
-    let get = ConntrackMessage::Get(Vec::new());
-    send(socket, &message(family, NLM_F_DUMP, get))?;
-    let mut entries = Vec::new();
-    loop {
-        for answer in receive(socket)? {
-            match answer.payload {
-                NetlinkPayload::Done(_) => return Ok(entries),
-                NetlinkPayload::Error(error) => return Err(error.to_io().into()),
-                NetlinkPayload::InnerMessage(NetfilterMessage {
-                    inner: NetfilterMessageInner::Conntrack(ConntrackMessage::New(attributes)),
-                    ..
-                }) if is_to_forget(&attributes, pods, excluded) => {
-                    entries.push(identity(attributes));
-                }
-                _ => {}
-            }
-        }
-    }
-}
-
 fn identity(attributes: Vec<ConntrackAttribute>) -> Entry {
     let identifies = |attribute: &ConntrackAttribute| match attribute {
         ConntrackAttribute::CtaTupleOrig(_) => true,
@@ -158,22 +121,22 @@ fn identity(attributes: Vec<ConntrackAttribute>) -> Entry {
     attributes.into_iter().filter(identifies).collect()
 }
 
-fn delete(socket: &Socket, family: Family, entries: &[Entry]) -> Result<(), ConntrackError> {
+fn delete(netfilter: &Netfilter, family: Family, entries: &[Entry]) -> Result<(), ConntrackError> {
     let mut batch = Vec::new();
     for entry in entries {
-        let delete = ConntrackMessage::Delete(entry.clone());
-        batch.extend(message(family, NLM_F_ACK, delete));
+        let delete = NetfilterMessageInner::Conntrack(ConntrackMessage::Delete(entry.clone()));
+        batch.extend(message(proto(family), NLM_F_ACK, 0, delete));
     }
-    send(socket, &batch)?;
+    netfilter.send(&batch)?;
     let mut missing = entries.len();
     while missing > 0 {
-        for answer in receive(socket)? {
+        for answer in netfilter.receive()? {
             if let NetlinkPayload::Error(error) = answer.payload {
                 missing = missing.saturating_sub(1);
                 let failure = error.to_io();
                 // Ended by itself in the meantime.
                 if error.code.is_some() && failure.raw_os_error() != Some(ENOENT) {
-                    return Err(failure.into());
+                    return Err(NetlinkError::from(failure).into());
                 }
             }
         }
@@ -181,44 +144,11 @@ fn delete(socket: &Socket, family: Family, entries: &[Entry]) -> Result<(), Conn
     Ok(())
 }
 
-fn message(family: Family, flags: u16, inner: ConntrackMessage) -> Vec<u8> {
-    let family = match family {
+fn proto(family: Family) -> NetfilterProtoFamily {
+    match family {
         Family::V4 => NetfilterProtoFamily::IPv4,
         Family::V6 => NetfilterProtoFamily::IPv6,
-    };
-    let mut header = NetlinkHeader::default();
-    header.flags = NLM_F_REQUEST | flags;
-    let payload = NetfilterMessage::new(NetfilterHeader::new(family, 0, 0), inner);
-    let mut message = NetlinkMessage::new(header, NetlinkPayload::from(payload));
-    message.finalize();
-    let mut bytes = vec![0; message.buffer_len()];
-    message.serialize(&mut bytes);
-    bytes
-}
-
-fn send(socket: &Socket, bytes: &[u8]) -> Result<(), ConntrackError> {
-    socket
-        .send(bytes, 0)
-        .map(drop)
-        .map_err(ConntrackError::from)
-}
-
-fn receive(socket: &Socket) -> Result<Vec<NetlinkMessage<NetfilterMessage>>, ConntrackError> {
-    let mut buffer = Vec::with_capacity(RECEIVE_BYTES);
-    socket.recv(&mut buffer, 0)?;
-    let mut messages = Vec::new();
-    let mut rest = buffer.as_slice();
-    while !rest.is_empty() {
-        let message = NetlinkMessage::<NetfilterMessage>::deserialize(rest)
-            .map_err(|error| ConntrackError::Decode(error.to_string()))?;
-        // Messages are aligned to 4 bytes.
-        let length = usize::try_from(message.header.length).unwrap_or(usize::MAX);
-        rest = rest
-            .get(length.next_multiple_of(4).max(4)..)
-            .unwrap_or_default();
-        messages.push(message);
     }
-    Ok(messages)
 }
 
 #[cfg(test)]

@@ -13,14 +13,13 @@ use std::time::Duration;
 
 use ipnet::IpNet;
 
+use crate::kernel::tag::{TAG, tag};
 use crate::kernel::tool::{ToolError, run};
 use crate::kernel::{Error, Firewall, StepError, tryable};
 use crate::state::{Family, FirewallState, Mark, PodState, Skeleton, Step};
 
 /// What every set and chain of ours is called.
 const PREFIX: &str = "METALEG-";
-/// What every comment of ours begins with.
-const TAG: &str = "metaleg:";
 /// ipset's default of 65,536 would refuse the pods of a large cluster.
 const MAX_ELEMENTS: u32 = 1_048_576;
 /// Seconds to wait for the xtables lock, below the deadline for the tool.
@@ -593,7 +592,7 @@ struct Rule {
 
 impl Rule {
     fn new(name: &str, text: &str) -> Rule {
-        let tag = format!("{TAG}{name}:{:08x}", fnv1a(text));
+        let tag = tag(name, text);
         let text = format!("-m comment --comment \"{tag}\" {text}");
         Rule { tag, text }
     }
@@ -605,12 +604,6 @@ impl Rule {
     fn delete(&self, chain: &str) -> String {
         format!("-D {chain} {}", self.text)
     }
-}
-
-/// 32-bit FNV-1a (Fowler, Noll, Vo): stable over releases, unlike the standard library's hashers.
-fn fnv1a(text: &str) -> u32 {
-    let step = |hash: u32, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193);
-    text.bytes().fold(0x811c_9dc5, step)
 }
 
 /// A chain of ours and how packets come into it.

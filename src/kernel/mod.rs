@@ -4,7 +4,10 @@
 
 mod conntrack;
 mod iptables;
+mod netlink;
+mod nftables;
 mod route;
+mod tag;
 mod tool;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -13,10 +16,14 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
+use crate::error::chain;
 use crate::kernel::conntrack::ConntrackError;
 use crate::kernel::iptables::Iptables;
+use crate::kernel::netlink::NetlinkError;
+use crate::kernel::nftables::Nftables;
 use crate::kernel::route::{RouteError, Routes};
 use crate::kernel::tool::ToolError;
+use crate::settings::{FirewallBackend, FwMask};
 use crate::state::{Executor, Family, FamilyState, FirewallState, KernelState, Step};
 use crate::view::Link;
 
@@ -43,6 +50,9 @@ pub enum Error {
     /// Rules or routes.
     #[error(transparent)]
     Route(#[from] RouteError),
+    /// nftables.
+    #[error("nftables: {0}")]
+    Netlink(#[from] NetlinkError),
     /// Connection tracking.
     #[error(transparent)]
     Conntrack(#[from] ConntrackError),
@@ -109,35 +119,86 @@ fn tryable<'a>(steps: &[&'a Step], failed: &mut Vec<StepError>) -> Vec<&'a Step>
     rest
 }
 
+/// The backend in use.
+#[derive(Debug)]
+enum Backend {
+    Nftables(Nftables),
+    Iptables(Iptables),
+}
+
+impl Firewall for Backend {
+    async fn observe(&mut self) -> Result<BTreeMap<Family, FirewallState>, Error> {
+        match self {
+            Backend::Nftables(nftables) => nftables.observe().await,
+            Backend::Iptables(iptables) => iptables.observe().await,
+        }
+    }
+
+    async fn apply(&mut self, steps: &[&Step], failed: &mut Vec<StepError>) {
+        match self {
+            Backend::Nftables(nftables) => nftables.apply(steps, failed).await,
+            Backend::Iptables(iptables) => iptables.apply(steps, failed).await,
+        }
+    }
+}
+
 /// The kernel of the node that this process runs on.
 #[derive(Debug)]
 pub struct NodeKernel {
-    firewall: Iptables,
+    firewall: Backend,
     routes: Routes,
+    /// Which backend, and why.
+    choice: String,
 }
 
 impl NodeKernel {
     /// Finds out what this node has. Changes nothing.
     ///
     /// # Errors
-    /// When a tool is missing, or the kernel cannot be asked.
-    pub async fn open(mask: u32) -> Result<NodeKernel, Error> {
+    /// When a tool is missing, or the kernel cannot be asked, or cannot do what the wanted backend needs.
+    pub async fn open(mask: FwMask, wanted: FirewallBackend) -> Result<NodeKernel, Error> {
         // Absent in a kernel without IPv6.
         let has_ipv6 = tokio::fs::try_exists("/proc/thread-self/net/if_inet6").await;
         let mut families = vec![Family::V4];
         if has_ipv6.unwrap_or(false) {
             families.push(Family::V6);
         }
+        let routes = Routes::open(families.clone())?;
+        let nftables = match wanted {
+            FirewallBackend::Iptables => None,
+            FirewallBackend::Nftables | FirewallBackend::Auto => {
+                Some(Nftables::check(mask, &families).await)
+            }
+        };
+        let (firewall, choice) = match (wanted, nftables) {
+            (FirewallBackend::Nftables, Some(Err(error))) => return Err(error),
+            (_, Some(Ok(()))) => {
+                let nftables = Nftables::open(mask, families)?;
+                (Backend::Nftables(nftables), "nftables".to_owned())
+            }
+            (_, refusal) => {
+                let iptables = Iptables::open(mask.bits(), families).await?;
+                let mut choice = iptables.describe();
+                if let Some(Err(error)) = refusal {
+                    choice = format!(
+                        "{choice}, because nftables cannot be used: {}",
+                        chain(&error)
+                    );
+                }
+                (Backend::Iptables(iptables), choice)
+            }
+        };
         Ok(NodeKernel {
-            routes: Routes::open(families.clone())?,
-            firewall: Iptables::open(mask, families).await?,
+            firewall,
+            routes,
+            choice,
         })
     }
 
     /// What was found, for the log.
     #[must_use]
-    pub fn describe(&self) -> String {
-        self.firewall.describe()
+    pub fn describe(&self) -> &str {
+        &self.choice
     }
 }
 

@@ -21,6 +21,7 @@ use tokio::sync::Notify;
 use tokio::task::JoinSet;
 use tracing::{info, warn};
 
+use crate::error::chain;
 use crate::view::l2status::{self, Announcers, L2Status};
 use crate::view::{
     EGRESS_LABEL, EGRESS_VALUE, Key, Node, NodeName, Service, Slice, View, service_cidrs,
@@ -431,20 +432,6 @@ fn fail<K, F>(watch: Watch, failure: Failure, facts: &mut Facts<K, F>) -> bool {
     let news = facts.failure.as_ref() != Some(&text);
     facts.failure = Some(text);
     news
-}
-
-/// An error with its causes on one line, each said once.
-pub(crate) fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        let cause_text = cause.to_string();
-        if !text.contains(&cause_text) {
-            text = format!("{text}: {cause_text}");
-        }
-        source = cause.source();
-    }
-    text.replace('\n', " ")
 }
 
 #[cfg(test)]

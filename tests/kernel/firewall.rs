@@ -44,21 +44,11 @@ fn a_state_is_reached_read_back_and_removed(mode: Mode) {
 
         reach(&mut kernel, &example()).await;
         assert!(diff(&kernel.observe().await.unwrap(), &example()).is_empty());
-        let marks = sh("ipset save METALEG-MARK-4; ipset save METALEG-MARK-6");
-        assert!(
-            marks.contains("add METALEG-MARK-4 10.244.1.12 skbmark 0x100000/0xf00000"),
-            "{marks}"
-        );
-        let save = mode.save();
-        for rule in [
-            "-j SNAT --to-source 192.0.2.200",
-            "-j SNAT --to-source 2001:db8:1::c8",
-        ] {
-            assert_eq!(save.matches(rule).count(), 1, "{save}");
-        }
+        look(mode);
 
         reach(&mut kernel, &nothing()).await;
         assert_eq!(foreign(&mode.save()), foreign_before);
+        assert!(!sh("nft list tables").contains("table inet metaleg\n"));
         let left = format!("{}{}", mode.save(), sh("ipset list -n"));
         let ours = |line: &&str| line.contains("METALEG") && !line.contains("OTHERS");
         let left: Vec<&str> = left.lines().filter(ours).collect();
@@ -74,6 +64,47 @@ fn a_state_is_reached_read_back_and_removed(mode: Mode) {
     });
 }
 
+/// What is there, as the tools show it.
+fn look(mode: Mode) {
+    if mode == Mode::Own {
+        for (what, element) in [
+            ("slot4", "10.244.1.12 : goto slot1"),
+            ("slot6", "fd00:10:244:1::12 : goto slot1"),
+            ("vip4", "10.244.1.13 : 192.0.2.201"),
+            ("vip6", "fd00:10:244:1::11 : 2001:db8:1::c8"),
+            ("excluded4", "10.244.1.0/24"),
+            ("excluded6", "fe80::/10"),
+            ("blocked4", "10.244.1.14"),
+        ] {
+            let kind = if what.starts_with("slot") || what.starts_with("vip") {
+                "map"
+            } else {
+                "set"
+            };
+            let listed = sh(&format!("nft list {kind} inet metaleg {what}"));
+            assert!(listed.contains(element), "{listed}");
+        }
+        return;
+    }
+    let marks = sh("ipset save METALEG-MARK-4; ipset save METALEG-MARK-6");
+    assert!(
+        marks.contains("add METALEG-MARK-4 10.244.1.12 skbmark 0x100000/0xf00000"),
+        "{marks}"
+    );
+    let save = mode.save();
+    for rule in [
+        "-j SNAT --to-source 192.0.2.200",
+        "-j SNAT --to-source 2001:db8:1::c8",
+    ] {
+        assert_eq!(save.matches(rule).count(), 1, "{save}");
+    }
+}
+
+#[test]
+fn own_a_state_is_reached_read_back_and_removed() {
+    a_state_is_reached_read_back_and_removed(Mode::Own);
+}
+
 #[test]
 fn nft_a_state_is_reached_read_back_and_removed() {
     a_state_is_reached_read_back_and_removed(Mode::Nft);
@@ -84,12 +115,33 @@ fn legacy_a_state_is_reached_read_back_and_removed() {
     a_state_is_reached_read_back_and_removed(Mode::Legacy);
 }
 
-fn damage_is_seen_and_healed(mode: Mode) {
+fn damage_is_seen_and_healed(mode: Mode, damages: Vec<String>) {
     in_namespace(move || async move {
         let mut kernel = open(mode).await;
         reach(&mut kernel, &example()).await;
-        let [v4, v6] = mode.tools();
-        for damage in [
+        let of_routes = [
+            "ip rule flush; ip rule add pref 32766 lookup main",
+            "ip -6 rule del pref 1000",
+            "ip rule del pref 1099",
+            "ip -6 route flush table 100001",
+            "ip route del default table 100001 metric 100",
+        ];
+        for damage in damages.into_iter().chain(of_routes.map(str::to_owned)) {
+            sh(&damage);
+            assert_ne!(
+                kernel.observe().await.unwrap(),
+                example(),
+                "not seen: {damage}"
+            );
+            reach(&mut kernel, &example()).await;
+        }
+    });
+}
+
+/// Every kind of object of the backend deleted, flushed, reordered, doubled or changed.
+fn damages_of_iptables(mode: Mode) -> Vec<String> {
+    let [v4, v6] = mode.tools();
+    vec![
             format!("{v4} -t nat -D POSTROUTING 1"),
             format!("{v4} -D FORWARD 1"),
             format!("{v6} -t mangle -D PREROUTING 1"),
@@ -108,30 +160,70 @@ fn damage_is_seen_and_healed(mode: Mode) {
             "ipset flush METALEG-MARK-6; ipset add METALEG-MARK-6 fd00:10:244:1::c skbmark 0x200000/0xf00000".to_owned(),
             "ipset create METALEG-VIP-192.0.2.99 hash:ip maxelem 1048576; ipset add METALEG-VIP-192.0.2.99 10.244.1.11".to_owned(),
             format!("{v4} -t nat -F; {v4} -t mangle -F; {v4} -F; ipset destroy METALEG-PODS-4"),
-            "ip rule flush; ip rule add pref 32766 lookup main".to_owned(),
-            "ip -6 route flush table 100001".to_owned(),
-        ] {
-            sh(&damage);
-            assert_ne!(kernel.observe().await.unwrap(), example(), "not seen: {damage}");
-            reach(&mut kernel, &example()).await;
-        }
-    });
+    ]
+}
+
+fn damages_of_nftables() -> Vec<String> {
+    let mut damages: Vec<String> = [
+        "delete table inet metaleg",
+        "flush table inet metaleg",
+        "flush chain inet metaleg leak",
+        "flush chain inet metaleg slot1",
+        "insert rule inet metaleg guard accept",
+        "add rule inet metaleg translation masquerade",
+        "chain inet metaleg guard { policy drop; }",
+        "flush set inet metaleg pods4",
+        "flush map inet metaleg slot6",
+        "flush map inet metaleg vip4",
+        "flush set inet metaleg excluded6",
+        "add element inet metaleg excluded4 { 198.51.100.0/24 }",
+        "add element inet metaleg blocked4 { 10.244.1.99 }",
+        "delete element inet metaleg vips4 { 192.0.2.200 }",
+        "delete element inet metaleg slot4 { 10.244.1.12 }; add element inet metaleg slot4 { 10.244.1.12 : goto slot2 }",
+    ]
+    .map(|command| format!("nft '{command}'"))
+    .into();
+    for chain in ["marking", "guard", "translation", "leak"] {
+        damages.push(format!(
+            "nft flush chain inet metaleg {chain}; nft delete chain inet metaleg {chain}"
+        ));
+        damages.push(format!(
+            "nft delete rule inet metaleg {chain} handle \
+             $(nft -a list chain inet metaleg {chain} | sed -n 's/.*comment.*handle //p' | tail -1)"
+        ));
+        // The last rule becomes the first.
+        damages.push(format!(
+            "rule=$(nft -a list chain inet metaleg {chain} | grep comment | tail -1)
+             nft delete rule inet metaleg {chain} handle ${{rule##* }}
+             nft insert rule inet metaleg {chain} \"$(echo \"${{rule% \\# handle*}}\" | sed 's/packets [0-9]* bytes [0-9]*//')\""
+        ));
+    }
+    for set in ["pods4", "vips6", "gatewayed4", "remote6"] {
+        damages.push(format!(
+            "nft flush table inet metaleg; nft delete set inet metaleg {set}"
+        ));
+    }
+    damages
+}
+
+#[test]
+fn own_damage_is_seen_and_healed() {
+    damage_is_seen_and_healed(Mode::Own, damages_of_nftables());
 }
 
 #[test]
 fn nft_damage_is_seen_and_healed() {
-    damage_is_seen_and_healed(Mode::Nft);
+    damage_is_seen_and_healed(Mode::Nft, damages_of_iptables(Mode::Nft));
 }
 
 #[test]
 fn legacy_damage_is_seen_and_healed() {
-    damage_is_seen_and_healed(Mode::Legacy);
+    damage_is_seen_and_healed(Mode::Legacy, damages_of_iptables(Mode::Legacy));
 }
 
-#[test]
-fn every_step_may_be_repeated() {
-    in_namespace(|| async {
-        let mut kernel = open(Mode::Nft).await;
+fn every_step_may_be_repeated(mode: Mode) {
+    in_namespace(move || async move {
+        let mut kernel = open(mode).await;
         for (from, to) in [(nothing(), example()), (example(), nothing())] {
             for step in diff(&from, &to) {
                 for _ in 0..2 {
@@ -147,18 +239,37 @@ fn every_step_may_be_repeated() {
 }
 
 #[test]
-fn vips_come_and_go_beside_each_other() {
-    in_namespace(|| async {
-        let mut kernel = open(Mode::Nft).await;
+fn own_every_step_may_be_repeated() {
+    every_step_may_be_repeated(Mode::Own);
+}
+
+#[test]
+fn nft_every_step_may_be_repeated() {
+    every_step_may_be_repeated(Mode::Nft);
+}
+
+fn vips_come_and_go_beside_each_other(mode: Mode) {
+    in_namespace(move || async move {
+        let mut kernel = open(mode).await;
         reach(&mut kernel, &example()).await;
         let mut other = example();
         let firewall = &mut other.families.get_mut(&Family::V4).unwrap().firewall;
         firewall.vips = [ip("192.0.2.200"), ip("192.0.2.210"), ip("192.0.2.211")].into();
         firewall.pods.get_mut(&ip("10.244.1.13")).unwrap().vips = [ip("192.0.2.210")].into();
         reach(&mut kernel, &other).await;
-        assert!(!sh("ipset list -n").contains("192.0.2.201"));
+        assert!(!format!("{}{}", sh("ipset list -n"), mode.save()).contains("192.0.2.201"));
         reach(&mut kernel, &example()).await;
     });
+}
+
+#[test]
+fn own_vips_come_and_go_beside_each_other() {
+    vips_come_and_go_beside_each_other(Mode::Own);
+}
+
+#[test]
+fn nft_vips_come_and_go_beside_each_other() {
+    vips_come_and_go_beside_each_other(Mode::Nft);
 }
 
 #[test]
@@ -212,10 +323,9 @@ fn a_step_that_fails_costs_only_the_steps_that_rely_on_it() {
     });
 }
 
-#[test]
-fn five_thousand_services_fit() {
-    in_namespace(|| async {
-        let mut kernel = open(Mode::Nft).await;
+fn five_thousand_services_fit(mode: Mode) {
+    in_namespace(move || async move {
+        let mut kernel = open(mode).await;
         let mut large = example();
         let firewall = &mut large.families.get_mut(&Family::V4).unwrap().firewall;
         for n in 0..5000_u16 {
@@ -244,10 +354,20 @@ fn five_thousand_services_fit() {
 }
 
 #[test]
+fn own_five_thousand_services_fit() {
+    five_thousand_services_fit(Mode::Own);
+}
+
+#[test]
+fn nft_five_thousand_services_fit() {
+    five_thousand_services_fit(Mode::Nft);
+}
+
+#[test]
 fn legacy_tables_are_not_registered_by_looking_for_them() {
     in_namespace(|| async {
         sh("iptables-nft -t nat -A POSTROUTING -j MASQUERADE");
-        let kernel = NodeKernel::open(MASK).await.unwrap();
+        let kernel = open_backend(FirewallBackend::Iptables).await;
         assert!(
             kernel.describe().contains("nf_tables"),
             "{}",
@@ -261,7 +381,7 @@ fn legacy_tables_are_not_registered_by_looking_for_them() {
 fn without_a_kubelet_the_mode_with_more_rules_is_used() {
     in_namespace(|| async {
         sh("iptables-legacy -t nat -A POSTROUTING -j MASQUERADE");
-        let kernel = NodeKernel::open(MASK).await.unwrap();
+        let kernel = open_backend(FirewallBackend::Iptables).await;
         assert!(
             kernel.describe().contains("legacy"),
             "{}",

@@ -21,6 +21,7 @@ use std::process::Command;
 
 use metaleg::diff::diff;
 use metaleg::kernel::{Kernel, NodeKernel};
+use metaleg::settings::{FirewallBackend, FwMask};
 use metaleg::state::{
     Family, FamilyState, FirewallState, KernelState, Mark, NextHop, PodState, RouteState, Rule,
     RuleAction, Skeleton, Table, TableId,
@@ -70,17 +71,21 @@ fn sh(script: &str) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
-/// The mode that the agent is to find: said the way a kubelet does.
-#[derive(Clone, Copy)]
+/// What the agent is to use.
+#[derive(Clone, Copy, PartialEq, Eq)]
 enum Mode {
+    /// iptables on nf_tables.
     Nft,
+    /// iptables on ip_tables.
     Legacy,
+    /// A table of its own.
+    Own,
 }
 
 impl Mode {
     fn name(self) -> &'static str {
         match self {
-            Mode::Nft => "nft",
+            Mode::Nft | Mode::Own => "nft",
             Mode::Legacy => "legacy",
         }
     }
@@ -90,19 +95,36 @@ impl Mode {
         ["iptables", "ip6tables"].map(|tool| format!("{tool}-{}", self.name()))
     }
 
-    /// Everything that iptables shows in both families.
+    /// Everything that the tools show in both families.
     fn save(self) -> String {
-        self.tools()
-            .map(|tool| sh(&format!("{tool}-save")))
-            .concat()
+        match self {
+            Mode::Own => sh("nft list ruleset"),
+            Mode::Nft | Mode::Legacy => self
+                .tools()
+                .map(|tool| sh(&format!("{tool}-save")))
+                .concat(),
+        }
     }
 }
 
+/// The mode of iptables is said the way a kubelet does.
 async fn open(mode: Mode) -> NodeKernel {
     for tool in mode.tools() {
-        sh(&format!("{tool} -t mangle -N KUBE-IPTABLES-HINT"));
+        sh(&format!(
+            "{tool} -t mangle -N KUBE-IPTABLES-HINT 2>/dev/null || true"
+        ));
     }
-    NodeKernel::open(MASK).await.unwrap()
+    let backend = match mode {
+        Mode::Own => FirewallBackend::Nftables,
+        Mode::Nft | Mode::Legacy => FirewallBackend::Iptables,
+    };
+    open_backend(backend).await
+}
+
+async fn open_backend(backend: FirewallBackend) -> NodeKernel {
+    NodeKernel::open(FwMask::new(MASK).unwrap(), backend)
+        .await
+        .unwrap()
 }
 
 fn rule(place: u32, action: RuleAction) -> Rule {

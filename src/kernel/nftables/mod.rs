@@ -1,0 +1,523 @@
+//! Firewall backend on nftables: one table of our own, ahead of every masquerade.
+//!
+//! The table as a whole is written by one `nft` process, in one transaction; after that each change is a
+//! transaction of set elements over netlink, without a process. Steps that come together go together: nobody
+//! sees the state between two of them.
+
+mod elements;
+mod ruleset;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use netlink_packet_core::{NLM_F_ACK, NLM_F_CREATE};
+use netlink_packet_netfilter::nftables::{
+    ChainAttribute, ChainMessage, DataAttribute, ListAttribute, NfTablesMessage, RuleAttribute,
+    RuleMessage, SetAttribute, SetElementAttribute, SetElementFlags, SetElementList,
+    SetElementMessage, SetMessage, TableAttribute, TableMessage, Verdict, VerdictAttribute,
+};
+use netlink_packet_netfilter::none::ControlMessage;
+use netlink_packet_netfilter::{NetfilterMessageInner, NetfilterProtoFamily};
+
+use self::elements::{Elements, Kind, Value};
+use self::ruleset::{Chain, TABLE, chains};
+use crate::kernel::netlink::{Netfilter, NetlinkError, message};
+use crate::kernel::tag::TAG;
+use crate::kernel::tool::run;
+use crate::kernel::{Error, Firewall, StepError, tryable};
+use crate::settings::FwMask;
+use crate::state::{Family, FirewallState, KernelState, Skeleton, Step};
+
+/// `NFNL_SUBSYS_NFTABLES` of nfnetlink.h: the subsystem that a transaction is for.
+const SUBSYSTEM: u16 = 10;
+/// The length of an attribute is 16 bits: this many elements of at most 60 bytes fit into one.
+const ELEMENTS_AT_ONCE: usize = 1000;
+/// `NFTNL_UDATA_RULE_COMMENT` of libnftnl: a rule's comment among its user data.
+const UDATA_COMMENT: u8 = 0;
+
+/// The nftables backend of one node.
+#[derive(Debug)]
+pub(crate) struct Nftables {
+    netfilter: Netfilter,
+    families: Vec<Family>,
+    mask: FwMask,
+    /// What the table holds, as read or confirmed last: a map's element is replaced by naming the old one.
+    held: KernelState,
+}
+
+impl Nftables {
+    /// Opens the netlink socket. Changes nothing.
+    pub(crate) fn open(mask: FwMask, families: Vec<Family>) -> Result<Nftables, NetlinkError> {
+        Ok(Nftables {
+            netfilter: Netfilter::open()?,
+            families,
+            mask,
+            held: KernelState::default(),
+        })
+    }
+
+    /// Whether kernel and tool can do what this backend needs: both are asked to check the whole table.
+    pub(crate) async fn check(mask: FwMask, families: &[Family]) -> Result<(), Error> {
+        let document = document(families, mask, &KernelState::default());
+        run("nft", &["--check", "--file", "-"], document).await?;
+        Ok(())
+    }
+
+    fn read(&mut self) -> Result<BTreeMap<Family, FirewallState>, NetlinkError> {
+        let sets = self.sets()?;
+        let damage = self.damage(&sets)?;
+        let mut states = BTreeMap::new();
+        for &family in &self.families {
+            let mut elements = Elements::new();
+            for kind in Kind::ALL {
+                if sets.contains(&kind.name(family)) {
+                    elements.insert(kind, self.members(kind, family)?);
+                }
+            }
+            let skeleton = match &damage {
+                None if sets.is_empty() => Skeleton::Absent,
+                None => Skeleton::Intact,
+                Some(damage) => Skeleton::Damaged(damage.clone()),
+            };
+            let state = elements::state_of(&elements, self.mask.bits(), skeleton);
+            states.insert(family, state);
+        }
+        Ok(states)
+    }
+
+    fn dump<T: Default>(
+        &self,
+        question: NfTablesMessage,
+        take: impl Fn(&mut T, NfTablesMessage),
+    ) -> Result<T, NetlinkError> {
+        let question = NetfilterMessageInner::NfTables(question);
+        let all = self
+            .netfilter
+            .dump(NetfilterProtoFamily::Inet, &question, |all, answer| {
+                if let NetfilterMessageInner::NfTables(answer) = answer {
+                    take(all, answer);
+                }
+            });
+        match all {
+            // No table, no set: nothing in it.
+            Err(error) if error.is_absent() => Ok(T::default()),
+            all => all,
+        }
+    }
+
+    fn sets(&self) -> Result<BTreeSet<String>, NetlinkError> {
+        let attributes = vec![SetAttribute::Table(TABLE.to_owned())];
+        self.dump(
+            NfTablesMessage::GetSet(SetMessage { attributes }),
+            |sets: &mut BTreeSet<String>, answer| {
+                if let NfTablesMessage::NewSet(set) = answer {
+                    sets.extend(set.attributes.into_iter().filter_map(|a| match a {
+                        SetAttribute::Name(name) => Some(name),
+                        _ => None,
+                    }));
+                }
+            },
+        )
+    }
+
+    /// What is wrong with the table; nothing where there is none.
+    fn damage(&self, sets: &BTreeSet<String>) -> Result<Option<String>, NetlinkError> {
+        let present: BTreeMap<String, Option<BaseChain>> = self.dump(
+            NfTablesMessage::GetChain(ChainMessage {
+                attributes: Vec::new(),
+            }),
+            |chains: &mut BTreeMap<_, _>, answer| {
+                if let NfTablesMessage::NewChain(chain) = answer {
+                    chains.extend(own_chain(&chain.attributes));
+                }
+            },
+        )?;
+        if present.is_empty() && sets.is_empty() {
+            return Ok(None);
+        }
+        let attributes = vec![RuleAttribute::Table(TABLE.to_owned())];
+        let tags: BTreeMap<String, Vec<String>> = self.dump(
+            NfTablesMessage::GetRule(RuleMessage { attributes }),
+            |tags: &mut BTreeMap<String, Vec<String>>, answer| {
+                if let NfTablesMessage::NewRule(rule) = answer
+                    && let Some((chain, tag)) = chain_and_tag(rule.attributes)
+                {
+                    tags.entry(chain).or_default().push(tag);
+                }
+            },
+        )?;
+        let missing = self.families.iter().flat_map(|family| {
+            let names = Kind::ALL.map(|kind| kind.name(*family));
+            names.into_iter().filter(|name| !sets.contains(name))
+        });
+        if let Some(set) = { missing }.next() {
+            return Ok(Some(format!("set {set} is missing")));
+        }
+        let expected = chains(&self.families, self.mask.bits(), self.mask.slots());
+        let changed = expected.iter().find(|chain| {
+            let found = tags.get(&chain.name).map_or(&[][..], Vec::as_slice);
+            let same_rules = found.iter().eq(chain.rules.iter().map(|rule| &rule.tag));
+            !same_rules || present.get(&chain.name) != Some(&base_of(chain))
+        });
+        Ok(changed.map(|chain| format!("chain {} is missing or changed", chain.name)))
+    }
+
+    fn members(&self, kind: Kind, family: Family) -> Result<BTreeMap<IpNet, Value>, NetlinkError> {
+        let attributes = vec![
+            SetElementList::Table(TABLE.to_owned()),
+            SetElementList::Set(kind.name(family)),
+        ];
+        let raw: Vec<Vec<SetElementAttribute>> = self.dump(
+            NfTablesMessage::GetSetElement(SetElementMessage { attributes }),
+            |all: &mut Vec<_>, answer| {
+                if let NfTablesMessage::NewSetElement(message) = answer {
+                    for part in message.attributes {
+                        if let SetElementList::Elements(list) = part {
+                            all.extend(list.into_iter().filter_map(|entry| match entry {
+                                ListAttribute::Element(element) => Some(element),
+                                _ => None,
+                            }));
+                        }
+                    }
+                }
+            },
+        )?;
+        if kind.of_networks() {
+            let ends = raw.iter().filter_map(|element| {
+                let is_end = element.iter().any(|a| {
+                    matches!(a, SetElementAttribute::Flags(flags) if flags.contains(SetElementFlags::IntervalEnd))
+                });
+                Some((key(element)?, is_end))
+            });
+            let nets = elements::networks(family, ends.collect());
+            return Ok(nets.into_iter().map(|net| (net, Value::None)).collect());
+        }
+        let members = raw
+            .iter()
+            .filter_map(|e| Some((IpNet::from(key(e)?), value(e))));
+        Ok(members.collect())
+    }
+
+    /// Executes steps in one transaction: all of them or none. After a failure what is held must be read again.
+    async fn transaction(&mut self, steps: &[&Step]) -> Result<(), Error> {
+        let before = self.concerned(steps);
+        for step in steps {
+            self.held.apply(step);
+        }
+        let whole =
+            |step: &&Step| matches!(step, Step::InstallFirewall(..) | Step::RemoveFirewall(_));
+        let nothing = FirewallState::default();
+        let mut families = self.held.families.values();
+        if !steps.iter().any(whole) {
+            let batch = changes(&before, &self.concerned(steps));
+            if !batch.is_empty() {
+                self.netfilter.commit(&transaction(&batch))?;
+            }
+        } else if families.all(|family| family.firewall == nothing) {
+            self.remove_table()?;
+        } else {
+            let document = document(&self.families, self.mask, &self.held);
+            run("nft", &["--file", "-"], document).await?;
+        }
+        Ok(())
+    }
+
+    /// The elements that steps concern, as held.
+    fn concerned(&self, steps: &[&Step]) -> BTreeMap<Family, Elements> {
+        let pods: BTreeSet<IpAddr> = steps.iter().filter_map(|step| step.pod()).collect();
+        let networks = steps.iter().any(|step| step.pod().is_none());
+        let mut concerned = BTreeMap::new();
+        for (family, state) in &self.held.families {
+            let elements: &mut Elements = concerned.entry(*family).or_default();
+            if networks {
+                elements::of_networks(&state.firewall, elements);
+            }
+            for pod in &pods {
+                if let Some(state) = state.firewall.pods.get(pod) {
+                    elements::of_pod(*pod, state, elements);
+                }
+            }
+        }
+        concerned
+    }
+
+    /// Removes the whole table; absent is fine.
+    pub(crate) fn remove_table(&self) -> Result<(), NetlinkError> {
+        let name = || vec![TableAttribute::Name(TABLE.to_owned())];
+        let add = NfTablesMessage::NewTable(TableMessage { attributes: name() });
+        let delete = NfTablesMessage::DeleteTable(TableMessage { attributes: name() });
+        // Added first, so that there is one to delete.
+        let mut batch = inet(NLM_F_CREATE, add);
+        batch.extend(inet(NLM_F_ACK, delete));
+        self.netfilter.commit(&transaction(&batch))
+    }
+}
+
+impl Firewall for Nftables {
+    async fn observe(&mut self) -> Result<BTreeMap<Family, FirewallState>, Error> {
+        let states = self.read()?;
+        self.held = KernelState::default();
+        for (family, state) in &states {
+            self.held.families.entry(*family).or_default().firewall = state.clone();
+        }
+        Ok(states)
+    }
+
+    async fn apply(&mut self, steps: &[&Step], failed: &mut Vec<StepError>) {
+        let batch = tryable(steps, failed);
+        if batch.is_empty() || self.transaction(&batch).await.is_ok() {
+            return;
+        }
+        // Perhaps the table is not what we took it for. Then each step by itself: a bad one must cost no other.
+        if let Err(error) = self.observe().await {
+            let source = |_| Error::Batch(error.to_string());
+            failed.extend(batch.iter().map(|step| StepError {
+                step: (*step).clone(),
+                source: source(step),
+            }));
+            return;
+        }
+        for step in batch {
+            for step in tryable(&[step], failed) {
+                if let Err(source) = self.transaction(&[step]).await {
+                    failed.push(StepError {
+                        step: step.clone(),
+                        source,
+                    });
+                }
+            }
+        }
+    }
+}
+
+/// Kind, hook and priority of a base chain, and whether it accepts what no rule decides.
+type BaseChain = (String, u32, u32, bool);
+
+fn base_of(chain: &Chain) -> Option<BaseChain> {
+    let hook = chain.hook?;
+    Some((
+        hook.kind.to_owned(),
+        hook.number,
+        hook.priority.cast_unsigned(),
+        true,
+    ))
+}
+
+/// Name and hook of a chain, if it is in our table.
+fn own_chain(attributes: &[ChainAttribute]) -> Option<(String, Option<BaseChain>)> {
+    use netlink_packet_netfilter::nftables::Hook;
+    let ours = |a: &ChainAttribute| matches!(a, ChainAttribute::Table(table) if table == TABLE);
+    if !attributes.iter().any(ours) {
+        return None;
+    }
+    let (mut name, mut kind, mut accepts) = (None, String::new(), true);
+    let (mut number, mut priority, mut is_base) = (0, 0, false);
+    for attribute in attributes {
+        match attribute {
+            ChainAttribute::Name(found) => name = Some(found.clone()),
+            ChainAttribute::Type(found) => kind.clone_from(found),
+            // `NF_ACCEPT` of netfilter.h.
+            ChainAttribute::Policy(policy) => accepts = *policy == 1,
+            ChainAttribute::Hook(hook) => {
+                is_base = true;
+                for part in hook {
+                    match part {
+                        Hook::Number(found) => number = u32::from(*found),
+                        Hook::Priority(found) => priority = *found,
+                        _ => {}
+                    }
+                }
+            }
+            _ => {}
+        }
+    }
+    Some((name?, is_base.then_some((kind, number, priority, accepts))))
+}
+
+/// The chain and our comment of a rule; a rule without one has an empty comment.
+fn chain_and_tag(attributes: Vec<RuleAttribute>) -> Option<(String, String)> {
+    let (mut chain, mut tag) = (None, String::new());
+    for attribute in attributes {
+        match attribute {
+            RuleAttribute::Chain(name) => chain = Some(name),
+            RuleAttribute::UserData(data) => tag = comment(&data).unwrap_or_default(),
+            _ => {}
+        }
+    }
+    Some((chain?, tag))
+}
+
+/// The comment in a rule's user data: type, length and value one after the other.
+fn comment(mut data: &[u8]) -> Option<String> {
+    while let [kind, length, rest @ ..] = data {
+        let value = rest.get(..usize::from(*length))?;
+        if *kind == UDATA_COMMENT {
+            let text = String::from_utf8_lossy(value);
+            let text = text.trim_end_matches('\0');
+            return text.starts_with(TAG).then(|| text.to_owned());
+        }
+        data = rest.get(usize::from(*length)..)?;
+    }
+    None
+}
+
+fn key(element: &[SetElementAttribute]) -> Option<IpAddr> {
+    element.iter().find_map(|attribute| match attribute {
+        SetElementAttribute::Key(DataAttribute::Value(bytes)) => address(bytes),
+        _ => None,
+    })
+}
+
+fn value(element: &[SetElementAttribute]) -> Value {
+    let data = element.iter().find_map(|attribute| match attribute {
+        SetElementAttribute::Data(data) => Some(data),
+        _ => None,
+    });
+    match data {
+        Some(DataAttribute::Value(bytes)) => address(bytes).map_or(Value::None, Value::Address),
+        Some(DataAttribute::Verdict(verdict)) => {
+            let chain = verdict.iter().find_map(|part| match part {
+                VerdictAttribute::Chain(chain) => Some(chain.clone()),
+                _ => None,
+            });
+            chain.map_or(Value::None, Value::Chain)
+        }
+        _ => Value::None,
+    }
+}
+
+fn address(bytes: &[u8]) -> Option<IpAddr> {
+    match bytes.len() {
+        4 => <[u8; 4]>::try_from(bytes).ok().map(IpAddr::from),
+        16 => <[u8; 16]>::try_from(bytes).ok().map(IpAddr::from),
+        _ => None,
+    }
+}
+
+fn octets(address: IpAddr) -> Vec<u8> {
+    match address {
+        IpAddr::V4(v4) => v4.octets().to_vec(),
+        IpAddr::V6(v6) => v6.octets().to_vec(),
+    }
+}
+
+/// The whole table as `nft` takes it, replacing whatever there is.
+fn document(families: &[Family], mask: FwMask, state: &KernelState) -> String {
+    let nothing = FirewallState::default();
+    // The sets may go to the chains, and the rules look into the sets: nft sorts that out within a table.
+    let mut text =
+        format!("add table inet {TABLE}\ndelete table inet {TABLE}\ntable inet {TABLE} {{\n");
+    for &family in families {
+        let firewall = state
+            .families
+            .get(&family)
+            .map_or(&nothing, |f| &f.firewall);
+        let elements = elements::of_state(firewall);
+        for kind in Kind::ALL {
+            text += &kind.text(family, elements.get(&kind).into_iter().flatten());
+        }
+    }
+    for chain in chains(families, mask.bits(), mask.slots()) {
+        text += &chain.text();
+    }
+    text + "}\n"
+}
+
+/// The messages that turn some elements into others: what goes first, because the value of an element cannot be
+/// changed but only replaced.
+fn changes(from: &BTreeMap<Family, Elements>, to: &BTreeMap<Family, Elements>) -> Vec<u8> {
+    let mut batch = Vec::new();
+    for family in Family::ALL {
+        let (old, new) = (from.get(&family), to.get(&family));
+        for (operation, these, those) in [(Change::Delete, old, new), (Change::Add, new, old)] {
+            for kind in Kind::ALL {
+                let others = those.and_then(|elements| elements.get(&kind));
+                let differing: Vec<_> = these
+                    .and_then(|elements| elements.get(&kind))
+                    .into_iter()
+                    .flatten()
+                    .filter(|(key, value)| others.and_then(|o| o.get(*key)) != Some(*value))
+                    .collect();
+                batch.extend(operation.messages(kind, family, &differing));
+            }
+        }
+    }
+    batch
+}
+
+#[derive(Clone, Copy)]
+enum Change {
+    Add,
+    Delete,
+}
+
+impl Change {
+    fn messages(self, kind: Kind, family: Family, elements: &[(&IpNet, &Value)]) -> Vec<u8> {
+        let mut messages = Vec::new();
+        for part in elements.chunks(ELEMENTS_AT_ONCE) {
+            let mut list = Vec::new();
+            for (net, value) in part {
+                list.push(element(net.network(), value, false));
+                if kind.of_networks() {
+                    list.extend(elements::after(net).map(|end| element(end, value, true)));
+                }
+            }
+            let message = SetElementMessage {
+                attributes: vec![
+                    SetElementList::Table(TABLE.to_owned()),
+                    SetElementList::Set(kind.name(family)),
+                    SetElementList::Elements(list),
+                ],
+            };
+            messages.extend(match self {
+                Change::Add => inet(
+                    NLM_F_CREATE | NLM_F_ACK,
+                    NfTablesMessage::NewSetElement(message),
+                ),
+                Change::Delete => inet(NLM_F_ACK, NfTablesMessage::DeleteSetElement(message)),
+            });
+        }
+        messages
+    }
+}
+
+fn element(key: IpAddr, value: &Value, is_end: bool) -> ListAttribute<SetElementAttribute> {
+    let mut attributes = Vec::new();
+    if is_end {
+        attributes.push(SetElementAttribute::Flags(SetElementFlags::IntervalEnd));
+    }
+    attributes.push(SetElementAttribute::Key(DataAttribute::Value(octets(key))));
+    match value {
+        Value::None => {}
+        Value::Address(address) => {
+            let data = DataAttribute::Value(octets(*address));
+            attributes.push(SetElementAttribute::Data(data));
+        }
+        Value::Chain(chain) => {
+            let verdict = vec![
+                VerdictAttribute::Code(Verdict::Goto),
+                VerdictAttribute::Chain(chain.clone()),
+            ];
+            attributes.push(SetElementAttribute::Data(DataAttribute::Verdict(verdict)));
+        }
+    }
+    ListAttribute::Element(attributes)
+}
+
+fn inet(flags: u16, inner: NfTablesMessage) -> Vec<u8> {
+    let inner = NetfilterMessageInner::NfTables(inner);
+    message(NetfilterProtoFamily::Inet, flags, 0, inner)
+}
+
+/// Messages between the marks of a transaction: all of them or none.
+fn transaction(messages: &[u8]) -> Vec<u8> {
+    let mark = |inner: ControlMessage| {
+        let inner = NetfilterMessageInner::None(inner);
+        message(NetfilterProtoFamily::Unspec, 0, SUBSYSTEM, inner)
+    };
+    let mut batch = mark(ControlMessage::BatchBegin);
+    batch.extend_from_slice(messages);
+    batch.extend(mark(ControlMessage::BatchEnd));
+    batch
+}
