@@ -8,7 +8,7 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use ipnet::IpNet;
-use netlink_packet_core::{NLM_F_ACK, NetlinkPayload, Nla};
+use netlink_packet_core::{NLM_F_ACK, Nla};
 use netlink_packet_netfilter::conntrack::{ConntrackAttribute, ConntrackMessage, IPTuple, Tuple};
 use netlink_packet_netfilter::{NetfilterMessageInner, NetfilterProtoFamily};
 
@@ -62,18 +62,16 @@ fn forget_family(
 ) -> Result<usize, ConntrackError> {
     let netfilter = Netfilter::open()?;
     let get = NetfilterMessageInner::Conntrack(ConntrackMessage::Get(Vec::new()));
-    let entries: Vec<Entry> = netfilter.dump(
-        proto(family),
-        &get,
-        |entries: &mut Vec<Entry>, answer| match answer {
-            NetfilterMessageInner::Conntrack(ConntrackMessage::New(attributes))
-                if is_to_forget(&attributes, pods, excluded) =>
+    let entries: Vec<Entry> =
+        netfilter.dump(proto(family), &get, |entries: &mut Vec<Entry>, answer| {
+            if let NetfilterMessageInner::Conntrack(ConntrackMessage::New(attributes)) =
+                answer.decode()?
+                && is_to_forget(&attributes, pods, excluded)
             {
                 entries.push(identity(attributes));
             }
-            _ => {}
-        },
-    )?;
+            Ok(())
+        })?;
     for batch in entries.chunks(DELETES_AT_ONCE) {
         delete(&netfilter, family, batch)?;
     }
@@ -130,16 +128,20 @@ fn delete(netfilter: &Netfilter, family: Family, entries: &[Entry]) -> Result<()
     netfilter.send(&batch)?;
     let mut missing = entries.len();
     while missing > 0 {
-        for answer in netfilter.receive()? {
-            if let NetlinkPayload::Error(error) = answer.payload {
+        netfilter.receive(|answers| {
+            for answer in answers {
+                let Some(result) = answer.acknowledges() else {
+                    continue;
+                };
                 missing = missing.saturating_sub(1);
-                let failure = error.to_io();
-                // Ended by itself in the meantime.
-                if error.code.is_some() && failure.raw_os_error() != Some(ENOENT) {
-                    return Err(NetlinkError::from(failure).into());
+                match result {
+                    // Ended by itself in the meantime.
+                    Err(error) if error.raw_os_error() != Some(ENOENT) => return Err(error.into()),
+                    _ => {}
                 }
             }
-        }
+            Ok(())
+        })?;
     }
     Ok(())
 }

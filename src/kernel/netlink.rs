@@ -3,7 +3,9 @@
 //! Blocking, because the kernel answers before `send` returns; what may take long runs in a thread of its own.
 
 use netlink_packet_core::{
-    NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload,
+    ErrorBuffer, ErrorMessage, NLA_TYPE_MASK, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST,
+    NLMSG_DONE, NLMSG_ERROR, NetlinkBuffer, NetlinkHeader, NetlinkMessage, NetlinkPayload,
+    Parseable, ParseableParametrized,
 };
 use netlink_packet_netfilter::{
     NetfilterHeader, NetfilterMessage, NetfilterMessageInner, NetfilterProtoFamily,
@@ -44,8 +46,81 @@ impl NetlinkError {
     }
 }
 
-/// What netfilter answers.
-pub(crate) type Answer = NetlinkMessage<NetfilterMessage>;
+/// A message of netfilter: not decoded, because decoding every expression of every rule costs seconds where
+/// thousands of elements are read, and fails on what a newer kernel says.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Message<'a> {
+    /// The message after the netlink header.
+    payload: &'a [u8],
+    /// Subsystem and type.
+    pub(crate) kind: u16,
+    flags: u16,
+    /// The socket whose request it tells of.
+    pub(crate) port: u32,
+}
+
+impl<'a> Message<'a> {
+    /// The attributes: type and value.
+    pub(crate) fn attributes(&self) -> impl Iterator<Item = (u16, &'a [u8])> {
+        // Family, version and resource come first.
+        attributes(self.payload.get(4..).unwrap_or_default())
+    }
+
+    /// The whole message in the crate's words.
+    pub(crate) fn decode(&self) -> Result<NetfilterMessageInner, NetlinkError> {
+        NetfilterMessage::parse_with_param(self.payload, self.kind)
+            .map(|message| message.inner)
+            .map_err(|error| NetlinkError::Decode(error.to_string()))
+    }
+
+    /// What an answer to a request says: done, or why not. `None` for other messages.
+    pub(crate) fn acknowledges(&self) -> Option<Result<(), std::io::Error>> {
+        if self.kind != NLMSG_ERROR {
+            return None;
+        }
+        let error =
+            ErrorBuffer::new_checked(&self.payload).and_then(|buffer| ErrorMessage::parse(&buffer));
+        Some(match error {
+            Ok(error) if error.code.is_none() => Ok(()),
+            Ok(error) => Err(error.to_io()),
+            Err(error) => Err(std::io::Error::other(error.to_string())),
+        })
+    }
+}
+
+/// Attributes one after the other: type without flags, and value.
+pub(crate) fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
+    std::iter::from_fn(move || {
+        let [l0, l1, k0, k1, ..] = *bytes else {
+            return None;
+        };
+        let length = usize::from(u16::from_ne_bytes([l0, l1]));
+        let value = bytes.get(4..length)?;
+        // Aligned to 4 bytes.
+        bytes = bytes.get(length.next_multiple_of(4)..).unwrap_or_default();
+        Some((u16::from_ne_bytes([k0, k1]) & NLA_TYPE_MASK, value))
+    })
+}
+
+/// The messages in a buffer that the kernel filled.
+pub(crate) fn messages(buffer: &[u8]) -> Result<Vec<Message<'_>>, NetlinkError> {
+    let mut messages = Vec::new();
+    let mut rest = buffer;
+    while !rest.is_empty() {
+        let message = NetlinkBuffer::new_checked(rest)
+            .map_err(|error| NetlinkError::Decode(error.to_string()))?;
+        messages.push(Message {
+            payload: message.payload(),
+            kind: message.message_type(),
+            flags: message.flags(),
+            port: message.port_number(),
+        });
+        let length = usize::try_from(message.length()).unwrap_or(usize::MAX);
+        let aligned = length.checked_next_multiple_of(4).unwrap_or(length).max(4);
+        rest = rest.get(aligned..).unwrap_or_default();
+    }
+    Ok(messages)
+}
 
 /// A socket to netfilter in the network namespace of the thread that opened it.
 pub(crate) struct Netfilter {
@@ -75,11 +150,14 @@ impl Netfilter {
         Ok(self.socket.send(bytes, 0).map(drop)?)
     }
 
-    /// Waits for the next answers.
-    pub(crate) fn receive(&self) -> Result<Vec<Answer>, NetlinkError> {
+    /// Waits for the next messages.
+    pub(crate) fn receive<T>(
+        &self,
+        take: impl FnOnce(Vec<Message<'_>>) -> Result<T, NetlinkError>,
+    ) -> Result<T, NetlinkError> {
         let mut buffer = Vec::with_capacity(RECEIVE_BYTES);
         self.socket.recv(&mut buffer, 0)?;
-        parse(&buffer)
+        take(messages(&buffer)?)
     }
 
     /// Sends a transaction, and returns the first failure that the kernel reports; none: it is in force.
@@ -94,12 +172,9 @@ impl Netfilter {
                 Err(error) if error.raw_os_error() == Some(EAGAIN) => return result,
                 Err(error) => return Err(error.into()),
             }
-            for answer in parse(&buffer)? {
-                if let NetlinkPayload::Error(error) = answer.payload
-                    && error.code.is_some()
-                    && result.is_ok()
-                {
-                    result = Err(error.to_io().into());
+            for answer in messages(&buffer)? {
+                if let (Ok(()), Some(Err(error))) = (&result, answer.acknowledges()) {
+                    result = Err(error.into());
                 }
             }
         }
@@ -111,43 +186,55 @@ impl Netfilter {
         &self,
         family: NetfilterProtoFamily,
         question: &NetfilterMessageInner,
-        take: impl Fn(&mut T, NetfilterMessageInner),
+        take: impl Fn(&mut T, Message<'_>) -> Result<(), NetlinkError>,
     ) -> Result<T, NetlinkError> {
         for _ in 0..DUMP_TRIES {
             self.send(&message(family, NLM_F_DUMP, 0, question.clone()))?;
             let mut all = T::default();
-            if self.dumped(&mut all, &take)? {
-                return Ok(all);
+            loop {
+                match self.receive(|messages| part(messages, &mut all, &take))? {
+                    Part::More => {}
+                    Part::Complete => return Ok(all),
+                    Part::Interrupted => break,
+                }
             }
         }
         Err(NetlinkError::Unsteady)
     }
+}
 
-    /// Takes the answers of a dump; `false` when it is not consistent.
-    fn dumped<T>(
-        &self,
-        all: &mut T,
-        take: &impl Fn(&mut T, NetfilterMessageInner),
-    ) -> Result<bool, NetlinkError> {
-        let mut consistent = true;
-        loop {
-            for answer in self.receive()? {
-                consistent &= answer.header.flags & NLM_F_DUMP_INTR == 0;
-                match answer.payload {
-                    NetlinkPayload::Done(_) => return Ok(consistent),
-                    NetlinkPayload::Error(error) => {
-                        let error = error.to_io();
-                        if error.raw_os_error() == Some(EINTR) {
-                            return Ok(false);
-                        }
-                        return Err(error.into());
-                    }
-                    NetlinkPayload::InnerMessage(message) => take(all, message.inner),
-                    _ => {}
-                }
+/// How far a dump has come.
+enum Part {
+    More,
+    Complete,
+    Interrupted,
+}
+
+fn part<T>(
+    messages: Vec<Message<'_>>,
+    all: &mut T,
+    take: &impl Fn(&mut T, Message<'_>) -> Result<(), NetlinkError>,
+) -> Result<Part, NetlinkError> {
+    let mut interrupted = false;
+    for message in messages {
+        interrupted |= message.flags & NLM_F_DUMP_INTR != 0;
+        if message.kind == NLMSG_DONE {
+            return Ok(if interrupted {
+                Part::Interrupted
+            } else {
+                Part::Complete
+            });
+        }
+        match message.acknowledges() {
+            Some(Err(error)) if error.raw_os_error() == Some(EINTR) => {
+                return Ok(Part::Interrupted);
             }
+            Some(Err(error)) => return Err(error.into()),
+            Some(Ok(())) => {}
+            None => take(all, message)?,
         }
     }
+    Ok(Part::More)
 }
 
 /// One message; `resource` is the subsystem that a transaction is for, 0 elsewhere.
@@ -167,18 +254,4 @@ pub(crate) fn message(
     // Messages are aligned to 4 bytes.
     bytes.resize(bytes.len().next_multiple_of(4), 0);
     bytes
-}
-
-fn parse(buffer: &[u8]) -> Result<Vec<Answer>, NetlinkError> {
-    let mut messages = Vec::new();
-    let mut rest = buffer;
-    while !rest.is_empty() {
-        let message =
-            Answer::deserialize(rest).map_err(|error| NetlinkError::Decode(error.to_string()))?;
-        let length = usize::try_from(message.header.length).unwrap_or(usize::MAX);
-        let aligned = length.checked_next_multiple_of(4).unwrap_or(length).max(4);
-        rest = rest.get(aligned..).unwrap_or_default();
-        messages.push(message);
-    }
-    Ok(messages)
 }

@@ -5,6 +5,7 @@
 //! sees the state between two of them.
 
 mod elements;
+mod parse;
 mod ruleset;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -13,17 +14,17 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use netlink_packet_core::{NLM_F_ACK, NLM_F_CREATE};
 use netlink_packet_netfilter::nftables::{
-    ChainAttribute, ChainMessage, DataAttribute, ListAttribute, NfTablesMessage, RuleAttribute,
-    RuleMessage, SetAttribute, SetElementAttribute, SetElementFlags, SetElementList,
-    SetElementMessage, SetMessage, TableAttribute, TableMessage, Verdict, VerdictAttribute,
+    ChainMessage, DataAttribute, ListAttribute, NfTablesMessage, RuleAttribute, RuleMessage,
+    SetAttribute, SetElementAttribute, SetElementFlags, SetElementList, SetElementMessage,
+    SetMessage, TableAttribute, TableMessage, Verdict, VerdictAttribute,
 };
 use netlink_packet_netfilter::none::ControlMessage;
 use netlink_packet_netfilter::{NetfilterMessageInner, NetfilterProtoFamily};
 
 use self::elements::{Elements, Kind, Value};
+use self::parse::BaseChain;
 use self::ruleset::{Chain, TABLE, chains};
-use crate::kernel::netlink::{Netfilter, NetlinkError, message};
-use crate::kernel::tag::TAG;
+use crate::kernel::netlink::{Message, Netfilter, NetlinkError, message};
 use crate::kernel::tool::run;
 use crate::kernel::{Error, Firewall, StepError, tryable};
 use crate::settings::FwMask;
@@ -33,9 +34,6 @@ use crate::state::{Family, FirewallState, KernelState, Skeleton, Step};
 const SUBSYSTEM: u16 = 10;
 /// The length of an attribute is 16 bits: this many elements of at most 60 bytes fit into one.
 const ELEMENTS_AT_ONCE: usize = 1000;
-/// `NFTNL_UDATA_RULE_COMMENT` of libnftnl: a rule's comment among its user data.
-const UDATA_COMMENT: u8 = 0;
-
 /// The nftables backend of one node.
 #[derive(Debug)]
 pub(crate) struct Nftables {
@@ -89,16 +87,14 @@ impl Nftables {
     fn dump<T: Default>(
         &self,
         question: NfTablesMessage,
-        take: impl Fn(&mut T, NfTablesMessage),
+        take: impl Fn(&mut T, Message<'_>),
     ) -> Result<T, NetlinkError> {
         let question = NetfilterMessageInner::NfTables(question);
-        let all = self
-            .netfilter
-            .dump(NetfilterProtoFamily::Inet, &question, |all, answer| {
-                if let NetfilterMessageInner::NfTables(answer) = answer {
-                    take(all, answer);
-                }
-            });
+        let family = NetfilterProtoFamily::Inet;
+        let all = self.netfilter.dump(family, &question, |all, answer| {
+            take(all, answer);
+            Ok(())
+        });
         match all {
             // No table, no set: nothing in it.
             Err(error) if error.is_absent() => Ok(T::default()),
@@ -110,28 +106,16 @@ impl Nftables {
         let attributes = vec![SetAttribute::Table(TABLE.to_owned())];
         self.dump(
             NfTablesMessage::GetSet(SetMessage { attributes }),
-            |sets: &mut BTreeSet<String>, answer| {
-                if let NfTablesMessage::NewSet(set) = answer {
-                    sets.extend(set.attributes.into_iter().filter_map(|a| match a {
-                        SetAttribute::Name(name) => Some(name),
-                        _ => None,
-                    }));
-                }
-            },
+            |sets: &mut BTreeSet<String>, answer| sets.extend(parse::set(answer)),
         )
     }
 
     /// What is wrong with the table; nothing where there is none.
     fn damage(&self, sets: &BTreeSet<String>) -> Result<Option<String>, NetlinkError> {
+        let attributes = Vec::new();
         let present: BTreeMap<String, Option<BaseChain>> = self.dump(
-            NfTablesMessage::GetChain(ChainMessage {
-                attributes: Vec::new(),
-            }),
-            |chains: &mut BTreeMap<_, _>, answer| {
-                if let NfTablesMessage::NewChain(chain) = answer {
-                    chains.extend(own_chain(&chain.attributes));
-                }
-            },
+            NfTablesMessage::GetChain(ChainMessage { attributes }),
+            |chains: &mut BTreeMap<_, _>, answer| chains.extend(parse::chain(answer)),
         )?;
         if present.is_empty() && sets.is_empty() {
             return Ok(None);
@@ -140,9 +124,7 @@ impl Nftables {
         let tags: BTreeMap<String, Vec<String>> = self.dump(
             NfTablesMessage::GetRule(RuleMessage { attributes }),
             |tags: &mut BTreeMap<String, Vec<String>>, answer| {
-                if let NfTablesMessage::NewRule(rule) = answer
-                    && let Some((chain, tag)) = chain_and_tag(rule.attributes)
-                {
+                if let Some((chain, tag)) = parse::rule(answer) {
                     tags.entry(chain).or_default().push(tag);
                 }
             },
@@ -168,35 +150,17 @@ impl Nftables {
             SetElementList::Table(TABLE.to_owned()),
             SetElementList::Set(kind.name(family)),
         ];
-        let raw: Vec<Vec<SetElementAttribute>> = self.dump(
+        let elements: Vec<parse::Element> = self.dump(
             NfTablesMessage::GetSetElement(SetElementMessage { attributes }),
-            |all: &mut Vec<_>, answer| {
-                if let NfTablesMessage::NewSetElement(message) = answer {
-                    for part in message.attributes {
-                        if let SetElementList::Elements(list) = part {
-                            all.extend(list.into_iter().filter_map(|entry| match entry {
-                                ListAttribute::Element(element) => Some(element),
-                                _ => None,
-                            }));
-                        }
-                    }
-                }
-            },
+            |all: &mut Vec<_>, answer| all.extend(parse::elements(answer)),
         )?;
         if kind.of_networks() {
-            let ends = raw.iter().filter_map(|element| {
-                let is_end = element.iter().any(|a| {
-                    matches!(a, SetElementAttribute::Flags(flags) if flags.contains(SetElementFlags::IntervalEnd))
-                });
-                Some((key(element)?, is_end))
-            });
+            let ends = elements.iter().map(|element| (element.key, element.is_end));
             let nets = elements::networks(family, ends.collect());
             return Ok(nets.into_iter().map(|net| (net, Value::None)).collect());
         }
-        let members = raw
-            .iter()
-            .filter_map(|e| Some((IpNet::from(key(e)?), value(e))));
-        Ok(members.collect())
+        let member = |element: parse::Element| (IpNet::from(element.key), element.value);
+        Ok(elements.into_iter().map(member).collect())
     }
 
     /// Executes steps in one transaction: all of them or none. After a failure what is held must be read again.
@@ -291,108 +255,14 @@ impl Firewall for Nftables {
     }
 }
 
-/// Kind, hook and priority of a base chain, and whether it accepts what no rule decides.
-type BaseChain = (String, u32, u32, bool);
-
 fn base_of(chain: &Chain) -> Option<BaseChain> {
     let hook = chain.hook?;
-    Some((
-        hook.kind.to_owned(),
-        hook.number,
-        hook.priority.cast_unsigned(),
-        true,
-    ))
-}
-
-/// Name and hook of a chain, if it is in our table.
-fn own_chain(attributes: &[ChainAttribute]) -> Option<(String, Option<BaseChain>)> {
-    use netlink_packet_netfilter::nftables::Hook;
-    let ours = |a: &ChainAttribute| matches!(a, ChainAttribute::Table(table) if table == TABLE);
-    if !attributes.iter().any(ours) {
-        return None;
-    }
-    let (mut name, mut kind, mut accepts) = (None, String::new(), true);
-    let (mut number, mut priority, mut is_base) = (0, 0, false);
-    for attribute in attributes {
-        match attribute {
-            ChainAttribute::Name(found) => name = Some(found.clone()),
-            ChainAttribute::Type(found) => kind.clone_from(found),
-            // `NF_ACCEPT` of netfilter.h.
-            ChainAttribute::Policy(policy) => accepts = *policy == 1,
-            ChainAttribute::Hook(hook) => {
-                is_base = true;
-                for part in hook {
-                    match part {
-                        Hook::Number(found) => number = u32::from(*found),
-                        Hook::Priority(found) => priority = *found,
-                        _ => {}
-                    }
-                }
-            }
-            _ => {}
-        }
-    }
-    Some((name?, is_base.then_some((kind, number, priority, accepts))))
-}
-
-/// The chain and our comment of a rule; a rule without one has an empty comment.
-fn chain_and_tag(attributes: Vec<RuleAttribute>) -> Option<(String, String)> {
-    let (mut chain, mut tag) = (None, String::new());
-    for attribute in attributes {
-        match attribute {
-            RuleAttribute::Chain(name) => chain = Some(name),
-            RuleAttribute::UserData(data) => tag = comment(&data).unwrap_or_default(),
-            _ => {}
-        }
-    }
-    Some((chain?, tag))
-}
-
-/// The comment in a rule's user data: type, length and value one after the other.
-fn comment(mut data: &[u8]) -> Option<String> {
-    while let [kind, length, rest @ ..] = data {
-        let value = rest.get(..usize::from(*length))?;
-        if *kind == UDATA_COMMENT {
-            let text = String::from_utf8_lossy(value);
-            let text = text.trim_end_matches('\0');
-            return text.starts_with(TAG).then(|| text.to_owned());
-        }
-        data = rest.get(usize::from(*length)..)?;
-    }
-    None
-}
-
-fn key(element: &[SetElementAttribute]) -> Option<IpAddr> {
-    element.iter().find_map(|attribute| match attribute {
-        SetElementAttribute::Key(DataAttribute::Value(bytes)) => address(bytes),
-        _ => None,
+    Some(BaseChain {
+        kind: hook.kind.to_owned(),
+        hook: hook.number,
+        priority: hook.priority,
+        accepts: true,
     })
-}
-
-fn value(element: &[SetElementAttribute]) -> Value {
-    let data = element.iter().find_map(|attribute| match attribute {
-        SetElementAttribute::Data(data) => Some(data),
-        _ => None,
-    });
-    match data {
-        Some(DataAttribute::Value(bytes)) => address(bytes).map_or(Value::None, Value::Address),
-        Some(DataAttribute::Verdict(verdict)) => {
-            let chain = verdict.iter().find_map(|part| match part {
-                VerdictAttribute::Chain(chain) => Some(chain.clone()),
-                _ => None,
-            });
-            chain.map_or(Value::None, Value::Chain)
-        }
-        _ => Value::None,
-    }
-}
-
-fn address(bytes: &[u8]) -> Option<IpAddr> {
-    match bytes.len() {
-        4 => <[u8; 4]>::try_from(bytes).ok().map(IpAddr::from),
-        16 => <[u8; 16]>::try_from(bytes).ok().map(IpAddr::from),
-        _ => None,
-    }
 }
 
 fn octets(address: IpAddr) -> Vec<u8> {
