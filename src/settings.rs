@@ -602,7 +602,7 @@ mod tests {
             (
                 "FIREWALL_BACKEND",
                 "ebpf",
-                "FIREWALL_BACKEND=ebpf: unknown, must be iptables",
+                "FIREWALL_BACKEND=ebpf: unknown, must be auto or nftables or iptables",
             ),
             (
                 "ROUTE_BACKEND",

@@ -38,7 +38,7 @@ pub(crate) fn run(suite: &mut Suite) {
         (
             "FIREWALL_BACKEND",
             "ebpf",
-            "FIREWALL_BACKEND=ebpf: unknown, must be iptables",
+            "FIREWALL_BACKEND=ebpf: unknown, must be auto or nftables or iptables",
         ),
         (
             "FIREWALL_EXCLUDE_DST_CIDRS",

@@ -61,18 +61,31 @@ fn main() -> ExitCode {
         say!("bad input");
         bad_input::run(&mut suite);
     }
-    for (kube_proxy, masquerade) in [
-        (KubeProxy::Iptables, Masquerade::IptablesNft),
-        (KubeProxy::Nftables, Masquerade::IptablesLegacy),
-        (KubeProxy::Iptables, Masquerade::NftTable),
-        (KubeProxy::Nftables, Masquerade::IptablesNft),
-        (KubeProxy::Iptables, Masquerade::IptablesLegacy),
-        (KubeProxy::Nftables, Masquerade::NftTable),
+    // Every backend with every kube-proxy, and every masquerade with every backend that can beat it. The mode of
+    // iptables is the masquerade's, as a kubelet would say it.
+    for (backend, kube_proxy, masquerade) in [
+        ("nftables", KubeProxy::Iptables, Masquerade::IptablesNft),
+        ("nftables", KubeProxy::Nftables, Masquerade::IptablesLegacy),
+        ("nftables", KubeProxy::Iptables, Masquerade::NftTable),
+        ("nftables", KubeProxy::Nftables, Masquerade::NftTable),
+        ("iptables", KubeProxy::Iptables, Masquerade::IptablesNft),
+        ("iptables", KubeProxy::Nftables, Masquerade::IptablesNft),
+        ("iptables", KubeProxy::Iptables, Masquerade::IptablesLegacy),
+        ("iptables", KubeProxy::Nftables, Masquerade::IptablesLegacy),
+        ("iptables", KubeProxy::Iptables, Masquerade::NftTable),
     ] {
-        let name = format!("kube-proxy {kube_proxy:?}, masquerade {masquerade:?}");
+        let name =
+            format!("backend {backend}, kube-proxy {kube_proxy:?}, masquerade {masquerade:?}");
         if is_wanted(&name) {
             say!("{name}");
-            in_lab(&mut suite, &name, kube_proxy, masquerade);
+            let options = Options {
+                nodes: 3,
+                kube_proxy,
+                masquerade,
+                agent: AGENT.into(),
+                settings: vec![("FIREWALL_BACKEND", backend)],
+            };
+            in_lab(&mut suite, &name, options);
         }
     }
     say!("{} passed, {} failed", suite.passed, suite.failed);
@@ -83,14 +96,9 @@ fn main() -> ExitCode {
     }
 }
 
-fn in_lab(suite: &mut Suite, name: &str, kube_proxy: KubeProxy, masquerade: Masquerade) {
+fn in_lab(suite: &mut Suite, name: &str, options: Options) {
     let started = Instant::now();
-    let mut lab = match Lab::start(Options {
-        nodes: 3,
-        kube_proxy,
-        masquerade,
-        agent: AGENT.into(),
-    }) {
+    let mut lab = match Lab::start(options) {
         Ok(lab) => lab,
         Err(error) => return suite.row("the lab starts", || Err(error)),
     };

@@ -147,16 +147,14 @@ pub(crate) fn run(suite: &mut Suite, lab: &mut Lab) {
             lab.delete_service("local")?;
             for number in lab.node_numbers() {
                 eventually(SOON, "sets of pods and VIPs are empty", || {
-                    let sets = lab.node(number).sh("ipset save")?;
-                    let of_pods = |line: &str| {
-                        line.starts_with("add METALEG-")
-                            && !line.contains("EXCLUDED")
-                            && !line.contains("REMOTE")
-                    };
-                    Ok(
-                        (!sets.lines().any(of_pods) && !sets.contains("METALEG-VIP-"))
-                            .then_some(()),
-                    )
+                    let sets = lab.node(number).sh(
+                        "ipset save | grep -v -e '^create METALEG-.*-[46] ' -e EXCLUDED -e REMOTE || true
+                         for s in pods vips blocked gatewayed slot vip; do for n in 4 6; do
+                           nft list set inet metaleg $s$n 2>/dev/null | grep elements || true
+                           nft list map inet metaleg $s$n 2>/dev/null | grep elements || true
+                         done; done",
+                    )?;
+                    Ok(sets.is_empty().then_some(()))
                 })?;
             }
             Ok(())
@@ -413,7 +411,8 @@ fn programmed(lab: &Lab) -> Result<String> {
             .node(number)
             .sh("ip rule | grep 'proto 77'; ip -6 rule | grep 'proto 77'
              ip route show table all proto 77; ip -6 route show table all proto 77
-             ipset save | grep METALEG- | sort
+             ipset save | grep METALEG- | sort || true
+             nft list table inet metaleg 2>/dev/null | sed 's/packets [0-9]* bytes [0-9]*//' || true
              for t in iptables-nft ip6tables-nft iptables-legacy ip6tables-legacy; do
                $t-save 2>/dev/null | grep -- '-A .*METALEG-' || true
              done")?;
@@ -486,7 +485,9 @@ fn delete_and_wait(lab: &mut Lab, pod: &str) -> Result<()> {
     lab.delete_pod(pod)?;
     for number in lab.node_numbers() {
         eventually(SOON, &format!("node{number} has forgotten {pod}"), || {
-            let sets = lab.node(number).sh("ipset save")?;
+            let sets = lab.node(number).sh(
+                "ipset save; nft list table inet metaleg 2>/dev/null | tr -c 'a-z0-9.:\\n' ' ' || true",
+            )?;
             let gone = |address: &String| {
                 !sets
                     .lines()

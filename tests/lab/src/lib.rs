@@ -119,6 +119,8 @@ pub struct Options {
     pub masquerade: Masquerade,
     /// The program that the image of the DaemonSet stands for.
     pub agent: PathBuf,
+    /// Settings of the agents that differ from the DaemonSet's, as environment variables.
+    pub settings: Vec<(&'static str, &'static str)>,
 }
 
 /// A pod of the lab.
@@ -206,6 +208,7 @@ impl ServiceSpec {
 pub const EGRESS_LABEL: &str = "metaleg.de/rewriteSrcIP";
 const EXCLUDE_LABEL: &str = "node.kubernetes.io/exclude-from-external-load-balancers";
 const SERVICES: &str = "/api/v1/namespaces/default/services";
+const DAEMONSET: &str = "/apis/apps/v1/namespaces/metallb-system/daemonsets/metaleg-agent";
 const PODS: &str = "/api/v1/namespaces/default/pods";
 /// How long anything of the cluster may take to come about.
 pub const SOON: Duration = Duration::from_secs(20);
@@ -445,6 +448,7 @@ impl Lab {
         let manifests = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../k8s");
         let manifests = manifests.canonicalize()?.display().to_string();
         self.kubectl(&["apply", "-k", &manifests])?;
+        self.set_env(&self.options.settings)?;
         self.kubelet = Some(Kubelet::start(
             &self.api,
             &self.nodes,
@@ -456,6 +460,41 @@ impl Lab {
         self.wait_for_agents()
     }
 
+    /// Changes settings of all agents, one node after the other as the DaemonSet's rolling update does it.
+    ///
+    /// # Errors
+    /// When the agents do not become ready with them.
+    pub fn configure_agents(&self, settings: &[(&str, &str)]) -> Result<()> {
+        self.set_env(settings)?;
+        eventually(SOON, "the agents are updated", || {
+            let daemonset = self.api.get(DAEMONSET)?;
+            let status = &daemonset["status"];
+            let seen = status["observedGeneration"] == daemonset["metadata"]["generation"];
+            let updated = status["updatedNumberScheduled"] == self.options.nodes;
+            Ok((seen && updated).then_some(()))
+        })?;
+        self.wait_for_agents()
+    }
+
+    fn set_env(&self, settings: &[(&str, &str)]) -> Result<()> {
+        if settings.is_empty() {
+            return Ok(());
+        }
+        let settings: Vec<String> = settings
+            .iter()
+            .map(|(name, value)| format!("{name}={value}"))
+            .collect();
+        let mut args = vec![
+            "-n",
+            "metallb-system",
+            "set",
+            "env",
+            "daemonset/metaleg-agent",
+        ];
+        args.extend(settings.iter().map(String::as_str));
+        self.kubectl(&args).map(drop)
+    }
+
     /// Waits until the agents of all nodes are ready.
     ///
     /// # Errors
@@ -463,8 +502,7 @@ impl Lab {
     pub fn wait_for_agents(&self) -> Result<()> {
         let nodes = self.options.nodes;
         let all_ready = || {
-            let path = "/apis/apps/v1/namespaces/metallb-system/daemonsets/metaleg-agent";
-            let status = &self.api.get(path)?["status"];
+            let status = &self.api.get(DAEMONSET)?["status"];
             let kubelet = self.kubelet.as_ref().context("MetalEG is not installed")?;
             Ok((status["numberReady"] == nodes && kubelet.ready() == nodes).then_some(()))
         };

@@ -93,6 +93,7 @@ fn start(matches: &ArgMatches) -> Result<Lab> {
             _ => Masquerade::IptablesNft,
         },
         agent: agent(matches)?,
+        settings: Vec::new(),
     };
     let started = Instant::now();
     say!(

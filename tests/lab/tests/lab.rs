@@ -53,6 +53,7 @@ fn two_labs_run_side_by_side_and_leave_nothing() {
             kube_proxy: KubeProxy::Iptables,
             masquerade: Masquerade::IptablesNft,
             agent: "/bin/false".into(),
+            settings: Vec::new(),
         })
     };
     let mut labs = [start().unwrap(), start().unwrap()];
