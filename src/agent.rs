@@ -21,7 +21,7 @@ use crate::plan::slots::Slots;
 use crate::plan::{Desired, plan};
 use crate::report::{Outcome, Report};
 use crate::settings::Settings;
-use crate::state::{Executor, Family, KernelState, Step};
+use crate::state::{Executor, Family, KernelState, RuleAction, Step, TableId};
 use crate::view::l2status::Announcers;
 use crate::view::watch::Cluster;
 use crate::view::{Key, Link, NodeName, View};
@@ -45,12 +45,16 @@ struct Agent<'a, K> {
     confirmed: Option<Confirmed>,
     /// The plan of the last pass.
     last: Option<Desired>,
+    /// Rules of others that were told of.
+    collisions: BTreeSet<String>,
 }
 
 #[derive(Debug)]
 struct Confirmed {
     state: KernelState,
     links: Vec<Link>,
+    /// Tables that others use.
+    occupied: BTreeSet<(Family, TableId)>,
 }
 
 /// How a pass went.
@@ -86,6 +90,7 @@ pub async fn run<K: Kernel>(
         announcers: Announcers::new(settings.grace),
         confirmed: None,
         last: None,
+        collisions: BTreeSet::new(),
     };
     let mut reason = "start";
     let mut pause = SHORTEST_PAUSE;
@@ -154,10 +159,7 @@ impl<K: Kernel> Agent<'_, K> {
     ) -> Result<Pass, kernel::Error> {
         let mut confirmed = match self.confirmed.take() {
             Some(confirmed) => confirmed,
-            None => Confirmed {
-                state: self.kernel.observe().await?,
-                links: self.kernel.links().await?,
-            },
+            None => self.observe().await?,
         };
         if self.last.is_none() {
             self.adopt(&confirmed.state, started);
@@ -169,6 +171,7 @@ impl<K: Kernel> Agent<'_, K> {
             Some(last) => last.slots.clone(),
             None => Slots::adopt(&confirmed.state, self.settings),
         };
+        let slots = slots.avoiding(confirmed.occupied.clone());
         let desired = plan(&view, self.settings, &families, &slots);
         self.report.planned(&desired);
         tell(self.last.as_ref(), &desired);
@@ -190,7 +193,11 @@ impl<K: Kernel> Agent<'_, K> {
         };
         self.count(&steps, &failed);
         if failed.is_empty() {
-            if !steps.is_empty() {
+            // Looking for strays is no change; it comes with every look at the kernel.
+            if steps
+                .iter()
+                .any(|step| !matches!(step, Step::ForgetStrays(_)))
+            {
                 let ms = started.elapsed().as_millis();
                 info!(reason, steps = steps.len(), ms, "kernel changed");
             }
@@ -203,6 +210,19 @@ impl<K: Kernel> Agent<'_, K> {
         Ok(Pass {
             failed,
             grace_ends: grace_ends.map(Instant::from_std),
+        })
+    }
+
+    async fn observe(&mut self) -> Result<Confirmed, kernel::Error> {
+        let observed = self.kernel.observe().await?;
+        for collision in observed.collisions.difference(&self.collisions) {
+            warn!("a routing rule of others is in the way of ours: {collision}");
+        }
+        self.collisions = observed.collisions;
+        Ok(Confirmed {
+            state: observed.state,
+            links: self.kernel.links().await?,
+            occupied: observed.occupied,
         })
     }
 
@@ -243,6 +263,7 @@ fn executor(step: &Step) -> &'static str {
         Executor::Routes => "routes",
         Executor::Firewall => "firewall",
         Executor::Conntrack => "conntrack",
+        Executor::Leftovers => "leftovers",
     }
 }
 
@@ -282,7 +303,11 @@ fn gateway_in(
         .rules
         .iter()
         .find_map(|rule| match rule.action {
-            crate::state::RuleAction::Lookup(table) if rule.mark == Some(mark) => Some(table),
+            RuleAction::Lookup(table)
+                if rule.mark == Some(mark) && rule.from.is_none_or(|from| from == pod) =>
+            {
+                Some(table)
+            }
             _ => None,
         })?;
     let via = family.routes.tables.get(&table)?.gateway.as_ref()?.via;

@@ -36,18 +36,23 @@ enum Phase {
     Marks,
     /// After the new translation or mark is there: in between a pod has two, never none.
     OldTranslations,
-    Gatewayships,
+    /// Before the connections are forgotten: one that is opened while its destination is still excluded is
+    /// translated by others, and would stay so.
+    OldExclusions,
     /// After the pods are known: else packets of egress pods of other nodes would be dropped.
     RemotePods,
     /// After everything that decides how connections are translated, and before a pod that is none any more
     /// loses the guard that drops its untranslated packets (25 packets leaked without, in an experiment).
     Connections,
+    /// After the connections are forgotten: until then it is the reason to forget them, for a run that died.
+    Gatewayships,
     Unblocks,
     Unknowledge,
     OldRemotePods,
-    OldExclusions,
     OldVips,
     OldSkeletons,
+    /// When ours does all of the work. Chains of a backend come before their sets.
+    Leftovers,
 
     /// From here on nothing is marked for what goes away.
     OldLookupRules,
@@ -68,6 +73,16 @@ pub fn diff(observed: &KernelState, desired: &KernelState) -> Vec<Step> {
         let to = desired.families.get(&family).unwrap_or(&nothing);
         routes(family, &from.routes, &to.routes, &mut steps);
         firewall(family, &from.firewall, &to.firewall, &mut steps);
+    }
+    if observed.doubt && !desired.doubt {
+        let families = desired.families.values();
+        let pods = families.flat_map(|family| &family.firewall.pods);
+        let sources = pods.filter_map(|(pod, state)| Some((*pod, source(*pod, state)?)));
+        let step = Step::ForgetStrays(sources.collect());
+        steps.push((Phase::Connections, step));
+    }
+    for leftover in observed.leftovers.difference(&desired.leftovers) {
+        steps.push((Phase::Leftovers, Step::RemoveLeftover(*leftover)));
     }
     // Stable: both families go through the phases together, so that a backend can batch them.
     steps.sort_by_key(|(phase, _)| *phase);
@@ -119,10 +134,10 @@ fn routes(family: Family, from: &RouteState, to: &RouteState, steps: &mut Steps)
 fn firewall(family: Family, from: &FirewallState, to: &FirewallState, steps: &mut Steps) {
     if to.skeleton == Skeleton::Absent {
         if *from != FirewallState::default() {
-            for (pod, state) in &from.pods {
-                if opens_connections_here(state) {
-                    steps.push((Phase::Connections, Step::ForgetConnections(*pod)));
-                }
+            // Pods are let go one step after the other, as always: with everything gone at once, connections
+            // would go on with the pod's own address.
+            for (address, state) in &from.pods {
+                pod(*address, state, &PodState::default(), false, steps);
             }
             steps.push((Phase::OldSkeletons, Step::RemoveFirewall(family)));
         }
@@ -217,6 +232,18 @@ fn translation(pod: &PodState) -> Translation<'_> {
     }
 }
 
+/// The source of the packets that a pod sends to outside, as they leave this node; `None` for a pod that does not
+/// send through here, or may not.
+fn source(address: IpAddr, pod: &PodState) -> Option<IpAddr> {
+    if pod.mark.is_some() {
+        Some(address)
+    } else if pod.gatewayed {
+        pod.vips.first().copied()
+    } else {
+        None
+    }
+}
+
 /// Whether connections of the pod pass this node: it is here, or its gateway is.
 fn opens_connections_here(pod: &PodState) -> bool {
     pod.mark.is_some() || pod.gatewayed || pod.blocked
@@ -239,5 +266,7 @@ fn push(steps: &mut Steps, add: Phase, remove: Phase, (adds, removes): (Vec<Step
     steps.extend(removes.into_iter().map(|step| (remove, step)));
 }
 
+#[cfg(test)]
+mod model;
 #[cfg(test)]
 mod tests;

@@ -49,7 +49,7 @@ async fn run(settings: &Settings) -> Result<()> {
     let server = config.cluster_url.clone();
     let client =
         kube::Client::try_from(config).context("cannot make a client of the API server")?;
-    let mut kernel = NodeKernel::open(settings.mask, settings.firewall).await?;
+    let mut kernel = NodeKernel::open(settings).await?;
     let cluster = Arc::new(Cluster::default());
     let report = Arc::new(Report::new(cluster.clone()));
     if let Some(address) = settings.health_address {

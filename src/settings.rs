@@ -56,8 +56,8 @@ pub const DEFINITIONS: &[Definition] = &[
     Definition {
         name: "FIREWALL_MASK",
         default: "0x00F00000",
-        help: "Bits of the packet mark that MetalEG may use, contiguous: n bits are enough for 2^n - 1 \
-               gateways used by one node's pods",
+        help: "Bits of the packet mark that MetalEG may use, contiguous: with n bits the pods of a node use 2^n - 2 \
+               gateways at full speed, and any number beyond by one routing rule for each pod",
     },
     Definition {
         name: "FIREWALL_EXCLUDE_DST_CIDRS",
@@ -174,13 +174,13 @@ impl FwMask {
         MOST_SLOTS.min(self.0 >> self.0.trailing_zeros())
     }
 
-    /// The mark of a slot; `None` outside 1 to [`FwMask::slots`].
+    /// The mark of a slot, from 1: those from [`FwMask::slots`] on share the last one.
     #[must_use]
-    pub fn mark(self, slot: u32) -> Option<Mark> {
-        (1..=self.slots()).contains(&slot).then(|| Mark {
-            value: slot << self.0.trailing_zeros(),
+    pub fn mark(self, slot: u32) -> Mark {
+        Mark {
+            value: slot.clamp(1, self.slots()) << self.0.trailing_zeros(),
             mask: self.0,
-        })
+        }
     }
 
     /// The mark that no marked packet has.
@@ -342,7 +342,7 @@ impl Settings {
             firewall,
             mask,
             excluded: excluded(&value("FIREWALL_EXCLUDE_DST_CIDRS"))?,
-            table_offset: table_offset(&value("ROUTE_TABLE_ID_OFFSET"), mask)?,
+            table_offset: table_offset(&value("ROUTE_TABLE_ID_OFFSET"))?,
             rule_priority: rule_priority(&value("ROUTE_RULE_PRIORITY"))?,
             reconciliation_interval: duration(
                 &value("RECONCILIATION_INTERVAL"),
@@ -467,25 +467,19 @@ fn number(value: &Value) -> Result<u32, SettingsError> {
 }
 
 /// Tables 0 (unspecified) and 253 to 255 (default, main, local) belong to the kernel.
-fn table_offset(value: &Value, mask: FwMask) -> Result<u32, SettingsError> {
+fn table_offset(value: &Value) -> Result<u32, SettingsError> {
     let offset = number(value)?;
-    let last = offset.checked_add(mask.slots()).ok_or_else(|| {
-        bad(
-            value,
-            "too large: the table numbers do not fit into 32 bits",
-        )
-    })?;
-    if (offset + 1..=last).any(|table| (253..=255).contains(&table)) {
+    if offset.checked_add(MOST_TABLES).is_none() {
         return Err(bad(
             value,
-            format_args!(
-                "tables {} to {last} would include the kernel's own 253 to 255",
-                offset + 1
-            ),
+            "too large: the table numbers do not fit into 32 bits",
         ));
     }
     Ok(offset)
 }
+
+/// Gateways have no limit: tables for this many must have numbers.
+const MOST_TABLES: u32 = 5_000;
 
 /// The last of our 100 priorities must be ahead of the `main` table's rule at 32766.
 fn rule_priority(value: &Value) -> Result<u32, SettingsError> {
@@ -616,11 +610,6 @@ mod tests {
             ),
             (
                 "ROUTE_TABLE_ID_OFFSET",
-                "250",
-                "ROUTE_TABLE_ID_OFFSET=250: tables 251 to 265 would include the kernel's own 253 to 255",
-            ),
-            (
-                "ROUTE_TABLE_ID_OFFSET",
                 "4294967290",
                 "ROUTE_TABLE_ID_OFFSET=4294967290: too large: the table numbers do not fit into 32 bits",
             ),
@@ -730,11 +719,10 @@ mod tests {
     #[test]
     fn marks_of_slots_stay_within_the_mask() {
         let mask = FwMask::new(0x00f0_0000).unwrap();
-        assert_eq!(mask.mark(0), None);
-        assert_eq!(mask.mark(1).unwrap().value, 0x0010_0000);
-        assert_eq!(mask.mark(15).unwrap().value, 0x00f0_0000);
-        assert_eq!(mask.mark(16), None);
+        for (slot, value) in [(1, 0x0010_0000), (15, 0x00f0_0000), (16, 0x00f0_0000)] {
+            assert_eq!(mask.mark(slot).value, value);
+        }
         assert_eq!(FwMask::new(0x8000_0000).unwrap().slots(), 1);
-        assert_eq!(FwMask::new(u32::MAX).unwrap().slots(), u32::MAX);
+        assert_eq!(FwMask::new(u32::MAX).unwrap().slots(), MOST_SLOTS);
     }
 }

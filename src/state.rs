@@ -97,6 +97,8 @@ pub struct Rule {
     pub mark: Option<Mark>,
     /// The match is inverted as a whole (`ip rule add not …`).
     pub not: bool,
+    /// Match on the source.
+    pub from: Option<IpAddr>,
     /// Match on the destination.
     pub to: Option<IpNet>,
 }
@@ -107,6 +109,9 @@ impl fmt::Display for Rule {
         write!(f, "pref {}", self.priority)?;
         if self.not {
             f.write_str(" not")?;
+        }
+        if let Some(from) = self.from {
+            write!(f, " from {from}")?;
         }
         if let Some(to) = self.to {
             write!(f, " to {to}")?;
@@ -209,11 +214,43 @@ pub struct FamilyState {
     pub firewall: FirewallState,
 }
 
+/// What does our work in another way: left by a start with another backend, or by an earlier release.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Leftover {
+    /// The table of the nftables backend.
+    Nftables,
+    /// Chains of the iptables backend on nf_tables.
+    IptablesNft,
+    /// Chains of the iptables backend on ip_tables.
+    IptablesLegacy,
+    /// Sets of the iptables backend.
+    Ipsets,
+    /// Chains, sets, rules and routes of releases before 0.3.
+    EarlierRelease,
+}
+
 /// Everything of ours in a node's kernel. A family that the kernel does not have is absent from the map.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct KernelState {
     /// By family.
     pub families: BTreeMap<Family, FamilyState>,
+    /// What is to go when the families are as wanted.
+    pub leftovers: BTreeSet<Leftover>,
+    /// Connections may have been opened under other rules than these: before the agent was started, while
+    /// something was damaged, or before a step that failed.
+    pub doubt: bool,
+}
+
+impl fmt::Display for Leftover {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Leftover::Nftables => "the table of the nftables backend",
+            Leftover::IptablesNft => "the chains of the iptables backend in nf_tables mode",
+            Leftover::IptablesLegacy => "the chains of the iptables backend in legacy mode",
+            Leftover::Ipsets => "the sets of the iptables backend",
+            Leftover::EarlierRelease => "what a release before 0.3 left",
+        })
+    }
 }
 
 impl PodState {
@@ -292,6 +329,10 @@ impl KernelState {
             Step::Block(pod) => self.pod(*pod, |p| p.blocked = true),
             Step::Unblock(pod) => self.pod(*pod, |p| p.blocked = false),
             Step::ForgetConnections(_) => {}
+            Step::ForgetStrays(_) => self.doubt = false,
+            Step::RemoveLeftover(leftover) => {
+                self.leftovers.remove(leftover);
+            }
         }
     }
 
@@ -395,6 +436,12 @@ pub enum Step {
 
     /// Forget the connections that a pod opened to outside: their address translation is decided anew.
     ForgetConnections(IpAddr),
+
+    /// Forget the connections that pods opened to outside with another source than the one given for each.
+    ForgetStrays(BTreeMap<IpAddr, IpAddr>),
+
+    /// Remove what another backend or an earlier release left.
+    RemoveLeftover(Leftover),
 }
 
 /// The part of the kernel that executes a step.
@@ -406,6 +453,8 @@ pub enum Executor {
     Firewall,
     /// Connection tracking.
     Conntrack,
+    /// What removes the traces of others than the present backend.
+    Leftovers,
 }
 
 impl Step {
@@ -413,10 +462,10 @@ impl Step {
     #[must_use]
     pub fn executor(&self) -> Executor {
         use Step::{
-            AddFloor, AddRemotePods, AddRule, AddVip, Block, Exclude, ForgetConnections, Gateway,
-            Include, InstallFirewall, Know, Mark, RemoveFirewall, RemoveFloor, RemoveGateway,
-            RemoveRemotePods, RemoveRule, RemoveVip, SetGateway, Translate, Unblock, Ungateway,
-            Unknow, Unmark, Untranslate,
+            AddFloor, AddRemotePods, AddRule, AddVip, Block, Exclude, ForgetConnections,
+            ForgetStrays, Gateway, Include, InstallFirewall, Know, Mark, RemoveFirewall,
+            RemoveFloor, RemoveGateway, RemoveLeftover, RemoveRemotePods, RemoveRule, RemoveVip,
+            SetGateway, Translate, Unblock, Ungateway, Unknow, Unmark, Untranslate,
         };
         match self {
             AddRule(..) | RemoveRule(..) | AddFloor(..) | RemoveFloor(..) | SetGateway(..)
@@ -439,7 +488,8 @@ impl Step {
             | Ungateway(_)
             | Block(_)
             | Unblock(_) => Executor::Firewall,
-            ForgetConnections(_) => Executor::Conntrack,
+            ForgetConnections(_) | ForgetStrays(_) => Executor::Conntrack,
+            RemoveLeftover(_) => Executor::Leftovers,
         }
     }
 }
@@ -469,6 +519,10 @@ impl Step {
     /// the floor below it rejects.
     #[must_use]
     pub fn needs(&self, failed: &Step) -> bool {
+        // Until ours does all of the work, it is done by what is left.
+        if let Step::RemoveLeftover(_) = self {
+            return true;
+        }
         let Some(pod) = self.pod().filter(|_| !matches!(self, Step::Block(_))) else {
             return false;
         };
@@ -522,6 +576,12 @@ impl fmt::Display for Step {
             Step::Block(pod) => write!(f, "block pod {pod}"),
             Step::Unblock(pod) => write!(f, "unblock pod {pod}"),
             Step::ForgetConnections(pod) => write!(f, "forget the connections of pod {pod}"),
+            Step::ForgetStrays(pods) => write!(
+                f,
+                "forget connections of {} pods that have another source than theirs",
+                pods.len()
+            ),
+            Step::RemoveLeftover(leftover) => write!(f, "remove {leftover}"),
         }
     }
 }

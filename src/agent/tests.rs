@@ -39,11 +39,14 @@ impl Shared {
 }
 
 impl Kernel for FakeKernel {
-    async fn observe(&mut self) -> Result<KernelState, kernel::Error> {
+    async fn observe(&mut self) -> Result<kernel::Observed, kernel::Error> {
         self.shared.note("observe");
         let mut state = self.shared.state.lock().unwrap().clone();
         state.families.entry(Family::V4).or_default();
-        Ok(state)
+        Ok(kernel::Observed {
+            state,
+            ..kernel::Observed::default()
+        })
     }
 
     async fn links(&mut self) -> Result<Vec<Link>, kernel::Error> {
@@ -149,6 +152,7 @@ async fn the_kernel_is_read_back_every_interval_and_repaired() {
     running.kernel.noted(2).await;
     let drifted = KernelState {
         families: [(Family::V4, FamilyState::default())].into(),
+        ..KernelState::default()
     };
     *running.kernel.state.lock().unwrap() = drifted;
     tokio::time::sleep(Duration::from_secs(299)).await;

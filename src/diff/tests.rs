@@ -5,7 +5,7 @@ use ipnet::IpNet;
 use proptest::prelude::*;
 
 use super::*;
-use crate::state::{Mark, NextHop, Rule, Table, TableId};
+use crate::state::{Leftover, Mark, NextHop, Rule, Table, TableId};
 
 fn ip(last: u8) -> IpAddr {
     IpAddr::from([10, 244, 1, last])
@@ -35,6 +35,7 @@ fn kernel(pod: Option<PodState>) -> KernelState {
     };
     KernelState {
         families: [(Family::V4, state)].into(),
+        ..KernelState::default()
     }
 }
 
@@ -114,13 +115,13 @@ fn a_node_that_becomes_or_stops_being_the_gateway_forgets_the_connections() {
         steps(Some(routed(1)), Some(gatewayed())),
         [
             "no longer mark pod 10.244.1.11",
-            "be the gateway of pod 10.244.1.11",
-            FORGET
+            FORGET,
+            "be the gateway of pod 10.244.1.11"
         ]
     );
     assert_eq!(
         steps(Some(gatewayed()), Some(translated())),
-        ["no longer be the gateway of pod 10.244.1.11", FORGET]
+        [FORGET, "no longer be the gateway of pod 10.244.1.11"]
     );
 }
 
@@ -190,6 +191,7 @@ fn a_table_has_its_floor_first_and_loses_it_last() {
         action: RuleAction::Lookup(table),
         mark: Some(mark(1)),
         not: false,
+        from: None,
         to: None,
     };
     let mut with = kernel(None);
@@ -277,6 +279,7 @@ fn any_routes() -> impl Strategy<Value = RouteState> {
         action,
         mark: None,
         not: false,
+        from: None,
         to: None,
     });
     let gateway = (11..13_u8).prop_map(|last| NextHop {
@@ -315,6 +318,7 @@ fn any_state(
             };
             KernelState {
                 families: [(Family::V4, FamilyState { routes, firewall })].into(),
+                ..KernelState::default()
             }
         },
     )
@@ -338,9 +342,23 @@ fn pods(state: &KernelState) -> &BTreeMap<IpAddr, PodState> {
     &state.families[&Family::V4].firewall.pods
 }
 
+fn leftovers() -> impl Strategy<Value = BTreeSet<Leftover>> {
+    let all = vec![
+        Leftover::Nftables,
+        Leftover::IptablesNft,
+        Leftover::IptablesLegacy,
+        Leftover::Ipsets,
+        Leftover::EarlierRelease,
+    ];
+    proptest::sample::subsequence(all, 0..=5).prop_map(|some| some.into_iter().collect())
+}
+
 proptest! {
     #[test]
-    fn i5_from_any_state_the_steps_lead_to_the_desired_one(from in observed(), to in desired()) {
+    fn i5_from_any_state_the_steps_lead_to_the_desired_one(
+        from in observed(), leftovers in leftovers(), doubt: bool, to in desired()
+    ) {
+        let from = KernelState { leftovers, doubt, ..from };
         let mut state = from.clone();
         for step in diff(&from, &to) {
             state.apply(&step);

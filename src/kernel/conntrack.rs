@@ -4,7 +4,7 @@
 //! milliseconds, where a process for each took 20 s. Entries are chosen by their original source alone:
 //! inbound connections have another one, and stay.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use ipnet::IpNet;
@@ -37,16 +37,25 @@ pub enum ConntrackError {
 /// What tells an entry from all others, as the kernel gave it.
 type Entry = Vec<ConntrackAttribute>;
 
-/// Forgets the connections that `pods` opened to destinations outside `excluded`; returns how many.
+/// Which connections of a pod are kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Keep {
+    /// None.
+    Nothing,
+    /// Those that leave with this source.
+    WithSource(IpAddr),
+}
+
+/// Forgets connections that `pods` opened to destinations outside `excluded`; returns how many.
 pub(crate) async fn forget(
-    pods: BTreeSet<IpAddr>,
+    pods: BTreeMap<IpAddr, Keep>,
     excluded: BTreeSet<IpNet>,
 ) -> Result<usize, ConntrackError> {
     // Blocking: a dump of a large table takes milliseconds that the agent's other tasks must not wait for.
     tokio::task::spawn_blocking(move || {
         let mut count = 0;
         for family in Family::ALL {
-            if pods.iter().any(|pod| Family::of(*pod) == family) {
+            if pods.keys().any(|pod| Family::of(*pod) == family) {
                 count += forget_family(family, &pods, &excluded)?;
             }
         }
@@ -57,7 +66,7 @@ pub(crate) async fn forget(
 
 fn forget_family(
     family: Family,
-    pods: &BTreeSet<IpAddr>,
+    pods: &BTreeMap<IpAddr, Keep>,
     excluded: &BTreeSet<IpNet>,
 ) -> Result<usize, ConntrackError> {
     let netfilter = Netfilter::open()?;
@@ -78,36 +87,49 @@ fn forget_family(
     Ok(entries.len())
 }
 
-/// Whether a connection is one to forget: opened by one of the pods, and its other end, which is the source of
-/// its replies after any DNAT, is outside. Forgetting a connection to a ClusterIP would send its next packet
-/// to another backend.
+/// Whether a connection is one to forget: opened by one of the pods, not with the source that it should have,
+/// and its other end, which is the source of its replies after any DNAT, is outside. Forgetting a connection to
+/// a ClusterIP would send its next packet to another backend.
 fn is_to_forget(
     attributes: &[ConntrackAttribute],
-    pods: &BTreeSet<IpAddr>,
+    pods: &BTreeMap<IpAddr, Keep>,
     excluded: &BTreeSet<IpNet>,
 ) -> bool {
     let original = attributes.iter().find_map(|attribute| match attribute {
-        ConntrackAttribute::CtaTupleOrig(tuple) => source(tuple),
+        ConntrackAttribute::CtaTupleOrig(tuple) => ends(tuple),
         _ => None,
     });
     let reply = attributes.iter().find_map(|attribute| match attribute {
-        ConntrackAttribute::CtaTupleReply(tuple) => source(tuple),
+        ConntrackAttribute::CtaTupleReply(tuple) => ends(tuple),
         _ => None,
     });
-    let (Some(original), Some(reply)) = (original, reply) else {
+    let (Some((pod, _)), Some((outside, source))) = (original, reply) else {
         return false;
     };
-    pods.contains(&original) && !excluded.iter().any(|net| net.contains(&reply))
+    let is_kept = match pods.get(&pod) {
+        None => true,
+        Some(Keep::Nothing) => false,
+        // Replies go to the source that the pod's packets leave with.
+        Some(Keep::WithSource(wanted)) => source == *wanted,
+    };
+    !is_kept && !excluded.iter().any(|net| net.contains(&outside))
 }
 
-fn source(tuple: &[Tuple]) -> Option<IpAddr> {
-    tuple.iter().find_map(|part| match part {
-        Tuple::Ip(addresses) => addresses.iter().find_map(|address| match address {
-            IPTuple::SourceAddress(source) => Some(*source),
-            _ => None,
-        }),
+/// Source and destination.
+fn ends(tuple: &[Tuple]) -> Option<(IpAddr, IpAddr)> {
+    let addresses = tuple.iter().find_map(|part| match part {
+        Tuple::Ip(addresses) => Some(addresses),
         _ => None,
-    })
+    })?;
+    let source = addresses.iter().find_map(|address| match address {
+        IPTuple::SourceAddress(source) => Some(*source),
+        _ => None,
+    });
+    let destination = addresses.iter().find_map(|address| match address {
+        IPTuple::DestinationAddress(destination) => Some(*destination),
+        _ => None,
+    });
+    source.zip(destination)
 }
 
 fn identity(attributes: Vec<ConntrackAttribute>) -> Entry {
@@ -178,39 +200,53 @@ mod tests {
 
     #[test]
     fn only_connections_that_the_pods_opened_to_outside_are_forgotten() {
-        let pods = ["10.244.1.11".parse().unwrap()].into();
+        let ip = |text: &str| text.parse::<IpAddr>().unwrap();
+        let all = [(ip("10.244.1.11"), Keep::Nothing)].into();
+        let as_vip = [(ip("10.244.1.11"), Keep::WithSource(ip("192.0.2.200")))].into();
+        let as_itself = [(ip("10.244.1.11"), Keep::WithSource(ip("10.244.1.11")))].into();
         let excluded = ["10.244.0.0/16".parse().unwrap()].into();
         for (what, original, reply, expected) in [
             (
                 "to outside",
                 ["10.244.1.11", "198.51.100.10"],
                 ["198.51.100.10", "192.0.2.200"],
-                true,
+                [true, false, true],
+            ),
+            (
+                "to outside, as the node",
+                ["10.244.1.11", "198.51.100.10"],
+                ["198.51.100.10", "192.0.2.11"],
+                [true, true, true],
+            ),
+            (
+                "to outside, untranslated",
+                ["10.244.1.11", "198.51.100.10"],
+                ["198.51.100.10", "10.244.1.11"],
+                [true, true, false],
             ),
             (
                 "of another pod",
                 ["10.244.1.12", "198.51.100.10"],
                 ["198.51.100.10", "192.0.2.11"],
-                false,
+                [false; 3],
             ),
             (
                 "to a ClusterIP",
                 ["10.244.1.11", "10.96.0.10"],
                 ["10.244.2.11", "10.244.1.11"],
-                false,
+                [false; 3],
             ),
             (
                 "inbound to the VIP",
                 ["198.51.100.10", "192.0.2.200"],
                 ["10.244.1.11", "198.51.100.10"],
-                false,
+                [false; 3],
             ),
         ] {
-            assert_eq!(
-                is_to_forget(&entry(original, reply), &pods, &excluded),
-                expected,
-                "{what}"
-            );
+            let entry = entry(original, reply);
+            let found =
+                [&all, &as_vip, &as_itself].map(|pods| is_to_forget(&entry, pods, &excluded));
+            assert_eq!(found, expected, "{what}");
         }
     }
 

@@ -4,6 +4,7 @@
 
 mod conntrack;
 mod iptables;
+mod leftovers;
 mod netlink;
 mod nftables;
 mod route;
@@ -12,19 +13,20 @@ mod tool;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
-use std::net::IpAddr;
 
 use ipnet::IpNet;
 
 use crate::error::chain;
-use crate::kernel::conntrack::ConntrackError;
+use crate::kernel::conntrack::{ConntrackError, Keep};
 use crate::kernel::iptables::Iptables;
 use crate::kernel::netlink::NetlinkError;
 use crate::kernel::nftables::Nftables;
-use crate::kernel::route::{RouteError, Routes};
+use crate::kernel::route::{Ranges, RouteError, Routes};
 use crate::kernel::tool::ToolError;
-use crate::settings::{FirewallBackend, FwMask};
-use crate::state::{Executor, Family, FamilyState, FirewallState, KernelState, Step};
+use crate::settings::{FirewallBackend, Settings};
+use crate::state::{
+    Executor, Family, FamilyState, FirewallState, KernelState, Leftover, Step, TableId,
+};
 use crate::view::Link;
 
 /// A step that could not be executed; the steps after it were tried all the same, but for those that rely on it.
@@ -65,13 +67,24 @@ pub enum Error {
     Injected,
 }
 
+/// What was read of a kernel.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Observed {
+    /// Everything of ours.
+    pub state: KernelState,
+    /// Tables of our range that others use: not to be used by us.
+    pub occupied: BTreeSet<(Family, TableId)>,
+    /// Rules of others that get in the way of ours, as text for the operator.
+    pub collisions: BTreeSet<String>,
+}
+
 /// A node's kernel, as the agent sees it.
 pub trait Kernel: Send {
-    /// Reads everything of ours.
+    /// Reads everything of ours, and what of others is in its way.
     ///
     /// # Errors
     /// When any part cannot be read: a partial picture would make the agent repeat or remove the wrong things.
-    fn observe(&mut self) -> impl Future<Output = Result<KernelState, Error>> + Send;
+    fn observe(&mut self) -> impl Future<Output = Result<Observed, Error>> + Send;
 
     /// Reads the interfaces that are up, with the networks that are directly reachable on them.
     ///
@@ -147,8 +160,12 @@ impl Firewall for Backend {
 pub struct NodeKernel {
     firewall: Backend,
     routes: Routes,
+    families: Vec<Family>,
+    mask: u32,
     /// Which backend, and why.
     choice: String,
+    /// What was left by others than the present backend; looked for until there is nothing any more.
+    leftovers: Option<BTreeSet<Leftover>>,
 }
 
 impl NodeKernel {
@@ -156,14 +173,20 @@ impl NodeKernel {
     ///
     /// # Errors
     /// When a tool is missing, or the kernel cannot be asked, or cannot do what the wanted backend needs.
-    pub async fn open(mask: FwMask, wanted: FirewallBackend) -> Result<NodeKernel, Error> {
+    pub async fn open(settings: &Settings) -> Result<NodeKernel, Error> {
+        let (mask, wanted) = (settings.mask, settings.firewall);
         // Absent in a kernel without IPv6.
         let has_ipv6 = tokio::fs::try_exists("/proc/thread-self/net/if_inet6").await;
         let mut families = vec![Family::V4];
         if has_ipv6.unwrap_or(false) {
             families.push(Family::V6);
         }
-        let routes = Routes::open(families.clone())?;
+        let ranges = Ranges {
+            mask: mask.bits(),
+            table_offset: settings.table_offset,
+            priority: settings.rule_priority,
+        };
+        let routes = Routes::open(families.clone(), ranges)?;
         let nftables = match wanted {
             FirewallBackend::Iptables => None,
             FirewallBackend::Nftables | FirewallBackend::Auto => {
@@ -173,11 +196,11 @@ impl NodeKernel {
         let (firewall, choice) = match (wanted, nftables) {
             (FirewallBackend::Nftables, Some(Err(error))) => return Err(error),
             (_, Some(Ok(()))) => {
-                let nftables = Nftables::open(mask, families)?;
+                let nftables = Nftables::open(mask, families.clone())?;
                 (Backend::Nftables(nftables), "nftables".to_owned())
             }
             (_, refusal) => {
-                let iptables = Iptables::open(mask.bits(), families).await?;
+                let iptables = Iptables::open(mask.bits(), families.clone()).await?;
                 let mut choice = iptables.describe();
                 if let Some(Err(error)) = refusal {
                     choice = format!(
@@ -191,8 +214,15 @@ impl NodeKernel {
         Ok(NodeKernel {
             firewall,
             routes,
+            families,
+            mask: mask.bits(),
             choice,
+            leftovers: None,
         })
+    }
+
+    async fn remove(&self, leftover: Leftover) -> Result<(), Error> {
+        leftovers::remove(leftover, &self.families, self.mask, &self.routes).await
     }
 
     /// What was found, for the log.
@@ -203,15 +233,27 @@ impl NodeKernel {
 }
 
 impl Kernel for NodeKernel {
-    async fn observe(&mut self) -> Result<KernelState, Error> {
+    async fn observe(&mut self) -> Result<Observed, Error> {
         let mut routes = self.routes.observe().await?;
         let firewall = self.firewall.observe().await?;
         let families = firewall.into_iter().map(|(family, firewall)| {
-            let routes = routes.remove(&family).unwrap_or_default();
+            let routes = routes.states.remove(&family).unwrap_or_default();
             (family, FamilyState { routes, firewall })
         });
-        Ok(KernelState {
-            families: families.collect(),
+        let families = families.collect();
+        let leftovers = match &self.leftovers {
+            Some(none) if none.is_empty() => BTreeSet::new(),
+            _ => leftovers::find(&self.firewall, &self.families, routes.earlier).await?,
+        };
+        self.leftovers = Some(leftovers.clone());
+        Ok(Observed {
+            state: KernelState {
+                families,
+                leftovers,
+                doubt: true,
+            },
+            occupied: routes.occupied,
+            collisions: routes.collisions,
         })
     }
 
@@ -231,6 +273,16 @@ impl Kernel for NodeKernel {
                     let batch = tryable(&batch, &mut failed);
                     failed.extend(forget(&batch, excluded).await);
                 }
+                Executor::Leftovers => {
+                    for step in tryable(&batch, &mut failed) {
+                        if let Step::RemoveLeftover(leftover) = step
+                            && let Err(source) = self.remove(*leftover).await
+                        {
+                            let step = step.clone();
+                            failed.push(StepError { step, source });
+                        }
+                    }
+                }
             }
         }
         failed
@@ -239,13 +291,18 @@ impl Kernel for NodeKernel {
 
 /// One look at the connections for all pods of a batch.
 async fn forget(steps: &[&Step], excluded: &BTreeSet<IpNet>) -> Vec<StepError> {
-    let pods: BTreeSet<IpAddr> = steps
-        .iter()
-        .filter_map(|step| match step {
-            Step::ForgetConnections(pod) => Some(*pod),
-            _ => None,
-        })
-        .collect();
+    let mut pods = BTreeMap::new();
+    for step in steps {
+        match step {
+            Step::ForgetConnections(pod) => drop(pods.insert(*pod, Keep::Nothing)),
+            Step::ForgetStrays(sources) => {
+                for (pod, source) in sources {
+                    pods.entry(*pod).or_insert(Keep::WithSource(*source));
+                }
+            }
+            _ => {}
+        }
+    }
     match conntrack::forget(pods, excluded.clone()).await {
         Ok(_) => Vec::new(),
         Err(error) => {

@@ -60,62 +60,130 @@ fn refused(attempt: &'static str) -> impl Fn(rtnetlink::Error) -> RouteError {
     }
 }
 
+/// The numbers that we use, and others should not.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Ranges {
+    /// Bits of the mark.
+    pub(crate) mask: u32,
+    /// Tables are numbered from here + 1.
+    pub(crate) table_offset: u32,
+    /// First of our rules' priorities.
+    pub(crate) priority: u32,
+}
+
+/// How many priorities are ours.
+const PRIORITIES: u32 = 100;
+
+/// What was read.
+#[derive(Debug, Default)]
+pub(crate) struct Observed {
+    /// Ours, by family.
+    pub(crate) states: BTreeMap<Family, RouteState>,
+    /// Tables of our range that others use.
+    pub(crate) occupied: BTreeSet<(Family, TableId)>,
+    /// Rules of others that get in the way of ours, as text.
+    pub(crate) collisions: BTreeSet<String>,
+    /// Rules of a release before 0.3 are there.
+    pub(crate) earlier: bool,
+}
+
 /// Rules and tables of this node.
 #[derive(Debug)]
 pub(crate) struct Routes {
     handle: Handle,
     families: Vec<Family>,
+    ranges: Ranges,
 }
 
 impl Routes {
     /// Opens the netlink socket, in the network namespace of the calling thread.
-    pub(crate) fn open(families: Vec<Family>) -> Result<Routes, RouteError> {
+    pub(crate) fn open(families: Vec<Family>, ranges: Ranges) -> Result<Routes, RouteError> {
         let (connection, handle, _) = rtnetlink::new_connection().map_err(RouteError::Open)?;
         tokio::spawn(connection);
-        Ok(Routes { handle, families })
+        Ok(Routes {
+            handle,
+            families,
+            ranges,
+        })
     }
 
-    /// Reads our rules and tables.
-    pub(crate) async fn observe(&self) -> Result<BTreeMap<Family, RouteState>, RouteError> {
+    /// Reads our rules and tables, and what of others is in their way.
+    pub(crate) async fn observe(&self) -> Result<Observed, RouteError> {
         let names: BTreeMap<u32, String> = self
             .interfaces()
             .await?
             .into_iter()
             .map(|interface| (interface.index, interface.name))
             .collect();
-        let mut states = BTreeMap::new();
+        let mut observed = Observed::default();
         for &family in &self.families {
             let mut state = RouteState::default();
-            let version = match family {
-                Family::V4 => rtnetlink::IpVersion::V4,
-                Family::V6 => rtnetlink::IpVersion::V6,
-            };
-            let rules: Vec<RuleMessage> = self
-                .handle
-                .rule()
-                .get(version)
-                .execute()
-                .try_collect()
-                .await
-                .map_err(refused("list rules"))?;
-            state.rules = rules.iter().filter_map(parse_rule).collect();
-
-            let mut filter = RouteMessage::default();
-            filter.header.address_family = address_family(family);
-            let routes: Vec<RouteMessage> = self
-                .handle
-                .route()
-                .get(filter)
-                .execute()
-                .try_collect()
-                .await
-                .map_err(refused("list routes"))?;
-            for route in &routes {
-                take_route(route, &names, &mut state.tables);
+            for message in &self.rules(family).await? {
+                match parse_rule(message) {
+                    Some(Found::Ours(rule)) => drop(state.rules.insert(rule)),
+                    Some(Found::Others(rule)) => self.ranges.judge(family, &rule, &mut observed),
+                    Some(Found::Nameless(rule)) if self.ranges.is_earlier(&rule) => {
+                        observed.earlier = true;
+                        self.ranges.occupy(family, &rule, &mut observed);
+                    }
+                    Some(Found::Nameless(rule)) => self.ranges.judge(family, &rule, &mut observed),
+                    None => {}
+                }
             }
-            states.insert(family, state);
+            for route in &self.routes(family).await? {
+                if let Some(table) = take_route(route, &names, &mut state.tables)
+                    && table.0 > self.ranges.table_offset
+                {
+                    observed.occupied.insert((family, table));
+                }
+            }
+            observed.states.insert(family, state);
         }
-        Ok(states)
+        Ok(observed)
+    }
+
+    async fn rules(&self, family: Family) -> Result<Vec<RuleMessage>, RouteError> {
+        let version = match family {
+            Family::V4 => rtnetlink::IpVersion::V4,
+            Family::V6 => rtnetlink::IpVersion::V6,
+        };
+        let rules = self.handle.rule().get(version).execute().try_collect();
+        rules.await.map_err(refused("list rules"))
+    }
+
+    async fn routes(&self, family: Family) -> Result<Vec<RouteMessage>, RouteError> {
+        let mut filter = RouteMessage::default();
+        filter.header.address_family = address_family(family);
+        let routes = self.handle.route().get(filter).execute().try_collect();
+        routes.await.map_err(refused("list routes"))
+    }
+
+    /// Removes the rules of a release before 0.3, each with the default route of its table; absent is fine.
+    pub(crate) async fn remove_earlier(&self) -> Result<(), RouteError> {
+        for &family in &self.families {
+            for message in self.rules(family).await? {
+                let Some(Found::Nameless(rule)) = parse_rule(&message) else {
+                    continue;
+                };
+                let RuleAction::Lookup(table) = rule.action else {
+                    continue;
+                };
+                if !self.ranges.is_earlier(&rule) {
+                    continue;
+                }
+                // The rule last: as long as it is there, the rest is found again.
+                for route in self.routes(family).await? {
+                    if is_default_in(&route, table) && route.header.protocol == RouteProtocol::Boot
+                    {
+                        absent(self.handle.route().del(route).execute().await)
+                            .map_err(refused("remove the route of an earlier release"))?;
+                    }
+                }
+                absent(self.handle.rule().del(message).execute().await)
+                    .map_err(refused("remove the rule of an earlier release"))?;
+            }
+        }
+        Ok(())
     }
 
     /// The interfaces that are up, but for loopback, with their connected networks.
@@ -312,6 +380,10 @@ fn rule_message(family: Family, rule: &Rule) -> RuleMessage {
         attributes.push(RuleAttribute::FwMark(mark.value));
         attributes.push(RuleAttribute::FwMask(mark.mask));
     }
+    if let Some(from) = rule.from {
+        message.header.src_len = IpNet::from(from).prefix_len();
+        attributes.push(RuleAttribute::Source(from));
+    }
     if let Some(to) = rule.to {
         message.header.dst_len = to.prefix_len();
         attributes.push(RuleAttribute::Destination(to.addr()));
@@ -331,24 +403,69 @@ fn rule_message(family: Family, rule: &Rule) -> RuleMessage {
     message
 }
 
-/// A rule of ours; `None` for those of others.
-fn parse_rule(message: &RuleMessage) -> Option<Rule> {
-    let ours = message
-        .attributes
-        .contains(&RuleAttribute::Protocol(PROTOCOL));
-    if !ours {
-        return None;
+/// A rule, by whose it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Found {
+    /// Carries our protocol number.
+    Ours(Rule),
+    /// Carries that of another program, or of an administrator.
+    Others(Rule),
+    /// Carries none, as the rules of releases before 0.3.
+    Nameless(Rule),
+}
+
+impl Ranges {
+    /// Whether a nameless rule is one that releases before 0.3 made: the pairs of mark and table are theirs.
+    fn is_earlier(&self, rule: &Rule) -> bool {
+        let (Some(mark), RuleAction::Lookup(table)) = (rule.mark, rule.action) else {
+            return false;
+        };
+        let slot = mark.value >> self.mask.trailing_zeros();
+        mark.mask == self.mask
+            && mark.value & !self.mask == 0
+            && table.0.checked_sub(self.table_offset) == slot.checked_sub(1)
+            && slot > 0
+            && rule.to.is_none()
+            && rule.from.is_none()
+            && !rule.not
     }
+
+    /// Notes what a rule of others takes from us.
+    fn judge(&self, family: Family, rule: &Rule, observed: &mut Observed) {
+        self.occupy(family, rule, observed);
+        let ours = self.priority..self.priority.saturating_add(PRIORITIES);
+        let takes_our_mark = rule.mark.is_some_and(|m| m.mask & self.mask != 0)
+            && rule.priority < ours.end
+            && rule.action != RuleAction::Nop;
+        if ours.contains(&rule.priority) || takes_our_mark {
+            observed.collisions.insert(format!("{family} {rule}"));
+        }
+    }
+
+    fn occupy(&self, family: Family, rule: &Rule, observed: &mut Observed) {
+        if let RuleAction::Lookup(table) = rule.action
+            && table.0 > self.table_offset
+        {
+            observed.occupied.insert((family, table));
+        }
+    }
+}
+
+/// What a rule says and whose it is; `None` for one that does what none of ours does.
+fn parse_rule(message: &RuleMessage) -> Option<Found> {
     // The kernel leaves out a priority of 0.
-    let (mut priority, mut table, mut goto, mut destination) = (0, 0, 0, None);
-    let (mut value, mut mask) = (0, None);
+    let (mut priority, mut table, mut goto) = (0, 0, 0);
+    let (mut source, mut destination) = (None, None);
+    let (mut value, mut mask, mut protocol) = (0, None, None);
     for attribute in &message.attributes {
         match attribute {
+            RuleAttribute::Protocol(found) => protocol = Some(*found),
             RuleAttribute::Priority(found) => priority = *found,
             RuleAttribute::Table(found) => table = *found,
             RuleAttribute::Goto(found) => goto = *found,
             RuleAttribute::FwMark(found) => value = *found,
             RuleAttribute::FwMask(found) => mask = Some(*found),
+            RuleAttribute::Source(found) => source = Some(*found),
             RuleAttribute::Destination(found) => destination = Some(*found),
             _ => {}
         }
@@ -360,12 +477,18 @@ fn parse_rule(message: &RuleMessage) -> Option<Rule> {
         NetlinkAction::ToTable => RuleAction::Lookup(TableId(table)),
         _ => return None,
     };
-    Some(Rule {
+    let rule = Rule {
         priority,
         action,
         mark: mask.map(|mask| Mark { value, mask }),
         not: message.header.flags.contains(RuleFlags::Invert),
+        from: source,
         to: destination.and_then(|to: IpAddr| IpNet::new(to, message.header.dst_len).ok()),
+    };
+    Some(match protocol {
+        Some(PROTOCOL) => Found::Ours(rule),
+        None | Some(RouteProtocol::Unspec) => Found::Nameless(rule),
+        Some(_) => Found::Others(rule),
     })
 }
 
@@ -387,20 +510,19 @@ fn floor_message(family: Family, table: TableId) -> RouteMessage {
     message
 }
 
-/// Notes a default route of ours in its table; others are left out.
+/// Notes a default route of ours in its table; returns the table of a route of others.
 fn take_route(
     message: &RouteMessage,
     names: &BTreeMap<u32, String>,
     tables: &mut BTreeMap<TableId, Table>,
-) {
+) -> Option<TableId> {
+    let table = table_of(message);
     if message.header.protocol != PROTOCOL || message.header.destination_prefix_length != 0 {
-        return;
+        return Some(table);
     }
-    let (mut table, mut metric) = (u32::from(message.header.table), 0);
-    let (mut via, mut dev) = (None, None);
+    let (mut metric, mut via, mut dev) = (0, None, None);
     for attribute in &message.attributes {
         match attribute {
-            RouteAttribute::Table(found) => table = *found,
             RouteAttribute::Priority(found) => metric = *found,
             RouteAttribute::Gateway(RouteAddress::Inet(found)) => via = Some(IpAddr::from(*found)),
             RouteAttribute::Gateway(RouteAddress::Inet6(found)) => via = Some(IpAddr::from(*found)),
@@ -409,11 +531,24 @@ fn take_route(
         }
     }
     if message.header.kind == RouteType::Unreachable && metric == FLOOR_METRIC {
-        tables.entry(TableId(table)).or_default().floor = true;
+        tables.entry(table).or_default().floor = true;
     }
     if let (RouteType::Unicast, Some(via), Some(dev)) = (message.header.kind, via, dev) {
-        tables.entry(TableId(table)).or_default().gateway = Some(NextHop { via, dev });
+        tables.entry(table).or_default().gateway = Some(NextHop { via, dev });
     }
+    None
+}
+
+fn table_of(message: &RouteMessage) -> TableId {
+    let large = message.attributes.iter().find_map(|a| match a {
+        RouteAttribute::Table(table) => Some(*table),
+        _ => None,
+    });
+    TableId(large.unwrap_or(u32::from(message.header.table)))
+}
+
+fn is_default_in(message: &RouteMessage, table: TableId) -> bool {
+    table_of(message) == table && message.header.destination_prefix_length == 0
 }
 
 #[cfg(test)]
@@ -431,6 +566,18 @@ mod tests {
                     mask: 0x00f0_0000,
                 }),
                 not: true,
+                from: None,
+                to: None,
+            },
+            Rule {
+                priority: 1002,
+                action: RuleAction::Lookup(TableId(100_020)),
+                mark: Some(Mark {
+                    value: 0x00f0_0000,
+                    mask: 0x00f0_0000,
+                }),
+                not: false,
+                from: Some("10.244.1.11".parse().unwrap()),
                 to: None,
             },
             Rule {
@@ -438,18 +585,19 @@ mod tests {
                 action: RuleAction::Lookup(TableId(100_001)),
                 mark: None,
                 not: false,
+                from: None,
                 to: Some("10.244.0.0/16".parse().unwrap()),
             },
         ] {
             let mut message = rule_message(Family::V4, &rule);
-            assert_eq!(parse_rule(&message), Some(rule));
+            assert_eq!(parse_rule(&message), Some(Found::Ours(rule)));
             message
                 .attributes
                 .retain(|a| !matches!(a, RuleAttribute::Protocol(_)));
             message
                 .attributes
                 .push(RuleAttribute::Protocol(RouteProtocol::Static));
-            assert_eq!(parse_rule(&message), None);
+            assert_eq!(parse_rule(&message), Some(Found::Others(rule)));
         }
     }
 }

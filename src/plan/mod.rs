@@ -12,13 +12,15 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
-use crate::plan::slots::Slots;
+use crate::plan::slots::{Slot, Slots};
 use crate::settings::Settings;
 use crate::state::{
     Family, FamilyState, FirewallState, KernelState, NextHop, PodState, RouteState, Rule,
     RuleAction, Skeleton, Table,
 };
-use crate::view::{Endpoint, Key, Node, NodeName, Service, Target, View};
+use crate::view::{
+    Endpoint, Key, Node, NodeName, ON_NO_GATEWAY_ANNOTATION, OnNoGateway, Service, Target, View,
+};
 
 /// Places of our rules, from `ROUTE_RULE_PRIORITY` on. The first one lets unmarked packets pass all others.
 const PASS_UNMARKED: u32 = 0;
@@ -58,6 +60,8 @@ pub enum Verdict {
     },
     /// Its pods do not leave.
     Blocked(Blocked),
+    /// Its pods would not leave, but its annotation lets them out as without MetalEG.
+    Released(Blocked),
 }
 
 /// Why pods of a Service do not leave.
@@ -75,8 +79,6 @@ pub enum Blocked {
     GatewayWithoutAddress(NodeName),
     /// No interface of this node has a network that holds the gateway's address.
     GatewayOffLink(NodeName, IpAddr),
-    /// Pods of this node use more gateways than the mask has slots.
-    NoSlot(NodeName),
 }
 
 /// What is left out.
@@ -84,6 +86,8 @@ pub enum Blocked {
 pub enum Subject {
     /// A Service.
     Service(Key),
+    /// The annotation of a Service that says what happens without a gateway.
+    OnNoGateway(Key),
     /// An address of an EndpointSlice.
     Endpoint {
         /// The slice.
@@ -98,6 +102,8 @@ pub enum Subject {
 pub enum Ignored {
     /// A Service that is not of type LoadBalancer has no VIP.
     NotLoadBalancer,
+    /// An annotation with a value that means nothing.
+    UnknownValue(String),
     /// Not an IP address.
     NotAnAddress,
     /// Loopback, link-local, multicast or unspecified: no pod has such an address.
@@ -128,6 +134,11 @@ pub fn plan(
                 .ignored
                 .insert(Subject::Service(key.clone()), Ignored::NotLoadBalancer);
         }
+        if let OnNoGateway::Unknown(value) = &service.on_no_gateway {
+            let subject = Subject::OnNoGateway(key.clone());
+            let reason = Ignored::UnknownValue(value.clone());
+            desired.ignored.insert(subject, reason);
+        }
     }
     for &family in families {
         plan_family(family, view, settings, slots, &mut desired);
@@ -146,6 +157,24 @@ struct EgressPod<'a> {
 struct Egress<'a> {
     vip: Result<IpAddr, Blocked>,
     gateway: Result<Gateway<'a>, Blocked>,
+    on_no_gateway: &'a OnNoGateway,
+}
+
+impl Egress<'_> {
+    /// Why there is no way out.
+    fn blocked(&self) -> Option<&Blocked> {
+        self.vip.as_ref().err().or(self.gateway.as_ref().err())
+    }
+
+    /// Whether its pods are let out as without us.
+    fn is_released(&self) -> bool {
+        *self.on_no_gateway == OnNoGateway::NodeAddress && self.blocked().is_some()
+    }
+
+    /// The slot of its gateway, where that is another node.
+    fn slot(&self, slots: &Slots) -> Option<Slot> {
+        slots.get(self.gateway.as_ref().ok()?.hop.as_ref()?.via)
+    }
 }
 
 struct Gateway<'a> {
@@ -176,22 +205,35 @@ fn plan_family(
         .filter_map(|egress| egress.gateway.as_ref().ok()?.hop.as_ref())
         .map(|hop| (hop.via, hop))
         .collect();
-    let slots = slots.assign(family, &hops.keys().copied().collect(), settings.mask);
+    let slots = slots.assign(family, &hops.keys().copied().collect(), settings);
     let excluded = excluded::find(family, view, &settings.excluded, pods.keys().copied());
 
-    let states = pods
-        .iter()
-        .filter_map(|(address, pod)| {
-            let state = pod_state(pod.local, egress.get(pod.service)?, &slots, settings);
-            Some((*address, state))
-        })
-        .collect();
+    let mut states = BTreeMap::new();
+    let mut routes = routes(family, settings, &excluded.nets, &slots, &hops);
+    for (address, pod) in &pods {
+        let Some(egress) = egress
+            .get(pod.service)
+            .filter(|egress| !egress.is_released())
+        else {
+            continue;
+        };
+        if pod.local
+            && let Some(slot) = egress.slot(&slots)
+            && slot.overflows(settings.mask)
+        {
+            routes.rules.insert(Rule {
+                from: Some(*address),
+                ..to_gateway(slot, settings)
+            });
+        }
+        states.insert(*address, pod_state(pod.local, egress, &slots, settings));
+    }
     for (key, egress) in &egress {
         let verdicts = desired.services.entry((*key).clone()).or_default();
-        verdicts.insert(family, verdict(egress, &hops, &slots));
+        verdicts.insert(family, verdict(egress));
     }
     let state = FamilyState {
-        routes: routes(family, settings, &excluded.nets, &slots, &hops),
+        routes,
         firewall: FirewallState {
             skeleton: Skeleton::Intact,
             remote_pods: remote_pods(family, view, settings),
@@ -314,7 +356,7 @@ fn is_local(address: IpAddr, endpoint: &Endpoint, view: &View, settings: &Settin
 fn egress<'a>(
     family: Family,
     key: &Key,
-    service: &Service,
+    service: &'a Service,
     view: &'a View,
     settings: &Settings,
 ) -> Egress<'a> {
@@ -326,6 +368,7 @@ fn egress<'a>(
     Egress {
         vip,
         gateway: gateway(family, key, view, settings),
+        on_no_gateway: &service.on_no_gateway,
     }
 }
 
@@ -374,8 +417,9 @@ fn pod_state(local: bool, egress: &Egress<'_>, slots: &Slots, settings: &Setting
         (Ok(_), Ok(Gateway { hop: None, .. })) => state.gatewayed = true,
         // Not our pod: its node routes it. Should a packet pass here, it leaves with the VIP all the same.
         (Ok(_), _) if !local => {}
-        (Ok(_), Ok(Gateway { hop: Some(hop), .. })) => {
-            state.mark = slots.get(hop.via).and_then(|slot| slot.mark(settings.mask));
+        (Ok(_), Ok(_)) => {
+            state.mark = egress.slot(slots).map(|slot| slot.mark(settings.mask));
+            // Every gateway in use has a slot; if not, better rejected than leaked.
             state.blocked = state.mark.is_none();
         }
         (Ok(_), Err(_)) => state.blocked = true,
@@ -383,18 +427,16 @@ fn pod_state(local: bool, egress: &Egress<'_>, slots: &Slots, settings: &Setting
     state
 }
 
-fn verdict(egress: &Egress<'_>, hops: &BTreeMap<IpAddr, &NextHop>, slots: &Slots) -> Verdict {
+fn verdict(egress: &Egress<'_>) -> Verdict {
     match (&egress.vip, &egress.gateway) {
-        (Err(blocked), _) | (Ok(_), Err(blocked)) => Verdict::Blocked(blocked.clone()),
-        (Ok(vip), Ok(gateway)) => match &gateway.hop {
-            Some(hop) if hops.contains_key(&hop.via) && slots.get(hop.via).is_none() => {
-                Verdict::Blocked(Blocked::NoSlot(gateway.node.clone()))
-            }
-            _ => Verdict::Active {
-                vip: *vip,
-                gateway: gateway.node.clone(),
-            },
+        (Ok(vip), Ok(gateway)) => Verdict::Active {
+            vip: *vip,
+            gateway: gateway.node.clone(),
         },
+        (Err(blocked), _) | (Ok(_), Err(blocked)) if egress.is_released() => {
+            Verdict::Released(blocked.clone())
+        }
+        (Err(blocked), _) | (Ok(_), Err(blocked)) => Verdict::Blocked(blocked.clone()),
     }
 }
 
@@ -406,13 +448,7 @@ fn routes(
     slots: &Slots,
     hops: &BTreeMap<IpAddr, &NextHop>,
 ) -> RouteState {
-    let rule = |place: u32, action: RuleAction| Rule {
-        priority: settings.rule_priority + place,
-        action,
-        mark: None,
-        not: false,
-        to: None,
-    };
+    let rule = |place: u32, action: RuleAction| rule(settings, place, action);
     let end = settings.rule_priority + END;
     let unmarked = settings.mask.unmarked();
     let mut state = RouteState::default();
@@ -436,16 +472,15 @@ fn routes(
     });
     state.rules.insert(rule(END, RuleAction::Nop));
     for (gateway, slot) in slots.iter().filter(|(g, _)| Family::of(*g) == family) {
-        let (Some(hop), Some(mark)) = (hops.get(&gateway), slot.mark(settings.mask)) else {
+        let Some(hop) = hops.get(&gateway) else {
             continue;
         };
-        let table = slot.table(settings);
-        state.rules.insert(Rule {
-            mark: Some(mark),
-            ..rule(TO_GATEWAY, RuleAction::Lookup(table))
-        });
+        // Where gateways share a mark, each of their pods has a rule.
+        if !slot.overflows(settings.mask) {
+            state.rules.insert(to_gateway(slot, settings));
+        }
         state.tables.insert(
-            table,
+            slot.table(settings),
             Table {
                 floor: true,
                 gateway: Some((*hop).clone()),
@@ -453,6 +488,26 @@ fn routes(
         );
     }
     state
+}
+
+fn rule(settings: &Settings, place: u32, action: RuleAction) -> Rule {
+    Rule {
+        priority: settings.rule_priority + place,
+        action,
+        mark: None,
+        not: false,
+        from: None,
+        to: None,
+    }
+}
+
+/// Sends what has a slot's mark to the slot's table.
+fn to_gateway(slot: Slot, settings: &Settings) -> Rule {
+    let table = slot.table(settings);
+    Rule {
+        mark: Some(slot.mark(settings.mask)),
+        ..rule(settings, TO_GATEWAY, RuleAction::Lookup(table))
+    }
 }
 
 /// The pod networks of the other nodes, unless this node may be their router.
@@ -472,6 +527,7 @@ impl fmt::Display for Verdict {
         match self {
             Verdict::Active { vip, gateway } => write!(f, "active: {vip} through {gateway}"),
             Verdict::Blocked(reason) => write!(f, "blocked: {reason}"),
+            Verdict::Released(reason) => write!(f, "let out with the node's address: {reason}"),
         }
     }
 }
@@ -487,7 +543,6 @@ impl Blocked {
             Blocked::UnknownGateway(_) => "UnknownGateway",
             Blocked::GatewayWithoutAddress(_) => "GatewayWithoutAddress",
             Blocked::GatewayOffLink(..) => "GatewayOffLink",
-            Blocked::NoSlot(_) => "NoSlot",
         }
     }
 }
@@ -515,10 +570,6 @@ impl fmt::Display for Blocked {
                 f,
                 "announced by {node}, whose address {address} is in no network of this node's interfaces"
             ),
-            Blocked::NoSlot(node) => write!(
-                f,
-                "announced by {node}, but this node's pods use more gateways than FIREWALL_MASK has values"
-            ),
         }
     }
 }
@@ -527,6 +578,9 @@ impl fmt::Display for Subject {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Subject::Service(key) => write!(f, "Service {key}"),
+            Subject::OnNoGateway(key) => {
+                write!(f, "annotation {ON_NO_GATEWAY_ANNOTATION} of Service {key}")
+            }
             Subject::Endpoint { slice, address } => {
                 write!(f, "endpoint {address} of EndpointSlice {slice}")
             }
@@ -538,6 +592,9 @@ impl fmt::Display for Ignored {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Ignored::NotLoadBalancer => f.write_str("not of type LoadBalancer"),
+            Ignored::UnknownValue(value) => {
+                write!(f, "`{value}` is neither reject nor node-address")
+            }
             Ignored::NotAnAddress => f.write_str("not an IP address"),
             Ignored::NotAPodAddress => {
                 f.write_str("loopback, link-local, multicast or unspecified: no pod's address")

@@ -2,6 +2,10 @@
 //!
 //! A gateway keeps its slot for as long as pods use it, also over a restart of the agent: the routing tables
 //! in the kernel say which slot is whose.
+//!
+//! The last value of the mask is the *overflow* class: it is shared by all gateways beyond the others, and tells
+//! nothing but that the pod's address decides about the table. So the number of gateways has no limit, and only
+//! who overflows pays for it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -9,7 +13,7 @@ use std::net::IpAddr;
 use crate::settings::{FwMask, Settings};
 use crate::state::{Family, KernelState, Mark, TableId};
 
-/// Number of a gateway's mark value and of its routing table above the offset, from 1.
+/// Number of a gateway's routing table above the offset, and of its mark as far as there are marks; from 1.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Slot(u32);
 
@@ -20,17 +24,28 @@ impl Slot {
         TableId(settings.table_offset.saturating_add(self.0))
     }
 
-    /// The mark of this slot; `None` when the mask is too narrow for it.
+    /// The mark of this slot.
     #[must_use]
-    pub fn mark(self, mask: FwMask) -> Option<Mark> {
+    pub fn mark(self, mask: FwMask) -> Mark {
         mask.mark(self.0)
     }
+
+    /// Whether others share its mark.
+    #[must_use]
+    pub fn overflows(self, mask: FwMask) -> bool {
+        self.0 >= mask.slots()
+    }
 }
+
+/// `default`, `main` and `local`.
+const KERNEL_TABLES: std::ops::RangeInclusive<u32> = 253..=255;
 
 /// The slots in use, by gateway address.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Slots {
     gateways: BTreeMap<IpAddr, Slot>,
+    /// Tables that others use.
+    occupied: BTreeSet<(Family, TableId)>,
 }
 
 impl Slots {
@@ -44,20 +59,33 @@ impl Slots {
                     continue;
                 };
                 let number = table.0.checked_sub(settings.table_offset);
-                let slot = number.filter(|n| (1..=settings.mask.slots()).contains(n));
-                if let Some(slot) = slot {
-                    gateways.entry(gateway.via).or_insert(Slot(slot));
+                if let Some(number) = number.filter(|number| *number > 0) {
+                    gateways.entry(gateway.via).or_insert(Slot(number));
                 }
             }
         }
-        Slots { gateways }
+        Slots {
+            gateways,
+            occupied: BTreeSet::new(),
+        }
+    }
+
+    /// Notes which tables others use: none of them is given to a gateway.
+    #[must_use]
+    pub fn avoiding(mut self, occupied: BTreeSet<(Family, TableId)>) -> Slots {
+        self.occupied = occupied;
+        self
     }
 
     /// The slots for the gateways that are `needed` in one family: a gateway keeps the slot that it has, a new
     /// one gets the lowest that nobody has or had just now, so that no table changes hands while packets are
-    /// still marked for its former gateway. Gateways beyond the last slot get none.
+    /// still marked for its former gateway.
     #[must_use]
-    pub fn assign(&self, family: Family, needed: &BTreeSet<IpAddr>, mask: FwMask) -> Slots {
+    pub fn assign(&self, family: Family, needed: &BTreeSet<IpAddr>, settings: &Settings) -> Slots {
+        let is_free = |slot: &Slot| {
+            let table = slot.table(settings);
+            !KERNEL_TABLES.contains(&table.0) && !self.occupied.contains(&(family, table))
+        };
         let held: BTreeMap<IpAddr, Slot> = self
             .gateways
             .iter()
@@ -66,21 +94,27 @@ impl Slots {
             .collect();
         let mut gateways: BTreeMap<IpAddr, Slot> = held
             .iter()
-            .filter(|(gateway, _)| needed.contains(gateway))
+            .filter(|(gateway, slot)| needed.contains(gateway) && is_free(slot))
             .map(|(gateway, slot)| (*gateway, *slot))
             .collect();
         let kept: BTreeSet<Slot> = gateways.values().copied().collect();
-        let just_freed: BTreeSet<Slot> = held.values().copied().collect();
-        let never_held = (1..=mask.slots())
-            .map(Slot)
-            .filter(|slot| !just_freed.contains(slot));
-        let reused = just_freed
+        let had: BTreeSet<Slot> = held.values().copied().collect();
+        let own_marks = || (1..settings.mask.slots()).map(Slot);
+        let overflow = || (settings.mask.slots()..=u32::MAX).map(Slot);
+        let untouched = own_marks().filter(|slot| !had.contains(slot));
+        let just_freed = own_marks().filter(|slot| had.contains(slot) && !kept.contains(slot));
+        let beyond = overflow().filter(|slot| !had.contains(slot));
+        let free = untouched.chain(just_freed).chain(beyond).filter(is_free);
+        let new: Vec<IpAddr> = needed
             .iter()
+            .filter(|gateway| !gateways.contains_key(gateway))
             .copied()
-            .filter(|slot| !kept.contains(slot));
-        let new = needed.iter().filter(|gateway| !held.contains_key(gateway));
-        gateways.extend(new.copied().zip(never_held.chain(reused)));
-        Slots { gateways }
+            .collect();
+        gateways.extend(new.into_iter().zip(free));
+        Slots {
+            gateways,
+            occupied: BTreeSet::new(),
+        }
     }
 
     /// The slot of a gateway.
@@ -110,13 +144,16 @@ mod tests {
         IpAddr::from([192, 0, 2, last])
     }
 
-    fn mask(slots: u32) -> FwMask {
-        FwMask::new(slots).unwrap()
+    fn settings(slots: u32) -> Settings {
+        Settings {
+            mask: FwMask::new(slots).unwrap(),
+            ..Settings::default_on("node1")
+        }
     }
 
-    fn assign(slots: &Slots, needed: &[u8], mask: FwMask) -> Slots {
+    fn assign(slots: &Slots, needed: &[u8], settings: &Settings) -> Slots {
         let needed = needed.iter().map(|last| ip(*last)).collect();
-        slots.assign(Family::V4, &needed, mask)
+        slots.assign(Family::V4, &needed, settings)
     }
 
     fn numbers(slots: &Slots) -> Vec<(IpAddr, u32)> {
@@ -128,27 +165,69 @@ mod tests {
 
     #[test]
     fn a_gateway_keeps_its_slot_while_others_come_and_go() {
-        let first = assign(&Slots::default(), &[11, 12], mask(15));
+        let first = assign(&Slots::default(), &[11, 12], &settings(15));
         assert_eq!(numbers(&first), [(ip(11), 1), (ip(12), 2)]);
-        let second = assign(&first, &[12, 13], mask(15));
+        let second = assign(&first, &[12, 13], &settings(15));
         assert_eq!(numbers(&second), [(ip(12), 2), (ip(13), 3)]);
-        let third = assign(&second, &[12, 13, 10], mask(15));
+        let third = assign(&second, &[12, 13, 10], &settings(15));
         assert_eq!(numbers(&third), [(ip(10), 1), (ip(12), 2), (ip(13), 3)]);
     }
 
     #[test]
     fn a_slot_changes_hands_at_once_only_when_there_is_no_other() {
-        let full = assign(&Slots::default(), &[11, 12, 13], mask(3));
+        let settings = settings(3);
+        let full = assign(&Slots::default(), &[11, 12], &settings);
+        assert_eq!(numbers(&full), [(ip(11), 1), (ip(12), 2)]);
         assert_eq!(
-            numbers(&assign(&full, &[12, 13, 14], mask(3))),
-            [(ip(12), 2), (ip(13), 3), (ip(14), 1)]
+            numbers(&assign(&full, &[12, 13], &settings)),
+            [(ip(12), 2), (ip(13), 1)]
         );
     }
 
     #[test]
-    fn gateways_beyond_the_last_slot_get_none() {
-        let slots = assign(&Slots::default(), &[11, 12], mask(1));
-        assert_eq!(numbers(&slots), [(ip(11), 1)]);
-        assert_eq!(slots.get(ip(12)), None);
+    fn gateways_beyond_the_marks_share_the_last_one_and_keep_tables_of_their_own() {
+        for bits in [1, 3, 15] {
+            let settings = settings(bits);
+            let needed: Vec<u8> = (1..=100).collect();
+            let slots = assign(&Slots::default(), &needed, &settings);
+            let tables: BTreeSet<TableId> = slots.iter().map(|(_, s)| s.table(&settings)).collect();
+            assert_eq!(tables.len(), 100);
+            let marks: BTreeMap<u32, usize> =
+                slots.iter().fold(BTreeMap::new(), |mut marks, (_, slot)| {
+                    *marks.entry(slot.mark(settings.mask).value).or_default() += 1;
+                    marks
+                });
+            let expected = (1..=bits).map(|n| {
+                let last = usize::try_from(101 - bits).unwrap();
+                (n, if n == bits { last } else { 1 })
+            });
+            assert_eq!(marks, expected.collect());
+            for (_, slot) in slots.iter() {
+                let shared = slot.mark(settings.mask).value == bits;
+                assert_eq!(slot.overflows(settings.mask), shared);
+            }
+        }
+    }
+
+    #[test]
+    fn the_tables_of_the_kernel_are_given_to_nobody() {
+        let settings = Settings {
+            table_offset: 251,
+            ..settings(15)
+        };
+        let slots = assign(&Slots::default(), &[11, 12, 13], &settings);
+        assert_eq!(numbers(&slots), [(ip(11), 1), (ip(12), 5), (ip(13), 6)]);
+    }
+
+    #[test]
+    fn a_table_that_others_use_is_given_to_nobody_and_taken_from_who_has_it() {
+        let settings = settings(15);
+        let table = |number: u32| TableId(settings.table_offset + number);
+        let first = assign(&Slots::default(), &[11, 12], &settings);
+        let avoiding = first.avoiding([(Family::V4, table(1)), (Family::V6, table(3))].into());
+        assert_eq!(
+            numbers(&assign(&avoiding, &[11, 12, 13], &settings)),
+            [(ip(11), 3), (ip(12), 2), (ip(13), 4)]
+        );
     }
 }

@@ -41,6 +41,7 @@ fn service(created: i64) -> Service {
         ]
         .into(),
         hostname: None,
+        on_no_gateway: OnNoGateway::Reject,
     }
 }
 
@@ -145,7 +146,7 @@ const SLOT_1: Mark = Mark {
 fn blocked(desired: &Desired, family: Family) -> Option<Blocked> {
     match &desired.services[&key("a")][&family] {
         Verdict::Blocked(reason) => Some(reason.clone()),
-        Verdict::Active { .. } => None,
+        Verdict::Active { .. } | Verdict::Released(_) => None,
     }
 }
 
@@ -318,28 +319,86 @@ fn the_named_interface_is_the_only_one_that_counts() {
 }
 
 #[test]
-fn gateways_beyond_the_mask_block_and_do_not_leak() {
+fn pods_of_gateways_beyond_the_marks_are_routed_by_their_address() {
     let settings = Settings {
-        mask: FwMask::new(0x0010_0000).unwrap(),
+        mask: FwMask::new(0x0030_0000).unwrap(),
         ..on("node1")
     };
-    let mut other = service(2);
-    other.vips.insert(Family::V4, ip("192.0.2.201"));
-    let view = usual().with_service("b", other, Some("node3")).with_slice(
-        "b-4",
-        "b",
-        vec![pod("10.244.1.12", "node1")],
-    );
+    let mut view = cluster();
+    for n in 4..=9_u8 {
+        let facts = Node {
+            addresses: vec![IpAddr::from([192, 0, 2, 10 + n])],
+            pod_cidrs: BTreeSet::new(),
+        };
+        view.nodes.insert(node(&format!("node{n}")), facts);
+        let mut facts = service(i64::from(n));
+        facts.vips = [(Family::V4, IpAddr::from([192, 0, 2, 200 + n]))].into();
+        facts.families = [Family::V4].into();
+        let name = format!("s{n}");
+        let endpoint = pod(&format!("10.244.1.{n}"), "node1");
+        view = view
+            .with_service(&name, facts, Some(&format!("node{n}")))
+            .with_slice(&name, &name, vec![endpoint]);
+    }
     let desired = make(&view, &settings);
-    assert_eq!(
-        pod_of(&desired, "10.244.1.11").unwrap().mark.unwrap().value,
-        0x0010_0000
-    );
-    assert!(pod_of(&desired, "10.244.1.12").unwrap().blocked);
-    assert_eq!(
-        desired.services[&key("b")][&Family::V4],
-        Verdict::Blocked(Blocked::NoSlot(node("node3")))
-    );
+    let state = &desired.kernel.families[&Family::V4];
+    assert_eq!(state.routes.tables.len(), 6);
+    let by_pod = |n: u8| {
+        let from = Some(IpAddr::from([10, 244, 1, n]));
+        state.routes.rules.iter().find(|rule| rule.from == from)
+    };
+    for n in 4..=9 {
+        let pod = pod_of(&desired, &format!("10.244.1.{n}")).unwrap();
+        let mark = pod.mark.unwrap();
+        // The first two have marks of their own.
+        assert_eq!(mark.value >> 20, u32::from(n - 3).min(3));
+        assert_eq!(by_pod(n).is_some(), n > 5);
+        let rule = by_pod(n).copied().unwrap_or_else(|| {
+            let of_mark = |rule: &&Rule| rule.mark == Some(mark) && rule.from.is_none();
+            *state.routes.rules.iter().find(of_mark).unwrap()
+        });
+        let RuleAction::Lookup(table) = rule.action else {
+            panic!("{rule}");
+        };
+        let hop = state.routes.tables[&table].gateway.as_ref().unwrap();
+        assert_eq!(hop.via, IpAddr::from([192, 0, 2, 10 + n]));
+    }
+}
+
+#[test]
+fn without_a_gateway_the_service_may_choose_the_nodes_address() {
+    for (value, released) in [
+        (OnNoGateway::Reject, false),
+        (OnNoGateway::NodeAddress, true),
+        (OnNoGateway::Unknown("perhaps".to_owned()), false),
+    ] {
+        let view = |announcer| {
+            let facts = Service {
+                on_no_gateway: value.clone(),
+                ..service(1)
+            };
+            usual().with_service("a", facts, announcer)
+        };
+        let mut lost = view(None);
+        lost.announcers.clear();
+        let desired = make(&lost, &on("node1"));
+        let verdict = &desired.services[&key("a")][&Family::V4];
+        let pod = pod_of(&desired, "10.244.1.11");
+        if released {
+            assert_eq!(*verdict, Verdict::Released(Blocked::NoAnnouncer));
+            assert_eq!(pod, None);
+        } else {
+            assert_eq!(*verdict, Verdict::Blocked(Blocked::NoAnnouncer));
+            assert!(pod.unwrap().blocked);
+        }
+        let told = desired
+            .ignored
+            .contains_key(&Subject::OnNoGateway(key("a")));
+        assert_eq!(told, matches!(value, OnNoGateway::Unknown(_)));
+        // With a gateway there is no choice.
+        let active = make(&view(Some("node2")), &on("node1"));
+        assert!(pod_of(&active, "10.244.1.11").unwrap().mark.is_some());
+    }
 }
 
 #[test]

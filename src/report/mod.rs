@@ -72,6 +72,7 @@ impl Summary {
                 let label = match verdict {
                     Verdict::Active { .. } => "Active",
                     Verdict::Blocked(reason) => reason.label(),
+                    Verdict::Released(_) => "Released",
                 };
                 *summary.services.entry((*family, label)).or_default() += 1;
             }

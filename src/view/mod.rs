@@ -23,6 +23,21 @@ pub const EGRESS_LABEL: &str = "metaleg.de/rewriteSrcIP";
 /// The one value of [`EGRESS_LABEL`] that counts.
 pub const EGRESS_VALUE: &str = "true";
 
+/// Annotation that says what pods of a Service do while it has no gateway.
+pub const ON_NO_GATEWAY_ANNOTATION: &str = "metaleg.de/on-no-gateway";
+
+/// What pods of a Service do while it has no gateway.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum OnNoGateway {
+    /// They are rejected.
+    #[default]
+    Reject,
+    /// They leave as without MetalEG: a pod may have to call out before MetalLB announces its VIP.
+    NodeAddress,
+    /// Something that means nothing: as `Reject`.
+    Unknown(String),
+}
+
 /// Name of a Kubernetes node.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct NodeName(pub String);
@@ -61,6 +76,8 @@ pub struct Service {
     pub vips: BTreeMap<Family, IpAddr>,
     /// Its ingress is a host name, which is no source address.
     pub hostname: Option<String>,
+    /// What its pods do while it has no gateway.
+    pub on_no_gateway: OnNoGateway,
 }
 
 /// What an endpoint says it stands for.
@@ -161,6 +178,16 @@ impl Service {
                 .collect(),
             vips,
             hostname: ingress.iter().find_map(|i| i.hostname.clone()),
+            on_no_gateway: object
+                .metadata
+                .annotations
+                .as_ref()
+                .and_then(|annotations| annotations.get(ON_NO_GATEWAY_ANNOTATION))
+                .map_or(OnNoGateway::default(), |value| match value.as_str() {
+                    "reject" => OnNoGateway::Reject,
+                    "node-address" => OnNoGateway::NodeAddress,
+                    other => OnNoGateway::Unknown(other.to_owned()),
+                }),
         }
     }
 }
@@ -275,7 +302,8 @@ mod tests {
     #[test]
     fn the_first_ingress_address_of_a_family_that_parses_is_the_vip() {
         let service = service(json!({
-            "metadata": {"creationTimestamp": "2026-01-01T00:00:00Z"},
+            "metadata": {"creationTimestamp": "2026-01-01T00:00:00Z",
+                         "annotations": {"metaleg.de/on-no-gateway": "node-address"}},
             "spec": {"type": "LoadBalancer", "ipFamilies": ["IPv4", "IPv6"]},
             "status": {"loadBalancer": {"ingress": [
                 {"hostname": "a.example"}, {"ip": "nonsense"}, {"ip": "192.0.2.201"},
@@ -294,6 +322,7 @@ mod tests {
                 ]
                 .into(),
                 hostname: Some("a.example".to_owned()),
+                on_no_gateway: OnNoGateway::NodeAddress,
             }
         );
     }

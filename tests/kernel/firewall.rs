@@ -1,6 +1,6 @@
 use std::time::Instant;
 
-use metaleg::state::Step;
+use metaleg::state::{Leftover, Step};
 
 use super::*;
 
@@ -19,7 +19,7 @@ fn make_foreign(mode: Mode) {
              {tool} -t nat -A POSTROUTING -m comment --comment 'metaleg is not ours' -j MASQUERADE
              {tool} -A FORWARD -j ACCEPT
              ipset create {foreign} hash:ip family {family}
-             ipset create METALEG-SRC-{family} hash:ip family {family}"
+             ipset create METALEGION-{family} hash:ip family {family}"
         ));
     }
 }
@@ -40,10 +40,10 @@ fn a_state_is_reached_read_back_and_removed(mode: Mode) {
         make_foreign(mode);
         let foreign_before = foreign(&mode.save());
         let mut kernel = open(mode).await;
-        assert_eq!(kernel.observe().await.unwrap(), nothing());
+        assert_eq!(observe(&mut kernel).await, nothing());
 
         reach(&mut kernel, &example()).await;
-        assert!(diff(&kernel.observe().await.unwrap(), &example()).is_empty());
+        assert!(diff(&observe(&mut kernel).await, &example()).is_empty());
         look(mode);
 
         reach(&mut kernel, &nothing()).await;
@@ -56,9 +56,9 @@ fn a_state_is_reached_read_back_and_removed(mode: Mode) {
             left,
             [
                 "MY-METALEG-inet",
-                "METALEG-SRC-inet",
+                "METALEGION-inet",
                 "MY-METALEG-inet6",
-                "METALEG-SRC-inet6"
+                "METALEGION-inet6"
             ]
         );
     });
@@ -128,11 +128,7 @@ fn damage_is_seen_and_healed(mode: Mode, damages: Vec<String>) {
         ];
         for damage in damages.into_iter().chain(of_routes.map(str::to_owned)) {
             sh(&damage);
-            assert_ne!(
-                kernel.observe().await.unwrap(),
-                example(),
-                "not seen: {damage}"
-            );
+            assert_ne!(observe(&mut kernel).await, example(), "not seen: {damage}");
             reach(&mut kernel, &example()).await;
         }
     });
@@ -233,7 +229,7 @@ fn every_step_may_be_repeated(mode: Mode) {
                     assert!(failed.is_empty(), "{step}: {failed:?}");
                 }
             }
-            assert_eq!(kernel.observe().await.unwrap(), to);
+            assert_eq!(observe(&mut kernel).await, to);
         }
     });
 }
@@ -305,7 +301,7 @@ fn a_step_that_fails_costs_only_the_steps_that_rely_on_it() {
         let failed = kernel.apply(&steps, &BTreeSet::new()).await;
         let failed: Vec<&Step> = failed.iter().map(|failure| &failure.step).collect();
         assert_eq!(failed, [1, 3, 5, 7, 8].map(|n: usize| &steps[n]));
-        let state = kernel.observe().await.unwrap();
+        let state = observe(&mut kernel).await;
         let pods = &state.families[&Family::V4].firewall.pods;
         let only_blocked = PodState {
             blocked: true,
@@ -386,6 +382,157 @@ fn without_a_kubelet_the_mode_with_more_rules_is_used() {
             kernel.describe().contains("legacy"),
             "{}",
             kernel.describe()
+        );
+    });
+}
+
+#[test]
+fn another_backend_takes_over_and_leaves_nothing_of_the_other() {
+    let modes = [Mode::Own, Mode::Nft, Mode::Legacy];
+    for (from, to) in modes.into_iter().flat_map(|a| modes.map(|b| (a, b))) {
+        if from == to {
+            continue;
+        }
+        in_namespace(move || async move {
+            let mut kernel = open(from).await;
+            reach(&mut kernel, &example()).await;
+            for tool in from.tools() {
+                sh(&format!("{tool} -t mangle -X KUBE-IPTABLES-HINT"));
+            }
+            let mut kernel = open(to).await;
+            let steps = diff(&kernel.observe().await.unwrap().state, &example());
+            let at = |wanted: fn(&Step) -> bool| steps.iter().position(wanted).unwrap();
+            let installed = at(|step| matches!(step, Step::InstallFirewall(..)));
+            let removed = at(|step| matches!(step, Step::RemoveLeftover(_)));
+            assert!(installed < removed, "{steps:?}");
+            reach(&mut kernel, &example()).await;
+            let own_table = sh("nft list tables").contains("table inet metaleg\n");
+            assert_eq!(own_table, to == Mode::Own);
+            for mode in [Mode::Nft, Mode::Legacy] {
+                assert_eq!(mode.save().contains("METALEG-NAT"), to == mode);
+            }
+            assert_eq!(sh("ipset list -n").contains("METALEG"), to != Mode::Own);
+        });
+    }
+}
+
+/// What a release before 0.3 makes for one Service with a local pod and a remote gateway.
+fn make_earlier(mode: Mode) {
+    for (tool, family, set, pod, vip, gateway, ip) in [
+        (
+            mode.tools()[0].clone(),
+            "inet",
+            "METALEG-SRC-0a1b2c3d",
+            "10.244.1.11",
+            "192.0.2.200",
+            "192.0.2.12",
+            "ip",
+        ),
+        (
+            mode.tools()[1].clone(),
+            "inet6",
+            "inet6:METALEG-SRC-0a1b2c3d",
+            "fd00:10:244:1::11",
+            "2001:db8:1::c8",
+            "2001:db8:1::12",
+            "ip -6",
+        ),
+    ] {
+        let excluded = format!("METALEG-EXCLUDE-DST-{}", if ip == "ip" { 4 } else { 6 });
+        let reject = if ip == "ip" {
+            "icmp-port-unreachable"
+        } else {
+            "icmp6-port-unreachable"
+        };
+        sh(&format!(
+            "ipset create {set} hash:ip family {family}; ipset add {set} {pod}
+             ipset create {excluded} hash:net family {family}
+             {tool} -t mangle -N METALEG-RT-MARK
+             {tool} -t mangle -I METALEG-RT-MARK -m set --match-set {excluded} dst -j RETURN
+             {tool} -t mangle -A METALEG-RT-MARK -m set --match-set {set} src -j MARK --set-xmark 0x100000/0xf00000
+             {tool} -t mangle -A PREROUTING -j METALEG-RT-MARK
+             {tool} -N METALEG-REJECT; {tool} -I FORWARD -j METALEG-REJECT
+             {tool} -A METALEG-REJECT -m set --match-set {set} src -j REJECT --reject-with {reject}
+             {tool} -t nat -N METALEG-SNAT; {tool} -t nat -I POSTROUTING -j METALEG-SNAT
+             {tool} -t nat -A METALEG-SNAT -m set --match-set {set} src -j SNAT --to {vip}
+             {tool} -t nat -I POSTROUTING -m mark ! --mark 0x0/0xf00000 -j RETURN
+             {ip} rule add fwmark 0x100000/0xf00000 lookup 100000 protocol 0
+             {ip} route add default via {gateway} table 100000 protocol boot"
+        ));
+    }
+}
+
+fn an_earlier_release_is_taken_over(of: Mode, by: Mode) {
+    in_namespace(move || async move {
+        make_earlier(of);
+        // Not of that release: made by hand, and another pair of mark and table.
+        sh(
+            "ip rule add fwmark 0x100000/0xf00000 lookup 100009 pref 5000 protocol static
+            ip rule add fwmark 0x200000/0xf00000 lookup 100007 pref 5001 protocol 0",
+        );
+        let mut kernel = open(by).await;
+        let observed = kernel.observe().await.unwrap();
+        assert_eq!(observed.state.leftovers, [Leftover::EarlierRelease].into());
+        reach(&mut kernel, &example()).await;
+        let left = format!("{}{}", of.save(), sh("ipset list -n; ip rule; ip -6 rule"));
+        for trace in [
+            "RT-MARK",
+            "REJECT",
+            "SNAT\n",
+            "-SRC-",
+            "EXCLUDE-DST",
+            "lookup 100000",
+            "j RETURN\n-A",
+        ] {
+            assert!(
+                !left.contains(&format!("METALEG-{trace}")),
+                "{trace} in {left}"
+            );
+        }
+        assert!(
+            !left.contains("-m mark ! --mark 0x0/0xf00000 -j RETURN"),
+            "{left}"
+        );
+        assert!(!left.contains("lookup 100000"), "{left}");
+        assert_eq!(
+            sh("ip route show table 100000; ip -6 route show table 100000"),
+            ""
+        );
+        assert_eq!(sh("ip rule | grep -c -e 100009 -e 100007"), "2\n");
+        assert_eq!(
+            kernel.observe().await.unwrap().state.leftovers,
+            BTreeSet::new()
+        );
+    });
+}
+
+#[test]
+fn an_earlier_release_is_taken_over_in_every_combination() {
+    for of in [Mode::Nft, Mode::Legacy] {
+        for by in [Mode::Own, of] {
+            an_earlier_release_is_taken_over(of, by);
+        }
+    }
+}
+
+#[test]
+fn tables_and_rules_of_others_in_our_ranges_are_told() {
+    in_namespace(|| async {
+        sh("ip rule add pref 500 fwmark 0x100000/0x100000 lookup 7
+            ip rule add pref 1001 to 203.0.113.0/24 lookup main
+            ip rule add pref 3000 lookup 100004
+            ip route add 203.0.113.0/24 dev eth0 table 100002");
+        let mut kernel = open(Mode::Own).await;
+        let observed = kernel.observe().await.unwrap();
+        let table = |number| (Family::V4, TableId(number));
+        assert_eq!(observed.occupied, [table(100_002), table(100_004)].into());
+        let told: Vec<&String> = observed.collisions.iter().collect();
+        assert_eq!(
+            told,
+            [
+                "IPv4 pref 1001 to 203.0.113.0/24 lookup 254",
+                "IPv4 pref 500 fwmark 0x100000/0x100000 lookup 7"
+            ]
         );
     });
 }

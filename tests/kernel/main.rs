@@ -21,7 +21,7 @@ use std::process::Command;
 
 use metaleg::diff::diff;
 use metaleg::kernel::{Kernel, NodeKernel};
-use metaleg::settings::{FirewallBackend, FwMask};
+use metaleg::settings::{FirewallBackend, Settings};
 use metaleg::state::{
     Family, FamilyState, FirewallState, KernelState, Mark, NextHop, PodState, RouteState, Rule,
     RuleAction, Skeleton, Table, TableId,
@@ -122,9 +122,24 @@ async fn open(mode: Mode) -> NodeKernel {
 }
 
 async fn open_backend(backend: FirewallBackend) -> NodeKernel {
-    NodeKernel::open(FwMask::new(MASK).unwrap(), backend)
-        .await
-        .unwrap()
+    let name = match backend {
+        FirewallBackend::Auto => "auto",
+        FirewallBackend::Nftables => "nftables",
+        FirewallBackend::Iptables => "iptables",
+    };
+    let backend = format!("--firewall-backend={name}");
+    let args = ["agent", "--node-name=node1", &backend];
+    let settings = Settings::load(args.map(Into::into)).unwrap();
+    assert_eq!(settings.mask.bits(), MASK);
+    NodeKernel::open(&settings).await.unwrap()
+}
+
+/// What there is, apart from the doubt about connections that comes with looking.
+async fn observe(kernel: &mut NodeKernel) -> KernelState {
+    KernelState {
+        doubt: false,
+        ..kernel.observe().await.unwrap().state
+    }
 }
 
 fn rule(place: u32, action: RuleAction) -> Rule {
@@ -133,6 +148,7 @@ fn rule(place: u32, action: RuleAction) -> Rule {
         action,
         mark: None,
         not: false,
+        from: None,
         to: None,
     }
 }
@@ -245,7 +261,10 @@ fn example() -> KernelState {
         };
         families.insert(family, state);
     }
-    KernelState { families }
+    KernelState {
+        families,
+        ..KernelState::default()
+    }
 }
 
 /// Nothing of ours, as the agent wants it before it goes.
@@ -254,12 +273,13 @@ fn nothing() -> KernelState {
         families: Family::ALL
             .map(|family| (family, FamilyState::default()))
             .into(),
+        ..KernelState::default()
     }
 }
 
 /// Brings the kernel to a state, from whatever is there.
 async fn reach(kernel: &mut NodeKernel, desired: &KernelState) {
-    let observed = kernel.observe().await.unwrap();
+    let observed = observe(kernel).await;
     let steps = diff(&observed, desired);
     let failed = kernel.apply(&steps, &BTreeSet::new()).await;
     let text = failed.iter().fold(String::new(), |mut text, error| {
@@ -268,5 +288,5 @@ async fn reach(kernel: &mut NodeKernel, desired: &KernelState) {
         text
     });
     assert!(failed.is_empty(), "{text}");
-    assert_eq!(&kernel.observe().await.unwrap(), desired);
+    assert_eq!(&observe(kernel).await, desired);
 }

@@ -179,7 +179,7 @@ impl Nftables {
                 self.netfilter.commit(&transaction(&batch))?;
             }
         } else if families.all(|family| family.firewall == nothing) {
-            self.remove_table()?;
+            remove_table(&self.netfilter)?;
         } else {
             let document = document(&self.families, self.mask, &self.held);
             run("nft", &["--file", "-"], document).await?;
@@ -205,17 +205,35 @@ impl Nftables {
         }
         concerned
     }
+}
 
-    /// Removes the whole table; absent is fine.
-    pub(crate) fn remove_table(&self) -> Result<(), NetlinkError> {
-        let name = || vec![TableAttribute::Name(TABLE.to_owned())];
-        let add = NfTablesMessage::NewTable(TableMessage { attributes: name() });
-        let delete = NfTablesMessage::DeleteTable(TableMessage { attributes: name() });
-        // Added first, so that there is one to delete.
-        let mut batch = inet(NLM_F_CREATE, add);
-        batch.extend(inet(NLM_F_ACK, delete));
-        self.netfilter.commit(&transaction(&batch))
-    }
+/// Whether our table is there.
+pub(crate) fn exists() -> Result<bool, NetlinkError> {
+    let attributes = Vec::new();
+    let question = NfTablesMessage::GetTable(TableMessage { attributes });
+    Netfilter::open()?.dump(
+        NetfilterProtoFamily::Inet,
+        &NetfilterMessageInner::NfTables(question),
+        |found: &mut bool, answer| {
+            *found |= parse::is_own_table(answer);
+            Ok(())
+        },
+    )
+}
+
+/// Removes our table; absent is fine.
+pub(crate) fn remove() -> Result<(), NetlinkError> {
+    remove_table(&Netfilter::open()?)
+}
+
+fn remove_table(netfilter: &Netfilter) -> Result<(), NetlinkError> {
+    let name = || vec![TableAttribute::Name(TABLE.to_owned())];
+    let add = NfTablesMessage::NewTable(TableMessage { attributes: name() });
+    let delete = NfTablesMessage::DeleteTable(TableMessage { attributes: name() });
+    // Added first, so that there is one to delete.
+    let mut batch = inet(NLM_F_CREATE, add);
+    batch.extend(inet(NLM_F_ACK, delete));
+    netfilter.commit(&transaction(&batch))
 }
 
 impl Firewall for Nftables {

@@ -9,6 +9,7 @@ use crate::kernel::nftables::elements::Value;
 use crate::kernel::nftables::ruleset::TABLE;
 use crate::kernel::tag::TAG;
 
+const TABLE_NAME: u16 = 1;
 const SET_TABLE: u16 = 1;
 const SET_NAME: u16 = 2;
 const CHAIN_TABLE: u16 = 1;
@@ -53,6 +54,11 @@ pub(crate) struct Element {
     pub(crate) value: Value,
     /// The key is the first address after an interval.
     pub(crate) is_end: bool,
+}
+
+/// Whether a table is ours.
+pub(crate) fn is_own_table(message: Message<'_>) -> bool {
+    named(message, TABLE_NAME, TABLE_NAME).is_some()
 }
 
 /// The name of a set of ours.

@@ -1,0 +1,91 @@
+//! Which kernel interface the node's other programs use iptables with, found out without changing it.
+
+use std::fmt;
+
+use crate::kernel::Error;
+use crate::kernel::tool::run;
+use crate::state::Family;
+
+/// Which kernel interface the iptables tools speak to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Variant {
+    /// nf_tables.
+    Nft,
+    /// ip_tables.
+    Legacy,
+}
+
+impl Variant {
+    pub(super) fn tool(self, family: Family, what: &str) -> String {
+        let iptables = match family {
+            Family::V4 => "iptables",
+            Family::V6 => "ip6tables",
+        };
+        let variant = match self {
+            Variant::Nft => "nft",
+            Variant::Legacy => "legacy",
+        };
+        format!("{iptables}-{variant}-{what}")
+    }
+}
+
+impl fmt::Display for Variant {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Variant::Nft => "nf_tables",
+            Variant::Legacy => "legacy",
+        })
+    }
+}
+
+/// Finds out the mode as Kubernetes' iptables-wrappers does: what the kubelet uses, else what has more rules.
+pub(super) async fn detect(families: &[Family]) -> Result<(Variant, &'static str), Error> {
+    let of_kubelet = "the kubelet uses it";
+    let nft = survey(Variant::Nft, families).await?;
+    if nft.kubelet {
+        return Ok((Variant::Nft, of_kubelet));
+    }
+    let legacy = survey(Variant::Legacy, families).await?;
+    if legacy.kubelet {
+        return Ok((Variant::Legacy, of_kubelet));
+    }
+    if legacy.rules > nft.rules {
+        return Ok((Variant::Legacy, "it has more rules"));
+    }
+    Ok((Variant::Nft, "nothing speaks for legacy"))
+}
+
+/// What speaks for a mode.
+#[derive(Debug, Default)]
+pub(super) struct Survey {
+    pub(super) kubelet: bool,
+    pub(super) rules: usize,
+}
+
+pub(super) async fn survey(variant: Variant, families: &[Family]) -> Result<Survey, Error> {
+    let mut survey = Survey::default();
+    for family in families {
+        if variant == Variant::Legacy && !has_legacy_tables(*family).await {
+            continue;
+        }
+        let text = run(&variant.tool(*family, "save"), &[], String::new()).await?;
+        let hint = |line: &str| {
+            line.starts_with(":KUBE-IPTABLES-HINT ") || line.starts_with(":KUBE-KUBELET-CANARY ")
+        };
+        survey.kubelet |= text.lines().any(hint);
+        survey.rules += text.lines().filter(|line| line.starts_with('-')).count();
+    }
+    Ok(survey)
+}
+
+/// Whether anybody uses the legacy tables here: asking the legacy tools would register them.
+pub(super) async fn has_legacy_tables(family: Family) -> bool {
+    let file = match family {
+        Family::V4 => "/proc/thread-self/net/ip_tables_names",
+        Family::V6 => "/proc/thread-self/net/ip6_tables_names",
+    };
+    // Absent until the module is loaded.
+    tokio::fs::read_to_string(file)
+        .await
+        .is_ok_and(|names| !names.trim().is_empty())
+}

@@ -1,0 +1,168 @@
+//! What is in the kernel, as a state.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+
+use crate::kernel::iptables::chains::{
+    Chain, Line, NAT, chains, is_own_chain, translated_vips, translation,
+};
+use crate::kernel::iptables::sets::{Sets, StaticSet, vip_of_set};
+use crate::state::{Family, FirewallState, Mark, PodState, Skeleton};
+
+pub(super) fn state(family: Family, mask: u32, lines: &[Line], sets: &Sets) -> FirewallState {
+    let members = |set: StaticSet| sets.get(&set.name(family)).map_or(&[][..], Vec::as_slice);
+    let addresses = |set: StaticSet| {
+        members(set)
+            .iter()
+            .filter_map(|(ip, _)| ip.parse::<IpAddr>().ok())
+    };
+    let nets = |set: StaticSet| -> BTreeSet<IpNet> {
+        let net = |text: &str| {
+            text.parse()
+                .ok()
+                .or_else(|| text.parse::<IpAddr>().ok().map(IpNet::from))
+        };
+        members(set)
+            .iter()
+            .filter_map(|(text, _)| net(text))
+            .collect()
+    };
+    let mut pods: BTreeMap<IpAddr, PodState> = BTreeMap::new();
+    for pod in addresses(StaticSet::Pods) {
+        pods.entry(pod).or_default().known = true;
+    }
+    for pod in addresses(StaticSet::Gateway) {
+        pods.entry(pod).or_default().gatewayed = true;
+    }
+    for pod in addresses(StaticSet::Blocked) {
+        pods.entry(pod).or_default().blocked = true;
+    }
+    for (pod, rest) in members(StaticSet::Mark) {
+        if let (Ok(pod), Some(mark)) = (pod.parse(), skbmark(rest)) {
+            pods.entry(pod).or_default().mark = Some(mark);
+        }
+    }
+    let mut with_set = BTreeSet::new();
+    for (name, members) in sets {
+        let Some(vip) = vip_of_set(name).filter(|vip| Family::of(*vip) == family) else {
+            continue;
+        };
+        with_set.insert(vip);
+        for pod in members.iter().filter_map(|(pod, _)| pod.parse().ok()) {
+            pods.entry(pod).or_default().vips.insert(vip);
+        }
+    }
+    let guarded: BTreeSet<IpAddr> = addresses(StaticSet::Vips).collect();
+    let with_rule: BTreeSet<IpAddr> = translated_vips(lines).collect();
+    let skeleton = skeleton(family, mask, lines, sets, [&with_set, &guarded, &with_rule]);
+    FirewallState {
+        skeleton,
+        excluded: nets(StaticSet::Excluded),
+        remote_pods: nets(StaticSet::Remote),
+        vips: with_set
+            .into_iter()
+            .filter(|vip| guarded.contains(vip) && with_rule.contains(vip))
+            .collect(),
+        pods,
+    }
+}
+
+/// `skbmark 0x100000/0xf00000`; without a mask all bits count.
+pub(super) fn skbmark(rest: &str) -> Option<Mark> {
+    let mut words = rest.split(' ').skip_while(|word| *word != "skbmark");
+    let text = words.nth(1)?;
+    let number = |text: &str| u32::from_str_radix(text.trim_start_matches("0x"), 16).ok();
+    let (value, mask) = match text.split_once('/') {
+        Some((value, mask)) => (number(value)?, number(mask)?),
+        None => (number(text)?, u32::MAX),
+    };
+    Some(Mark { value, mask })
+}
+
+pub(super) fn skeleton(
+    family: Family,
+    mask: u32,
+    lines: &[Line],
+    sets: &Sets,
+    [with_set, guarded, with_rule]: [&BTreeSet<IpAddr>; 3],
+) -> Skeleton {
+    let own_sets = StaticSet::ALL.map(|set| set.name(family));
+    let has_chain = lines
+        .iter()
+        .any(|line| is_own_chain(&line.chain) || line.jumps_to_us());
+    if !has_chain && with_set.is_empty() && !own_sets.iter().any(|set| sets.contains_key(set)) {
+        return Skeleton::Absent;
+    }
+    if let Some(missing) = own_sets.iter().find(|set| !sets.contains_key(*set)) {
+        return Skeleton::Damaged(format!("set {missing} is missing"));
+    }
+    for chain in chains(family, mask) {
+        if let Some(what) = damage(&chain, lines) {
+            return Skeleton::Damaged(what);
+        }
+    }
+    let expected = chains(family, mask).len();
+    let jumps = lines.iter().filter(|line| line.jumps_to_us()).count();
+    if jumps != expected {
+        return Skeleton::Damaged(format!("{jumps} jumps to our chains instead of {expected}"));
+    }
+    if with_set != guarded || with_set != with_rule {
+        return Skeleton::Damaged("VIPs without set, guard or translation".to_owned());
+    }
+    Skeleton::Intact
+}
+
+/// What is wrong with a chain or the jump to it.
+pub(super) fn damage(chain: &Chain, lines: &[Line]) -> Option<String> {
+    let name = chain.name;
+    let rules_of = |wanted: &'static str| {
+        let of_chain = move |line: &&Line| {
+            line.table == chain.table && line.chain == wanted && line.rule.is_some()
+        };
+        lines.iter().filter(of_chain)
+    };
+    let found: Vec<Option<&str>> = rules_of(name).map(Line::tag).collect();
+    let mut expected: Vec<Option<&str>> = chain
+        .rules
+        .iter()
+        .map(|rule| Some(rule.tag.as_str()))
+        .collect();
+    let vip_rules: Vec<String> = if name == NAT {
+        translated_vips(lines)
+            .collect::<BTreeSet<_>>()
+            .into_iter()
+            .map(|vip| translation(vip).tag)
+            .collect()
+    } else {
+        Vec::new()
+    };
+    let (fixed, rest) = found.split_at(expected.len().min(found.len()));
+    let mut rest: Vec<_> = rest.to_vec();
+    rest.sort_unstable();
+    let mut expected_rest: Vec<_> = vip_rules.iter().map(|tag| Some(tag.as_str())).collect();
+    expected_rest.sort_unstable();
+    if fixed != expected.as_mut_slice() || rest != expected_rest {
+        return Some(format!("chain {name} is missing or changed"));
+    }
+    let jumps: Vec<usize> = rules_of(chain.base)
+        .enumerate()
+        .filter(|(_, line)| line.tag() == Some(chain.jump.tag.as_str()))
+        .map(|(position, _)| position)
+        .collect();
+    match jumps.as_slice() {
+        [0] => None,
+        [_] if !chain.first => None,
+        [_] => Some(format!(
+            "the jump from {} to {name} is not the first rule",
+            chain.base
+        )),
+        [] => Some(format!("the jump from {} to {name} is missing", chain.base)),
+        _ => Some(format!(
+            "the jump from {} to {name} is there {} times",
+            chain.base,
+            jumps.len()
+        )),
+    }
+}

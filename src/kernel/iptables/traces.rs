@@ -1,0 +1,81 @@
+//! What this backend, in any mode, and earlier releases left: found and removed without using the backend.
+
+use super::chains::{Line, is_earlier_chain, is_earlier_rule, is_own_chain, remove_document};
+use super::sets::{self, destroy, is_earlier_set, is_own_set};
+use super::{Variant, restore, saved};
+use crate::kernel::tool::ToolError;
+use crate::state::Family;
+
+/// What is there of ours or of an earlier release.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Traces {
+    /// Of this backend.
+    pub(crate) own: bool,
+    /// Of releases before 0.3.
+    pub(crate) earlier: bool,
+}
+
+/// Looks for chains of ours in a mode, without registering tables that nobody uses.
+pub(crate) async fn chain_traces(
+    variant: Variant,
+    families: &[Family],
+) -> Result<Traces, ToolError> {
+    let mut traces = Traces::default();
+    for family in families {
+        let lines = saved(variant, *family).await?;
+        traces.own |= lines.iter().any(|line| is_own_chain(&line.chain));
+        traces.earlier |= lines.iter().any(|line| is_earlier_chain(&line.chain));
+    }
+    Ok(traces)
+}
+
+/// Looks for sets of ours.
+pub(crate) async fn set_traces() -> Result<Traces, ToolError> {
+    let names = sets::names().await?;
+    Ok(Traces {
+        own: names.iter().any(|name| is_own_set(name)),
+        earlier: names.iter().any(|name| is_earlier_set(name)),
+    })
+}
+
+/// Removes the chains of this backend in a mode; absent is fine.
+pub(crate) async fn remove_own_chains(
+    variant: Variant,
+    families: &[Family],
+) -> Result<(), ToolError> {
+    for family in families {
+        let lines = saved(variant, *family).await?;
+        let document = remove_document(&lines, is_own_chain, |_| false);
+        restore(variant, *family, document).await?;
+    }
+    Ok(())
+}
+
+/// Removes the sets of this backend, which no chain may use any more; absent is fine.
+pub(crate) async fn remove_own_sets() -> Result<(), ToolError> {
+    let names = sets::names().await?.into_iter();
+    destroy(names.filter(|name| is_own_set(name)).collect()).await
+}
+
+/// Removes the chains that an earlier release made in a mode; absent is fine.
+pub(crate) async fn remove_earlier_chains(
+    variant: Variant,
+    families: &[Family],
+    mask: u32,
+) -> Result<(), ToolError> {
+    for family in families {
+        let lines = saved(variant, *family).await?;
+        // Its nameless rule is told from one of others by the chain beside it.
+        let is_there = lines.iter().any(|line| is_earlier_chain(&line.chain));
+        let is_stray = |line: &Line| is_there && is_earlier_rule(line, mask);
+        let document = remove_document(&lines, is_earlier_chain, is_stray);
+        restore(variant, *family, document).await?;
+    }
+    Ok(())
+}
+
+/// Removes the sets of an earlier release, which no chain may use any more; absent is fine.
+pub(crate) async fn remove_earlier_sets() -> Result<(), ToolError> {
+    let names = sets::names().await?.into_iter();
+    destroy(names.filter(|name| is_earlier_set(name)).collect()).await
+}
