@@ -7,11 +7,11 @@ COPY src src
 COPY tests tests
 RUN cargo build --locked --release --package metaleg
 
-# Debian's iptables 1.8.9 and ipset 7.17: no newer than what nodes have, because a newer tool can create objects
+# Debian's iptables 1.8.9, ipset 7.17 and nft 1.0.6: no newer than what nodes have, because a newer tool can create objects
 # that the node's own older one cannot read.
 FROM docker.io/library/debian:bookworm-slim
 RUN apt-get update \
- && apt-get install --yes --no-install-recommends iptables ipset \
+ && apt-get install --yes --no-install-recommends iptables ipset nftables \
  && rm -rf /var/lib/apt/lists/* /var/cache/debconf /usr/share/doc /usr/share/man
 COPY --from=build /src/target/release/metaleg-agent /usr/local/bin/metaleg-agent
 ENTRYPOINT ["/usr/local/bin/metaleg-agent"]

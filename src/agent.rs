@@ -1,8 +1,8 @@
 //! The reconcile loop: the one task that owns the kernel.
 //!
 //! view → plan → diff → apply, one pass at a time. Events that come during a pass are worked on together in the
-//! next one. Doubt means full: at the start, after a failure and every `RECONCILIATION_INTERVAL` the kernel is
-//! read back; in between the agent trusts what it has confirmed.
+//! next one. Doubt means full: at the start, after a failure, when others may have changed what is ours and every
+//! `RECONCILIATION_INTERVAL` the kernel is read back; in between the agent trusts what it has confirmed.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
@@ -117,6 +117,10 @@ pub async fn run<K: Kernel>(
         tokio::select! {
             () = &mut shutdown => return,
             () = cluster.changed() => reason = "cluster",
+            () = agent.kernel.disturbed() => {
+                reason = "disturbed";
+                agent.confirmed = None;
+            }
             () = tokio::time::sleep_until(wake_at) => {
                 reason = "timer";
                 if Instant::now() >= next_full {
@@ -268,7 +272,7 @@ fn executor(step: &Step) -> &'static str {
 }
 
 /// The gateways that pods of each Service are routed to in the kernel, as nodes.
-fn adopted_announcers(
+pub(crate) fn adopted_announcers(
     view: &View,
     observed: &KernelState,
     settings: &Settings,

@@ -35,6 +35,7 @@
 //! * [`kernel`]: reads and executes; knows nothing of Kubernetes.
 //! * [`agent`]: the loop; one task owns the kernel.
 //! * [`report`]: probes and metrics.
+//! * [`commands`]: what the operator can ask for beside the agent.
 //!
 //! # Words
 //!
@@ -43,6 +44,7 @@
 //! *Excluded*: destinations that are not egress. *Egress pod*: a pod of a labelled Service.
 
 pub mod agent;
+pub mod commands;
 pub mod diff;
 mod error;
 pub mod kernel;

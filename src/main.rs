@@ -1,4 +1,5 @@
-//! `metaleg-agent`: reads the settings, starts logging, and runs the agent until a signal ends it.
+//! `metaleg-agent`: reads the settings, starts logging, and runs the agent until a signal ends it, or one of the
+//! operator's commands.
 
 use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
@@ -7,9 +8,10 @@ use std::sync::Arc;
 use anyhow::{Context, Result};
 
 use metaleg::agent;
+use metaleg::commands;
 use metaleg::kernel::NodeKernel;
 use metaleg::report::{self, Report, health, metrics};
-use metaleg::settings::{LogFormat, Settings, SettingsError};
+use metaleg::settings::{Action, LogFormat, PlanFormat, Settings, SettingsError};
 use metaleg::view::watch::{self, Cluster};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::info;
@@ -19,8 +21,8 @@ use tracing_subscriber::EnvFilter;
 const BAD_SETTINGS: u8 = 2;
 
 fn main() -> ExitCode {
-    let settings = match Settings::load(std::env::args_os()) {
-        Ok(settings) => settings,
+    let (action, settings) = match Settings::load(std::env::args_os()) {
+        Ok(loaded) => loaded,
         Err(SettingsError::Asked(text)) => {
             // A reader that goes away early is no failure.
             let _ = write!(std::io::stdout(), "{text}");
@@ -35,20 +37,52 @@ fn main() -> ExitCode {
         .build();
     let result = runtime
         .context("cannot start the async runtime")
-        .and_then(|runtime| runtime.block_on(run(&settings)));
-    match result {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => fail(&error, 1),
-    }
+        .and_then(|runtime| {
+            runtime.block_on(async {
+                match action {
+                    Action::Run => run(&settings).await.map(|()| ExitCode::SUCCESS),
+                    Action::Plan(format) => show_plan(&settings, format).await,
+                    Action::Cleanup => clean_up(&settings).await,
+                }
+            })
+        });
+    result.unwrap_or_else(|error| fail(&error, 1))
 }
 
-async fn run(settings: &Settings) -> Result<()> {
+async fn show_plan(settings: &Settings, format: PlanFormat) -> Result<ExitCode> {
+    let (client, _) = client().await?;
+    let mut kernel = NodeKernel::open(settings).await?;
+    let cluster = Arc::new(Cluster::default());
+    let report = Report::new(cluster.clone());
+    let _watches = watch::start(&client, &settings.metallb_namespace, &cluster);
+    let text = commands::plan::run(settings, &cluster, &report, &mut kernel, format).await?;
+    // A reader that goes away early is no failure.
+    let _ = write!(std::io::stdout(), "{text}");
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn clean_up(settings: &Settings) -> Result<ExitCode> {
+    let mut kernel = NodeKernel::open(settings).await?;
+    let is_clean = commands::cleanup::run(&mut kernel, &mut std::io::stdout()).await?;
+    Ok(if is_clean {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
+
+async fn client() -> Result<(kube::Client, String)> {
     let config = kube::Config::infer().await.context(
         "no way to the API server: neither a ServiceAccount of a pod nor a kubeconfig is here",
     )?;
-    let server = config.cluster_url.clone();
+    let server = config.cluster_url.to_string();
     let client =
         kube::Client::try_from(config).context("cannot make a client of the API server")?;
+    Ok((client, server))
+}
+
+async fn run(settings: &Settings) -> Result<()> {
+    let (client, server) = client().await?;
     let mut kernel = NodeKernel::open(settings).await?;
     let cluster = Arc::new(Cluster::default());
     let report = Arc::new(Report::new(cluster.clone()));

@@ -259,6 +259,28 @@ pub struct Settings {
     pub log_format: LogFormat,
 }
 
+/// How a plan is shown.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PlanFormat {
+    /// For people.
+    Table,
+    /// For programs.
+    Json,
+    /// For both.
+    Yaml,
+}
+
+/// What the program is to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Be the node's agent.
+    Run,
+    /// Show what the node would be made into.
+    Plan(PlanFormat),
+    /// Remove everything of ours from the node's kernel.
+    Cleanup,
+}
+
 /// Why there are no settings.
 #[derive(Debug)]
 pub enum SettingsError {
@@ -279,11 +301,13 @@ impl fmt::Display for SettingsError {
 impl std::error::Error for SettingsError {}
 
 impl Settings {
-    /// Settings from the command line and the environment.
+    /// What to do, with settings from the command line and the environment.
     ///
     /// # Errors
     /// [`SettingsError::Bad`] names the first setting that makes no sense, with the value that was found.
-    pub fn load(args: impl IntoIterator<Item = OsString>) -> Result<Settings, SettingsError> {
+    pub fn load(
+        args: impl IntoIterator<Item = OsString>,
+    ) -> Result<(Action, Settings), SettingsError> {
         let matches = command().try_get_matches_from(args).map_err(|error| {
             if matches!(
                 error.kind(),
@@ -299,7 +323,28 @@ impl Settings {
                 ))
             }
         })?;
-        Settings::parse(|name| matches.get_one::<String>(name).cloned().unwrap_or_default())
+        let (action, matches) = match matches.subcommand() {
+            None => (Action::Run, &matches),
+            Some((CLEANUP, given)) => (Action::Cleanup, given),
+            Some((_, given)) => {
+                let format = given.get_one::<String>(OUTPUT).map(String::as_str);
+                let format = match format {
+                    Some("json") => PlanFormat::Json,
+                    Some("yaml") => PlanFormat::Yaml,
+                    _ => PlanFormat::Table,
+                };
+                (Action::Plan(format), given)
+            }
+        };
+        let settings = Settings::parse(|name| {
+            let given = matches.get_one::<String>(name).cloned().unwrap_or_default();
+            match (name, action, given.trim()) {
+                // What is removed is the same on every node.
+                ("NODE_NAME", Action::Cleanup, "") => "any".to_owned(),
+                _ => given,
+            }
+        })?;
+        Ok((action, settings))
     }
 
     /// Settings from whatever knows a variable's value; empty means the default.
@@ -382,8 +427,15 @@ fn command() -> Command {
             .hide_env_values(true)
             .value_name("VALUE")
             .allow_hyphen_values(true)
+            .global(true)
             .help(help)
     });
+    let output = Arg::new(OUTPUT)
+        .short('o')
+        .long("output")
+        .value_parser(["table", "json", "yaml"])
+        .default_value("table")
+        .help("How the plan is shown");
     Command::new("metaleg-agent")
         .version(env!("CARGO_PKG_VERSION"))
         .about(
@@ -392,10 +444,25 @@ fn command() -> Command {
         )
         .after_help(
             "Each setting is an environment variable or the flag of the same name; the flag wins.\n\
-             Exit codes: 0 stopped by a signal, 1 failed, 2 bad settings (nothing was changed).",
+             Without a command the program is the node's agent, until a signal ends it.\n\
+             Exit codes: 0 done, 1 failed, 2 bad settings (nothing was changed).",
         )
         .args(args)
+        .subcommand(
+            Command::new(PLAN)
+                .about("Show what this node would be made into, and why; changes nothing")
+                .arg(output),
+        )
+        .subcommand(Command::new(CLEANUP).about(
+            "Remove everything of MetalEG from this node's kernel, also what another backend or an earlier \
+             release left; needs no API server. Stop the agent first",
+        ))
+        .disable_help_subcommand(true)
 }
+
+const PLAN: &str = "plan";
+const CLEANUP: &str = "cleanup";
+const OUTPUT: &str = "output";
 
 type Value = (&'static str, String);
 

@@ -18,6 +18,7 @@ struct Shared {
     /// How many applies fail at their first step.
     failing: Mutex<usize>,
     done: Notify,
+    disturbance: Notify,
 }
 
 impl Shared {
@@ -51,6 +52,10 @@ impl Kernel for FakeKernel {
 
     async fn links(&mut self) -> Result<Vec<Link>, kernel::Error> {
         Ok(Vec::new())
+    }
+
+    async fn disturbed(&mut self) {
+        self.shared.disturbance.notified().await;
     }
 
     async fn apply(&mut self, steps: &[Step], _excluded: &BTreeSet<IpNet>) -> Vec<StepError> {

@@ -3,6 +3,7 @@
 //! Knows nothing of Kubernetes and decides nothing: which steps, and in which order, is `diff`'s matter.
 
 mod conntrack;
+mod disturbance;
 mod iptables;
 mod leftovers;
 mod netlink;
@@ -18,6 +19,7 @@ use ipnet::IpNet;
 
 use crate::error::chain;
 use crate::kernel::conntrack::{ConntrackError, Keep};
+use crate::kernel::disturbance::{Disturbances, Watched};
 use crate::kernel::iptables::Iptables;
 use crate::kernel::netlink::NetlinkError;
 use crate::kernel::nftables::Nftables;
@@ -92,6 +94,10 @@ pub trait Kernel: Send {
     /// When they cannot be read.
     fn links(&mut self) -> impl Future<Output = Result<Vec<Link>, Error>> + Send;
 
+    /// Waits until others may have changed what is ours. Nothing is lost when the wait is given up and taken up
+    /// again.
+    fn disturbed(&mut self) -> impl Future<Output = ()> + Send;
+
     /// Executes the steps in order; connections to `excluded` destinations are never forgotten.
     /// Returns the steps that failed. A failed step keeps no other from being tried than those that rely on it
     /// ([`Step::needs`]).
@@ -160,6 +166,7 @@ impl Firewall for Backend {
 pub struct NodeKernel {
     firewall: Backend,
     routes: Routes,
+    disturbances: Disturbances,
     families: Vec<Family>,
     mask: u32,
     /// Which backend, and why.
@@ -211,9 +218,19 @@ impl NodeKernel {
                 (Backend::Iptables(iptables), choice)
             }
         };
+        let mut own_ports = vec![routes.port()];
+        let watched = match &firewall {
+            Backend::Nftables(nftables) => {
+                own_ports.push(nftables.port());
+                Watched::OwnTable
+            }
+            Backend::Iptables(_) => Watched::IptablesChains,
+        };
+        let disturbances = Disturbances::open(own_ports, ranges, watched, routes.devices())?;
         Ok(NodeKernel {
             firewall,
             routes,
+            disturbances,
             families,
             mask: mask.bits(),
             choice,
@@ -259,6 +276,10 @@ impl Kernel for NodeKernel {
 
     async fn links(&mut self) -> Result<Vec<Link>, Error> {
         Ok(self.routes.links().await?)
+    }
+
+    async fn disturbed(&mut self) {
+        self.disturbances.next().await;
     }
 
     async fn apply(&mut self, steps: &[Step], excluded: &BTreeSet<IpNet>) -> Vec<StepError> {

@@ -60,6 +60,11 @@ pub(crate) struct Message<'a> {
 }
 
 impl<'a> Message<'a> {
+    /// Everything after the netlink header.
+    pub(crate) fn payload(&self) -> &'a [u8] {
+        self.payload
+    }
+
     /// The attributes: type and value.
     pub(crate) fn attributes(&self) -> impl Iterator<Item = (u16, &'a [u8])> {
         // Family, version and resource come first.
@@ -125,6 +130,8 @@ pub(crate) fn messages(buffer: &[u8]) -> Result<Vec<Message<'_>>, NetlinkError> 
 /// A socket to netfilter in the network namespace of the thread that opened it.
 pub(crate) struct Netfilter {
     socket: Socket,
+    /// By which the kernel tells others who made a change.
+    port: u32,
 }
 
 impl std::fmt::Debug for Netfilter {
@@ -140,9 +147,14 @@ impl Netfilter {
         // A transaction must go out in one piece, whatever the default is. Without CAP_NET_ADMIN nothing here
         // works anyway.
         setsockopt(&socket, sockopt::SndBufForce, &SEND_BYTES).map_err(std::io::Error::from)?;
-        socket.bind_auto()?;
+        let port = socket.bind_auto()?.port_number();
         socket.connect(&SocketAddr::new(0, 0))?;
-        Ok(Netfilter { socket })
+        Ok(Netfilter { socket, port })
+    }
+
+    /// The number by which the kernel tells others who made a change.
+    pub(crate) fn port(&self) -> u32 {
+        self.port
     }
 
     /// Sends whole messages.

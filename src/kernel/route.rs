@@ -5,11 +5,12 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::sync::PoisonError;
 
 use futures::TryStreamExt;
 use ipnet::IpNet;
 use netlink_packet_route::AddressFamily;
-use netlink_packet_route::address::AddressAttribute;
+use netlink_packet_route::address::{AddressAttribute, AddressScope};
 use netlink_packet_route::link::{LinkAttribute, LinkFlags};
 use netlink_packet_route::route::{
     RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType,
@@ -17,15 +18,18 @@ use netlink_packet_route::route::{
 use netlink_packet_route::rule::{
     RuleAction as NetlinkAction, RuleAttribute, RuleFlags, RuleMessage,
 };
+use netlink_sys::AsyncSocket;
 use rtnetlink::Handle;
 
 use crate::kernel::StepError;
+use crate::kernel::disturbance::Devices;
 use crate::state::{Family, Mark, NextHop, RouteState, Rule, RuleAction, Step, Table, TableId};
 use crate::view::Link;
 
 /// Protocol number of our rules and routes: in none of the lists of iproute2, FRR or BIRD. Shown by `ip rule`
 /// and `ip route` as `proto 77`.
-pub(crate) const PROTOCOL: RouteProtocol = RouteProtocol::Other(77);
+pub(crate) const PROTOCOL_NUMBER: u8 = 77;
+const PROTOCOL: RouteProtocol = RouteProtocol::Other(PROTOCOL_NUMBER);
 /// Metric of a table's floor: 0xff000000 + 8192, which no routing daemon uses.
 const FLOOR_METRIC: u32 = 4_278_198_272;
 /// Metric of the route to a gateway. Given for both families: IPv6 would choose 1024 by itself.
@@ -93,18 +97,36 @@ pub(crate) struct Routes {
     handle: Handle,
     families: Vec<Family>,
     ranges: Ranges,
+    /// The socket of our changes.
+    port: u32,
+    /// Interfaces that have or had an address: a gateway may be behind them when they come up again.
+    devices: Devices,
 }
 
 impl Routes {
     /// Opens the netlink socket, in the network namespace of the calling thread.
     pub(crate) fn open(families: Vec<Family>, ranges: Ranges) -> Result<Routes, RouteError> {
-        let (connection, handle, _) = rtnetlink::new_connection().map_err(RouteError::Open)?;
+        let (mut connection, handle, _) = rtnetlink::new_connection().map_err(RouteError::Open)?;
+        let socket = connection.socket_mut().socket_mut();
+        let address = socket.bind_auto().map_err(RouteError::Open)?;
         tokio::spawn(connection);
         Ok(Routes {
             handle,
             families,
             ranges,
+            port: address.port_number(),
+            devices: Devices::default(),
         })
+    }
+
+    /// The socket of our changes, by which the kernel tells of them.
+    pub(crate) fn port(&self) -> u32 {
+        self.port
+    }
+
+    /// The interfaces whose state matters, as they are found.
+    pub(crate) fn devices(&self) -> Devices {
+        self.devices.clone()
     }
 
     /// Reads our rules and tables, and what of others is in their way.
@@ -207,6 +229,10 @@ impl Routes {
             .await
             .map_err(refused("list addresses"))?
         {
+            if message.header.scope == AddressScope::Universe {
+                let mut devices = self.devices.lock().unwrap_or_else(PoisonError::into_inner);
+                devices.insert(message.header.index);
+            }
             let Some(link) = links.get_mut(&message.header.index) else {
                 continue;
             };

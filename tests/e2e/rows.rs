@@ -1,6 +1,7 @@
 //! What every lab must show.
 
 use std::net::IpAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -79,6 +80,10 @@ pub(crate) fn run(suite: &mut Suite, lab: &mut Lab) {
             Ok(())
         },
     );
+    suite.row(
+        "the plan is told, for people and programs, and changes nothing",
+        || plan_is_told(lab, &vips),
+    );
     suite.row("unlabelled pods and host processes leave as before", || {
         leave_as_nodes(lab, &PLAIN)?;
         for number in lab.node_numbers() {
@@ -122,6 +127,10 @@ pub(crate) fn run(suite: &mut Suite, lab: &mut Lab) {
         );
     }
     suite.row(
+        "what others delete is back within a second, and nothing leaks meanwhile",
+        || damage(lab, &vips),
+    );
+    suite.row(
         "the announcement moves: connections go on, new ones show the same address",
         || {
             for _ in 0..2 {
@@ -160,6 +169,21 @@ pub(crate) fn run(suite: &mut Suite, lab: &mut Lab) {
             Ok(())
         },
     );
+    suite.row(
+        "another backend takes over, and back: connections go on, nothing leaks, nothing is left",
+        || {
+            lab.create_service(&ServiceSpec::new("shop"))?;
+            vips = lab.wait_for_vips("shop")?;
+            lab.label_service("shop", true)?;
+            settle(lab, &SHOP, &vips)?;
+            let (now, other) = match lab.node(1).sh("nft list tables")?.contains("inet metaleg") {
+                true => ("nftables", "iptables"),
+                false => ("iptables", "nftables"),
+            };
+            switch_backend(lab, other, &vips)?;
+            switch_backend(lab, now, &vips)
+        },
+    );
     suite.row("no agent complained", || {
         for number in lab.node_numbers() {
             let log = lab.agent_log(number);
@@ -177,6 +201,112 @@ pub(crate) fn run(suite: &mut Suite, lab: &mut Lab) {
         }
         Ok(())
     });
+    suite.row(
+        "uninstalled, pods leave as before; cleaned up, nothing is left",
+        || clean_up(lab, &vips),
+    );
+}
+
+fn plan_is_told(lab: &Lab, vips: &[IpAddr]) -> Result<()> {
+    let before = programmed(lab)?;
+    let gateway = lab.announcer(vips[0])?.context("nobody announces")?;
+    for number in lab.node_numbers() {
+        let table = lab.agent_command(number, "plan")?;
+        let vip = vip_of(vips, Family::V4)?;
+        let verdict = format!("Active: {vip} through node{gateway}");
+        ensure!(table.contains(&verdict), "no {verdict:?} in\n{table}");
+        ensure!(
+            table.contains("a hostNetwork pod leaves as its node"),
+            "{table}"
+        );
+        let json: serde_json::Value =
+            serde_json::from_str(&lab.agent_command(number, "plan -o json")?)?;
+        let address = lab.pod(SHOP[number - 1])?.address(Family::V4).to_string();
+        let pods = json["pods"].as_array().context("no pods")?;
+        let pod = pods.iter().find(|pod| pod["address"] == address.as_str());
+        let here = pod.and_then(|pod| pod["here"].as_str()).unwrap_or_default();
+        let expected = match number == gateway {
+            true => format!("translated to {vip}: this node is the gateway"),
+            false => format!("routed to {} dev eth0", net::node(gateway)[0]),
+        };
+        ensure!(
+            here.starts_with(&expected),
+            "{address} on node{number}: {here:?}, not {expected:?}"
+        );
+        let yaml = lab.agent_command(number, "plan -o yaml")?;
+        ensure!(yaml.contains("verdict: Active"), "{yaml}");
+    }
+    ensure!(before == programmed(lab)?, "the kernel was changed");
+    Ok(())
+}
+
+fn switch_backend(lab: &Lab, to: &str, vips: &[IpAddr]) -> Result<()> {
+    let mut streams = Vec::new();
+    for (family, pod) in every(SHOP) {
+        streams.push((pod, lab.open_stream(pod, Outside::Far, family)?));
+    }
+    let done = AtomicBool::new(false);
+    let seen = std::thread::scope(|scope| {
+        let watcher = scope.spawn(|| -> Result<usize> {
+            let mut count = 0;
+            while !done.load(Ordering::Relaxed) {
+                for (family, pod) in every(SHOP) {
+                    let seen = lab.source_seen(pod, Outside::Lan, family, Protocol::Tcp)?;
+                    expect(
+                        &seen,
+                        vip_of(vips, family)?,
+                        &format!("{pod} while {to} takes over"),
+                    )?;
+                    count += 1;
+                }
+            }
+            Ok(count)
+        });
+        let result = lab.configure_agents(&[("FIREWALL_BACKEND", to)]);
+        done.store(true, Ordering::Relaxed);
+        let seen = watcher
+            .join()
+            .map_err(|_| anyhow::anyhow!("the watcher panicked"))?;
+        result.and(seen)
+    })?;
+    ensure!(seen > 0, "nothing was tried meanwhile");
+    for (pod, stream) in &mut streams {
+        let answer = stream.ask(Duration::from_secs(2));
+        answer.with_context(|| format!("a connection of {pod} broke"))?;
+    }
+    let text = programmed(lab)?;
+    let (has_table, has_chains) = (
+        text.contains("table inet metaleg"),
+        text.contains("METALEG-"),
+    );
+    ensure!(
+        (has_table, has_chains) == (to == "nftables", to == "iptables"),
+        "left behind: {text}"
+    );
+    leave_as(lab, &SHOP, vips)
+}
+
+fn clean_up(lab: &mut Lab, vips: &[IpAddr]) -> Result<()> {
+    leave_as(lab, &SHOP, vips)?;
+    lab.uninstall_metaleg()?;
+    // What a stopped agent has programmed goes on.
+    leave_as(lab, &SHOP, vips)?;
+    for number in lab.node_numbers() {
+        for again in [false, true] {
+            let told = lab.agent_command(number, "cleanup")?;
+            ensure!(
+                told.ends_with("nothing of MetalEG is left on this node\n"),
+                "{told}"
+            );
+            ensure!(again != told.contains("done: "), "{told}");
+        }
+    }
+    ensure!(
+        programmed(lab)?.is_empty(),
+        "left behind: {}",
+        programmed(lab)?
+    );
+    leave_as_nodes(lab, &SHOP)
 }
 
 /// Pods on every node, an egress Service to be, one with policy Local, and one that is only inside.
@@ -407,15 +537,15 @@ fn inbound_to_pods(lab: &Lab) -> Result<()> {
 fn programmed(lab: &Lab) -> Result<String> {
     let mut text = String::new();
     for number in lab.node_numbers() {
-        text += &lab
-            .node(number)
-            .sh("ip rule | grep 'proto 77'; ip -6 rule | grep 'proto 77'
+        text += &lab.node(number).sh(
+            "ip rule | grep 'proto 77' || true; ip -6 rule | grep 'proto 77' || true
              ip route show table all proto 77; ip -6 route show table all proto 77
              ipset save | grep METALEG- | sort || true
              nft list table inet metaleg 2>/dev/null | sed 's/packets [0-9]* bytes [0-9]*//' || true
              for t in iptables-nft ip6tables-nft iptables-legacy ip6tables-legacy; do
                $t-save 2>/dev/null | grep -- '-A .*METALEG-' || true
-             done")?;
+             done",
+        )?;
     }
     Ok(text)
 }
@@ -445,6 +575,51 @@ fn restart(lab: &Lab, signal: Signal, vips: &[IpAddr]) -> Result<()> {
     }
     ensure!(before == after, "the kernel was changed");
     Ok(())
+}
+
+/// Damages of which the kernel tells; legacy iptables and ipset are looked at once in an interval only.
+fn damage(lab: &Lab, vips: &[IpAddr]) -> Result<()> {
+    let before = programmed(lab)?;
+    let mut damages = vec![
+        "ip rule del pref 1000",
+        "ip -6 rule del pref 1099",
+        "for n in 1 2 3; do ip route del default table 10000$n metric 100 2>/dev/null || true; done",
+    ];
+    if before.contains("table inet metaleg") {
+        damages.extend([
+            "nft delete table inet metaleg",
+            "nft flush chain inet metaleg translation",
+            "nft insert rule inet metaleg guard accept",
+        ]);
+    }
+    let nft_tools = lab.node(1).sh("iptables-nft-save")?;
+    if nft_tools.contains("METALEG-NAT") {
+        damages.extend([
+            "iptables-nft -t nat -D POSTROUTING 1",
+            "ip6tables-nft -t mangle -F METALEG-MARK",
+            "iptables-nft -t nat -I POSTROUTING -s 10.244.0.0/16 -o eth0 -j MASQUERADE",
+        ]);
+    }
+    // Rules have no order among equals.
+    let sorted = |text: &str| {
+        let mut lines: Vec<String> = text.lines().map(str::to_owned).collect();
+        lines.sort();
+        lines
+    };
+    for damage in damages {
+        for number in lab.node_numbers() {
+            lab.node(number).sh(damage)?;
+        }
+        eventually(Duration::from_secs(1), &format!("healed: {damage}"), || {
+            Ok((sorted(&programmed(lab)?) == sorted(&before)).then_some(()))
+        })?;
+        leave_as(lab, &SHOP, vips)?;
+    }
+    lab.node_numbers().try_for_each(|n| {
+        lab.node(n)
+            .sh("iptables-nft -t nat -D POSTROUTING -j MASQUERADE 2>/dev/null || true")
+            .map(drop)
+    })
 }
 
 fn move_announcement(lab: &Lab, vips: &[IpAddr]) -> Result<()> {

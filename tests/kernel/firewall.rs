@@ -125,6 +125,7 @@ fn damage_is_seen_and_healed(mode: Mode, damages: Vec<String>) {
             "ip rule del pref 1099",
             "ip -6 route flush table 100001",
             "ip route del default table 100001 metric 100",
+            "echo 1 > /proc/sys/net/ipv6/conf/eth0/keep_addr_on_down; ip link set eth0 down; ip link set eth0 up",
         ];
         for damage in damages.into_iter().chain(of_routes.map(str::to_owned)) {
             sh(&damage);

@@ -10,6 +10,7 @@
 )]
 
 mod conntrack;
+mod disturbance;
 mod firewall;
 mod routes;
 
@@ -129,7 +130,7 @@ async fn open_backend(backend: FirewallBackend) -> NodeKernel {
     };
     let backend = format!("--firewall-backend={name}");
     let args = ["agent", "--node-name=node1", &backend];
-    let settings = Settings::load(args.map(Into::into)).unwrap();
+    let (_, settings) = Settings::load(args.map(Into::into)).unwrap();
     assert_eq!(settings.mask.bits(), MASK);
     NodeKernel::open(&settings).await.unwrap()
 }

@@ -23,7 +23,8 @@ use netlink_packet_netfilter::{NetfilterMessageInner, NetfilterProtoFamily};
 
 use self::elements::{Elements, Kind, Value};
 use self::parse::BaseChain;
-use self::ruleset::{Chain, TABLE, chains};
+pub(crate) use self::ruleset::TABLE;
+use self::ruleset::{Chain, chains};
 use crate::kernel::netlink::{Message, Netfilter, NetlinkError, message};
 use crate::kernel::tool::run;
 use crate::kernel::{Error, Firewall, StepError, tryable};
@@ -53,6 +54,11 @@ impl Nftables {
             mask,
             held: KernelState::default(),
         })
+    }
+
+    /// The socket of its changes.
+    pub(crate) fn port(&self) -> u32 {
+        self.netfilter.port()
     }
 
     /// Whether kernel and tool can do what this backend needs: both are asked to check the whole table.

@@ -101,6 +101,13 @@ impl Kubelet {
         }
     }
 
+    /// How many containers run.
+    #[must_use]
+    pub fn running(&self) -> usize {
+        let running = self.shared.running.lock();
+        running.unwrap_or_else(PoisonError::into_inner).len()
+    }
+
     /// Sends a signal to the container on a node, without the pod being deleted.
     ///
     /// # Errors

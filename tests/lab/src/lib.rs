@@ -460,6 +460,35 @@ impl Lab {
         self.wait_for_agents()
     }
 
+    /// Deletes what [`Lab::install_metaleg`] applied, and waits until no agent runs.
+    ///
+    /// # Errors
+    /// When the agents do not end.
+    pub fn uninstall_metaleg(&mut self) -> Result<()> {
+        let manifests = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../k8s");
+        let manifests = manifests.canonicalize()?.display().to_string();
+        self.kubectl(&["delete", "-k", &manifests])?;
+        let kubelet = self.kubelet.as_ref().context("MetalEG is not installed")?;
+        eventually(SOON, "no agent runs", || {
+            Ok((kubelet.running() == 0).then_some(()))
+        })?;
+        self.kubelet = None;
+        Ok(())
+    }
+
+    /// Runs a command of the agent's program on a node, as an administrator of the cluster, and returns what it
+    /// printed.
+    ///
+    /// # Errors
+    /// With what it complained about when it fails.
+    pub fn agent_command(&self, node: usize, arguments: &str) -> Result<String> {
+        self.node(node).sh(&format!(
+            "KUBECONFIG={} NODE_NAME=node{node} {} {arguments}",
+            self.cluster.kubeconfig.display(),
+            self.options.agent.display(),
+        ))
+    }
+
     /// Changes settings of all agents, one node after the other as the DaemonSet's rolling update does it.
     ///
     /// # Errors

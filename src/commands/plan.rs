@@ -1,0 +1,298 @@
+//! Shows what this node would be made into, and why: the same view and the same plan as the agent's, without
+//! a change.
+
+use std::collections::BTreeMap;
+use std::fmt::{self, Write as _};
+use std::net::IpAddr;
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+
+use crate::agent::adopted_announcers;
+use crate::kernel::{self, Kernel};
+use crate::plan::slots::Slots;
+use crate::plan::{Desired, Subject, Verdict, plan};
+use crate::report::Report;
+use crate::settings::{PlanFormat, Settings};
+use crate::state::{Family, PodState, RuleAction};
+use crate::view::l2status::Announcers;
+use crate::view::watch::Cluster;
+use crate::view::{Key, NodeName, View};
+
+/// How long to wait for the API server.
+const PATIENCE: Duration = Duration::from_secs(15);
+
+/// Why there is no plan.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The cluster could not be read.
+    #[error("no answer within {seconds} s: {0}", seconds = PATIENCE.as_secs())]
+    NotSynced(String),
+    /// The kernel could not be read.
+    #[error("cannot read this node's kernel")]
+    Kernel(#[from] kernel::Error),
+    /// The plan could not be written down.
+    #[error("cannot write the plan as {0}: {1}")]
+    Format(&'static str, String),
+}
+
+/// What a plan says, for people and programs.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Shown {
+    node: String,
+    services: Vec<ShownService>,
+    pods: Vec<ShownPod>,
+    ignored: Vec<ShownIgnored>,
+    excluded: Vec<String>,
+}
+
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+struct ShownService {
+    service: String,
+    family: String,
+    verdict: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    vip: Option<IpAddr>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    gateway: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reason: Option<String>,
+}
+
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+struct ShownPod {
+    address: IpAddr,
+    service: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    node: Option<String>,
+    here: String,
+}
+
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+struct ShownIgnored {
+    subject: String,
+    reason: String,
+}
+
+/// Makes the plan that the agent would make now, as text.
+///
+/// # Errors
+/// When cluster or kernel cannot be read.
+pub async fn run(
+    settings: &Settings,
+    cluster: &Cluster,
+    report: &Report,
+    kernel: &mut impl Kernel,
+    format: PlanFormat,
+) -> Result<String, Error> {
+    let synced = async {
+        while report.not_synced().is_some() {
+            cluster.changed().await;
+        }
+    };
+    if tokio::time::timeout(PATIENCE, synced).await.is_err() {
+        let missing = report.not_synced().unwrap_or_default();
+        return Err(Error::NotSynced(missing));
+    }
+    let observed = kernel.observe().await?;
+    let mut announcers = Announcers::new(settings.grace);
+    let now = Instant::now();
+    let (view, _) = cluster.view(&mut announcers, now);
+    for (service, node) in adopted_announcers(&view, &observed.state, settings) {
+        announcers.adopt(service, node, now);
+    }
+    let (mut view, _) = cluster.view(&mut announcers, now);
+    view.links = kernel.links().await?;
+    let families = observed.state.families.keys().copied().collect();
+    let slots = Slots::adopt(&observed.state, settings).avoiding(observed.occupied);
+    let desired = plan(&view, settings, &families, &slots);
+    let shown = Shown::of(&desired, &view, &settings.node_name);
+    match format {
+        PlanFormat::Table => Ok(shown.to_string()),
+        PlanFormat::Json => serde_json::to_string_pretty(&shown)
+            .map(|text| text + "\n")
+            .map_err(|error| Error::Format("JSON", error.to_string())),
+        PlanFormat::Yaml => serde_saphyr::to_string(&shown)
+            .map_err(|error| Error::Format("YAML", error.to_string())),
+    }
+}
+
+impl Shown {
+    fn of(desired: &Desired, view: &View, node: &NodeName) -> Shown {
+        let mut services = Vec::new();
+        for (service, verdicts) in &desired.services {
+            for (family, verdict) in verdicts {
+                services.push(ShownService::of(service, *family, verdict));
+            }
+        }
+        let owners = owners(desired, view);
+        let mut pods = Vec::new();
+        for (family, state) in &desired.kernel.families {
+            for (address, pod) in &state.firewall.pods {
+                let owner = owners.get(address);
+                pods.push(ShownPod {
+                    address: *address,
+                    service: owner.map_or_else(String::new, |(service, _)| service.to_string()),
+                    node: owner.and_then(|(_, node)| Some(node.as_ref()?.to_string())),
+                    here: here(desired, *family, *address, pod),
+                });
+            }
+        }
+        let ignored = desired
+            .ignored
+            .iter()
+            .map(|(subject, reason)| ShownIgnored {
+                subject: subject.to_string(),
+                reason: reason.to_string(),
+            });
+        let families = desired.kernel.families.values();
+        Shown {
+            node: node.to_string(),
+            services,
+            pods,
+            ignored: ignored.collect(),
+            excluded: families
+                .flat_map(|family| family.firewall.excluded.iter().map(ToString::to_string))
+                .collect(),
+        }
+    }
+}
+
+impl ShownService {
+    fn of(service: &Key, family: Family, verdict: &Verdict) -> ShownService {
+        let (word, vip, gateway, reason) = match verdict {
+            Verdict::Active { vip, gateway } => ("Active", Some(*vip), Some(gateway), None),
+            Verdict::Blocked(reason) => ("Blocked", None, None, Some(reason)),
+            Verdict::Released(reason) => ("Released", None, None, Some(reason)),
+        };
+        ShownService {
+            service: service.to_string(),
+            family: family.to_string(),
+            verdict: word,
+            vip,
+            gateway: gateway.map(ToString::to_string),
+            reason: reason.map(ToString::to_string),
+        }
+    }
+}
+
+/// The Service that has each pod, and the pod's node.
+fn owners<'a>(
+    desired: &Desired,
+    view: &'a View,
+) -> BTreeMap<IpAddr, (&'a Key, &'a Option<NodeName>)> {
+    let mut owners = BTreeMap::new();
+    for (key, slice) in &view.slices {
+        for endpoint in &slice.endpoints {
+            for written in &endpoint.addresses {
+                let subject = Subject::Endpoint {
+                    slice: key.clone(),
+                    address: written.clone(),
+                };
+                let is_ignored = desired.ignored.contains_key(&subject);
+                if let (Ok(address), false) = (written.parse(), is_ignored) {
+                    owners.insert(address, (&slice.service, &endpoint.node));
+                }
+            }
+        }
+    }
+    owners
+}
+
+/// What this node does with a pod's packets to outside.
+fn here(desired: &Desired, family: Family, address: IpAddr, pod: &PodState) -> String {
+    if pod.blocked {
+        return "rejected".to_owned();
+    }
+    let vip = pod
+        .vips
+        .first()
+        .map(ToString::to_string)
+        .unwrap_or_default();
+    let Some(mark) = pod.mark else {
+        return match pod.gatewayed {
+            true => format!("translated to {vip}: this node is the gateway"),
+            false => format!("translated to {vip}, should it pass here"),
+        };
+    };
+    let routes = desired
+        .kernel
+        .families
+        .get(&family)
+        .map(|state| &state.routes);
+    let table = routes.and_then(|routes| {
+        routes.rules.iter().find_map(|rule| match rule.action {
+            RuleAction::Lookup(table)
+                if rule.mark == Some(mark) && rule.from.is_none_or(|from| from == address) =>
+            {
+                Some(table)
+            }
+            _ => None,
+        })
+    });
+    let hop = table.and_then(|table| routes?.tables.get(&table)?.gateway.as_ref());
+    match (table, hop) {
+        (Some(table), Some(hop)) => {
+            format!("routed to {hop} (mark {mark}, table {table}), {vip} there")
+        }
+        _ => format!("marked {mark}"),
+    }
+}
+
+impl fmt::Display for Shown {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut services = vec![["SERVICE", "FAMILY", "VERDICT"].map(str::to_owned)];
+        services.extend(self.services.iter().map(|s| {
+            let mut verdict = s.verdict.to_owned();
+            // Writing into a String cannot fail.
+            let _ = match (&s.vip, &s.gateway, &s.reason) {
+                (Some(vip), Some(gateway), _) => write!(verdict, ": {vip} through {gateway}"),
+                (_, _, Some(reason)) => write!(verdict, ": {reason}"),
+                _ => Ok(()),
+            };
+            [s.service.clone(), s.family.clone(), verdict]
+        }));
+        let mut pods = vec![["POD", "SERVICE", "NODE", "HERE"].map(str::to_owned)];
+        pods.extend(self.pods.iter().map(|pod| {
+            [
+                pod.address.to_string(),
+                pod.service.clone(),
+                pod.node.clone().unwrap_or_default(),
+                pod.here.clone(),
+            ]
+        }));
+        writeln!(f, "What {} would be made into:\n", self.node)?;
+        write!(f, "{}\n{}", columns(&services), columns(&pods))?;
+        if !self.ignored.is_empty() {
+            let mut ignored = vec![["IGNORED", "WHY"].map(str::to_owned)];
+            let row = |i: &ShownIgnored| [i.subject.clone(), i.reason.clone()];
+            ignored.extend(self.ignored.iter().map(row));
+            write!(f, "\n{}", columns(&ignored))?;
+        }
+        writeln!(f, "\nNot egress: {}", self.excluded.join(", "))
+    }
+}
+
+/// Lines with aligned columns.
+fn columns<const N: usize>(rows: &[[String; N]]) -> String {
+    let mut widths = [0; N];
+    for row in rows {
+        for (width, cell) in widths.iter_mut().zip(row) {
+            *width = cell.chars().count().max(*width);
+        }
+    }
+    let mut text = String::new();
+    for row in rows {
+        let mut line = String::new();
+        for (width, cell) in widths.iter().zip(row) {
+            let _ = write!(line, "{cell:width$}  ");
+        }
+        text += line.trim_end();
+        text.push('\n');
+    }
+    text
+}
