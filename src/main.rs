@@ -62,8 +62,7 @@ async fn show_plan(settings: &Settings, format: PlanFormat) -> Result<ExitCode> 
 }
 
 async fn clean_up(settings: &Settings) -> Result<ExitCode> {
-    let mut kernel = NodeKernel::open(settings).await?;
-    let is_clean = commands::cleanup::run(&mut kernel, &mut std::io::stdout()).await?;
+    let is_clean = commands::cleanup::run(settings, &mut std::io::stdout()).await?;
     Ok(if is_clean {
         ExitCode::SUCCESS
     } else {

@@ -8,58 +8,83 @@ use ipnet::IpNet;
 
 use crate::diff::diff;
 use crate::error::chain;
-use crate::kernel::{self, Kernel};
+use crate::kernel::{self, Kernel, NodeKernel};
+use crate::settings::{FirewallBackend, Settings};
 use crate::state::{Executor, FamilyState, KernelState, Step};
 
 /// Removes everything and tells `out` what it was; returns whether nothing is left.
 ///
 /// # Errors
 /// When the kernel cannot be read, or `out` not be written.
-pub async fn run(kernel: &mut impl Kernel, out: &mut impl Write) -> Result<bool, Error> {
+pub async fn run(settings: &Settings, out: &mut impl Write) -> Result<bool, Error> {
+    let mut is_clean = true;
+    // With each backend in its turn: only the one that made something knows whose connections to end.
+    for (backend, is_last) in [
+        (FirewallBackend::Iptables, false),
+        (FirewallBackend::Nftables, true),
+    ] {
+        let settings = Settings {
+            firewall: backend,
+            ..settings.clone()
+        };
+        match NodeKernel::open(&settings).await {
+            Ok(mut kernel) => is_clean &= with(&mut kernel, is_last, out).await?,
+            Err(error) => {
+                is_clean &= !is_last;
+                writeln!(out, "not looked for {backend:?} objects: {}", chain(&error))?;
+            }
+        }
+    }
+    if is_clean {
+        writeln!(out, "nothing of MetalEG is left on this node")?;
+    } else {
+        writeln!(
+            out,
+            "hint: is an agent still running here? stop it, and try again"
+        )?;
+    }
+    Ok(is_clean)
+}
+
+/// Removes what the kernel's backend made, and at last what any other did.
+async fn with(
+    kernel: &mut impl Kernel,
+    is_last: bool,
+    out: &mut impl Write,
+) -> Result<bool, Error> {
     let observed = kernel.observe().await?.state;
-    let nothing = nothing(&observed);
     let excluded: BTreeSet<IpNet> = observed
         .families
         .values()
         .flat_map(|family| family.firewall.excluded.iter().copied())
         .collect();
     // The same order as that of an agent that has nothing to do any more: no packet leaks on the way.
-    let steps = diff(&observed, &nothing);
+    let steps = diff(&observed, &nothing(&observed, is_last));
     let failed = kernel.apply(&steps, &excluded).await;
     let done = |step: &&Step| !failed.iter().any(|failure| failure.step == **step);
-    let told = steps
-        .iter()
-        .filter(done)
-        .filter(|step| is_worth_telling(step));
-    for step in told {
+    let told = steps.iter().filter(done);
+    for step in told.filter(|step| is_worth_telling(step)) {
         writeln!(out, "done: {step}")?;
     }
     let pods: BTreeSet<_> = steps.iter().filter_map(Step::pod).collect();
     if !pods.is_empty() {
+        let count = pods.len();
         writeln!(
             out,
-            "let go {} pods; their connections start anew",
-            pods.len()
+            "done: let go {count} pods; their connections start anew"
         )?;
     }
     for failure in &failed {
         writeln!(out, "failed: {}", chain(failure))?;
     }
     let left = kernel.observe().await?.state;
-    let steps = diff(&left, &self::nothing(&left));
+    let steps = diff(&left, &nothing(&left, is_last));
     let mut left = steps.iter().filter(|step| is_change(step)).peekable();
-    if left.peek().is_none() {
-        writeln!(out, "nothing of MetalEG is left on this node")?;
-        return Ok(true);
-    }
+    let is_clean = left.peek().is_none();
     for step in left {
         writeln!(out, "still to do: {step}")?;
     }
-    writeln!(
-        out,
-        "hint: is an agent still running here? stop it, and try again"
-    )?;
-    Ok(false)
+    Ok(is_clean)
 }
 
 /// Why cleaning up did not come to an end.
@@ -73,13 +98,20 @@ pub enum Error {
     Write(#[from] io::Error),
 }
 
-fn nothing(observed: &KernelState) -> KernelState {
+/// Nothing of ours; what other backends left stays until `is_last`.
+fn nothing(observed: &KernelState, is_last: bool) -> KernelState {
     let families = observed.families.keys();
+    let leftovers = if is_last {
+        BTreeSet::new()
+    } else {
+        observed.leftovers.clone()
+    };
     KernelState {
         families: families
             .map(|family| (*family, FamilyState::default()))
             .collect(),
-        ..KernelState::default()
+        leftovers,
+        doubt: false,
     }
 }
 
