@@ -6,6 +6,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
+use std::net::IpAddr;
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -22,9 +23,10 @@ use crate::plan::{Desired, plan};
 use crate::report::{Outcome, Report};
 use crate::settings::Settings;
 use crate::state::{Executor, Family, KernelState, RuleAction, Step, TableId};
-use crate::view::l2status::Announcers;
+use crate::view::announcers::{Announcers, Resolved};
 use crate::view::watch::Cluster;
-use crate::view::{Key, Link, NodeName, View};
+use crate::view::{Link, NodeName, View};
+use crate::wire::{Oddity, Wanted, Wire};
 
 /// First pause after a failed pass; it doubles up to [`LONGEST_PAUSE`].
 const SHORTEST_PAUSE: Duration = Duration::from_millis(500);
@@ -40,6 +42,10 @@ struct Agent<'a, K> {
     cluster: &'a Cluster,
     report: &'a Report,
     kernel: &'a mut K,
+    wire: Option<&'a Wire>,
+    /// What was heard on the wire and told to the operator.
+    odd: BTreeSet<Oddity>,
+    disagreements: BTreeMap<IpAddr, (NodeName, NodeName)>,
     announcers: Announcers,
     /// What the kernel holds as far as confirmed; `None` when in doubt.
     confirmed: Option<Confirmed>,
@@ -71,6 +77,7 @@ pub async fn run<K: Kernel>(
     cluster: &Arc<Cluster>,
     report: &Report,
     kernel: &mut K,
+    wire: Option<&Wire>,
     shutdown: impl Future<Output = ()>,
 ) {
     let mut shutdown = pin!(shutdown);
@@ -87,6 +94,9 @@ pub async fn run<K: Kernel>(
         cluster,
         report,
         kernel,
+        wire,
+        odd: BTreeSet::new(),
+        disagreements: BTreeMap::new(),
         announcers: Announcers::new(settings.grace),
         confirmed: None,
         last: None,
@@ -117,6 +127,7 @@ pub async fn run<K: Kernel>(
         tokio::select! {
             () = &mut shutdown => return,
             () = cluster.changed() => reason = "cluster",
+            () = heard(wire) => reason = "wire",
             () = agent.kernel.disturbed() => {
                 reason = "disturbed";
                 agent.confirmed = None;
@@ -168,8 +179,9 @@ impl<K: Kernel> Agent<'_, K> {
         if self.last.is_none() {
             self.adopt(&confirmed.state, started);
         }
-        let (mut view, grace_ends) = self.cluster.view(&mut self.announcers, started.into_std());
+        let (mut view, resolved) = self.look(started);
         view.links.clone_from(&confirmed.links);
+        self.listen(&view, &resolved);
         let families: BTreeSet<Family> = confirmed.state.families.keys().copied().collect();
         let slots = match &self.last {
             Some(last) => last.slots.clone(),
@@ -213,7 +225,7 @@ impl<K: Kernel> Agent<'_, K> {
         self.last = Some(desired);
         Ok(Pass {
             failed,
-            grace_ends: grace_ends.map(Instant::from_std),
+            grace_ends: resolved.ends.map(Instant::from_std),
         })
     }
 
@@ -232,10 +244,58 @@ impl<K: Kernel> Agent<'_, K> {
 
     /// Takes over who was the gateway of which Service before the agent was restarted.
     fn adopt(&mut self, observed: &KernelState, now: Instant) {
-        let (view, _) = self.cluster.view(&mut self.announcers, now.into_std());
-        for (service, node) in adopted_announcers(&view, observed, self.settings) {
-            self.announcers.adopt(service, node, now.into_std());
+        let (view, _) = self.look(now);
+        for (vip, node) in adopted_announcers(&view, observed, self.settings) {
+            self.announcers.adopt(vip, node, now.into_std());
         }
+    }
+
+    /// The cluster as objects and wire tell it.
+    fn look(&mut self, now: Instant) -> (View, Resolved) {
+        let heard = self.wire.map(Wire::heard).unwrap_or_default();
+        self.cluster
+            .view(&mut self.announcers, &heard, now.into_std())
+    }
+
+    /// Tells the wire what to listen for, and the operator what is strange there.
+    fn listen(&mut self, view: &View, resolved: &Resolved) {
+        let Some(wire) = self.wire else {
+            return;
+        };
+        let own = view.nodes.get(&self.settings.node_name);
+        let is_lan = |link: &&Link| {
+            let addresses = own.into_iter().flat_map(|node| &node.addresses);
+            { addresses }.any(|a| link.nets.iter().any(|net| net.contains(a)))
+        };
+        let found = || Some(view.links.iter().find(is_lan)?.name.clone());
+        let nodes = view.nodes.iter().flat_map(|(name, node)| {
+            let addresses = node.addresses.iter();
+            addresses.map(move |address| (*address, name.clone()))
+        });
+        let services = view.services.values();
+        wire.want(Wanted {
+            interface: self.settings.lan_interface.clone().or_else(found),
+            own: Some(self.settings.node_name.clone()),
+            nodes: nodes.collect(),
+            vips: services.flat_map(|s| s.vips.values().copied()).collect(),
+            unsettled: resolved.unsettled.clone(),
+            audit: self.settings.reconciliation_interval,
+        });
+        for oddity in wire.oddities().into_keys() {
+            if self.odd.insert(oddity.clone()) {
+                warn!("{oddity}");
+            }
+        }
+        for (vip, (object, voice)) in &resolved.disagreements {
+            if !self.disagreements.contains_key(vip) {
+                warn!(
+                    %vip,
+                    "ServiceL2Status says that {object} announces it, but {voice} answers for it: \
+                     using the newer claim"
+                );
+            }
+        }
+        self.disagreements.clone_from(&resolved.disagreements);
     }
 
     fn count(&self, steps: &[Step], failed: &[StepError]) {
@@ -271,20 +331,31 @@ fn executor(step: &Step) -> &'static str {
     }
 }
 
-/// The gateways that pods of each Service are routed to in the kernel, as nodes.
+/// Waits until something new is heard; for ever where nobody listens.
+async fn heard(wire: Option<&Wire>) {
+    match wire {
+        Some(wire) => wire.changed().await,
+        None => std::future::pending().await,
+    }
+}
+
+/// The gateways that pods of each VIP are routed to in the kernel, as nodes.
 pub(crate) fn adopted_announcers(
     view: &View,
     observed: &KernelState,
     settings: &Settings,
-) -> BTreeMap<Key, NodeName> {
+) -> BTreeMap<IpAddr, NodeName> {
     let mut announcers = BTreeMap::new();
-    for slice in view.slices.values() {
-        let addresses = slice.endpoints.iter().flat_map(|e| e.addresses.iter());
-        let gateway = addresses
-            .filter_map(|address| address.parse().ok())
-            .find_map(|address| gateway_in(observed, address, view, settings));
-        if let Some(node) = gateway {
-            announcers.insert(slice.service.clone(), node);
+    for state in observed.families.values() {
+        for (pod, state) in &state.firewall.pods {
+            let vip = state
+                .vips
+                .first()
+                .filter(|vip| !announcers.contains_key(*vip));
+            let node = || gateway_in(observed, *pod, view, settings);
+            if let Some((vip, node)) = vip.and_then(|vip| Some((*vip, node()?))) {
+                announcers.insert(vip, node);
+            }
         }
     }
     announcers
@@ -292,7 +363,7 @@ pub(crate) fn adopted_announcers(
 
 fn gateway_in(
     observed: &KernelState,
-    pod: std::net::IpAddr,
+    pod: IpAddr,
     view: &View,
     settings: &Settings,
 ) -> Option<NodeName> {

@@ -53,6 +53,7 @@ pub mod report;
 pub mod settings;
 pub mod state;
 pub mod view;
+pub mod wire;
 
 #[cfg(test)]
 mod tests {

@@ -13,6 +13,7 @@ use metaleg::kernel::NodeKernel;
 use metaleg::report::{self, Report, health, metrics};
 use metaleg::settings::{Action, LogFormat, PlanFormat, Settings, SettingsError};
 use metaleg::view::watch::{self, Cluster};
+use metaleg::wire::Wire;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::info;
 use tracing_subscriber::EnvFilter;
@@ -113,7 +114,19 @@ async fn run(settings: &Settings) -> Result<()> {
         }
     };
     let _watches = watch::start(&client, &settings.metallb_namespace, &cluster);
-    agent::run(settings, &cluster, &report, &mut kernel, shutdown).await;
+    let wire = match settings.wire {
+        true => Some(Wire::start().context("cannot listen on the LAN")?),
+        false => None,
+    };
+    agent::run(
+        settings,
+        &cluster,
+        &report,
+        &mut kernel,
+        wire.as_ref(),
+        shutdown,
+    )
+    .await;
     info!("stopped: the data plane stays as it is");
     Ok(())
 }

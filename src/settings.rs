@@ -104,8 +104,9 @@ pub const DEFINITIONS: &[Definition] = &[
     },
     Definition {
         name: "ANNOUNCER_SOURCES",
-        default: "status",
-        help: "Where a VIP's announcer is read from: `status` (MetalLB's ServiceL2Status objects)",
+        default: "status,wire",
+        help: "Where a VIP's announcer is read from: `status` (MetalLB's ServiceL2Status objects), or \
+               `status,wire`: ARP and neighbour discovery on the LAN too, where it is known first and never lost",
     },
     Definition {
         name: "LAN_INTERFACE",
@@ -245,6 +246,8 @@ pub struct Settings {
     pub filter_endpoints_for_node: bool,
     /// Drop what unknown pods of other nodes send through this node.
     pub guard_transit: bool,
+    /// Listen on the LAN for announcements.
+    pub wire: bool,
     /// How long the last known announcer is kept.
     pub grace: Duration,
     /// The interface towards the gateways, if the operator names it.
@@ -372,7 +375,8 @@ impl Settings {
             _ => FirewallBackend::Auto,
         };
         one_of(&value("ROUTE_BACKEND"), &["netlink"])?;
-        one_of(&value("ANNOUNCER_SOURCES"), &["status"])?;
+        let sources = value("ANNOUNCER_SOURCES");
+        let wire = one_of(&sources, &["status,wire", "status"])? == "status,wire";
         one_of(&value("STRICT_START"), &["false"])?;
 
         let mask = mask(&value("FIREWALL_MASK"))?;
@@ -395,6 +399,7 @@ impl Settings {
             )?,
             filter_endpoints_for_node: boolean(&value("FILTER_ENDPOINTS_FOR_NODE"))?,
             guard_transit: boolean(&value("GUARD_TRANSIT"))?,
+            wire,
             grace: duration(&value("ANNOUNCER_GRACE_PERIOD"), Duration::ZERO)?,
             lan_interface: (!lan_interface.is_empty()).then_some(lan_interface),
             metrics_address: bind_address(&value("METRICS_BIND_ADDRESS"))?,

@@ -105,6 +105,7 @@ fn start(failing: usize) -> Running {
                 &cluster,
                 &report,
                 &mut kernel,
+                None,
                 stop.notified(),
             )
             .await;

@@ -15,7 +15,7 @@ use crate::plan::{Desired, Subject, Verdict, plan};
 use crate::report::Report;
 use crate::settings::{PlanFormat, Settings};
 use crate::state::{Family, PodState, RuleAction};
-use crate::view::l2status::Announcers;
+use crate::view::announcers::Announcers;
 use crate::view::watch::Cluster;
 use crate::view::{Key, NodeName, View};
 
@@ -101,11 +101,12 @@ pub async fn run(
     let observed = kernel.observe().await?;
     let mut announcers = Announcers::new(settings.grace);
     let now = Instant::now();
-    let (view, _) = cluster.view(&mut announcers, now);
-    for (service, node) in adopted_announcers(&view, &observed.state, settings) {
-        announcers.adopt(service, node, now);
+    let silence = BTreeMap::new();
+    let (view, _) = cluster.view(&mut announcers, &silence, now);
+    for (vip, node) in adopted_announcers(&view, &observed.state, settings) {
+        announcers.adopt(vip, node, now);
     }
-    let (mut view, _) = cluster.view(&mut announcers, now);
+    let (mut view, _) = cluster.view(&mut announcers, &silence, now);
     view.links = kernel.links().await?;
     let families = observed.state.families.keys().copied().collect();
     let slots = Slots::adopt(&observed.state, settings).avoiding(observed.occupied);

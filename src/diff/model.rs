@@ -21,7 +21,6 @@ use crate::state::{
     Family, FamilyState, FirewallState, KernelState, PodState, RouteState, Rule, RuleAction,
     Skeleton, Step, Table,
 };
-use crate::view::l2status::Announcer;
 use crate::view::{Endpoint, Key, Link, Node, NodeName, OnNoGateway, Service, Slice, Target, View};
 
 // === the model ===
@@ -412,6 +411,7 @@ fn any_view() -> impl Strategy<Value = View> {
             let facts = Node {
                 addresses: address.into_iter().collect(),
                 pod_cidrs: pod_net.into_iter().collect(),
+                ready: true,
             };
             if there || n == 1 {
                 view.nodes.insert(node(n), facts);
@@ -429,11 +429,10 @@ fn any_view() -> impl Strategy<Value = View> {
                 hostname: None,
                 on_no_gateway: OnNoGateway::Reject,
             };
-            view.services.insert(key(n), facts);
-            if let Some(announcer) = announcer {
-                let announcer = Announcer::Present(node(announcer));
-                view.announcers.insert(key(n), announcer);
+            if let (Some(announcer), Some(vip)) = (announcer, facts.vips.get(&Family::V4)) {
+                view.announcers.insert(*vip, node(announcer));
             }
+            view.services.insert(key(n), facts);
         }
         for (service, n, last) in endpoints {
             let endpoint = Endpoint {
@@ -677,17 +676,7 @@ fn wanted(view: &View, state: &FamilyState, pod: IpAddr) -> Fate {
     if planned.mark.is_none() {
         return Fate::Direct(vip);
     }
-    let announcers = view.services.iter().filter(|(key, service)| {
-        let endpoints = view.slices.get(key).map(|slice| &slice.endpoints);
-        let mut addresses = endpoints.into_iter().flatten().flat_map(|e| &e.addresses);
-        service.vips.get(&Family::V4) == Some(&vip) && addresses.any(|a| *a == pod.to_string())
-    });
-    // The oldest one, the name deciding a tie.
-    let owner = announcers
-        .min_by_key(|(key, service)| (service.created, *key))
-        .map(|(key, _)| key)
-        .unwrap();
-    let via = view.nodes[view.announcers[owner].node()].addresses[0];
+    let via = view.nodes[&view.announcers[&vip]].addresses[0];
     Fate::ToGateway { via, source: pod }
 }
 
@@ -797,12 +786,13 @@ fn small() -> View {
     let facts = Node {
         addresses: vec![node_address(1)],
         pod_cidrs: [net("10.244.1.0/24")].into(),
+        ready: true,
     };
     View {
         services: [(key(0), service)].into(),
         slices: [(key(0), slice)].into(),
         nodes: [(node(1), facts)].into(),
-        announcers: [(key(0), Announcer::Present(node(1)))].into(),
+        announcers: [(vip(0), node(1))].into(),
         ..View::default()
     }
 }

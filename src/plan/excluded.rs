@@ -90,6 +90,7 @@ mod tests {
         let node = |last: u8| Node {
             addresses: vec![IpAddr::from([192, 0, 2, 10 + last])],
             pod_cidrs: [format!("10.244.{last}.0/24").parse().unwrap()].into(),
+            ready: true,
         };
         View {
             nodes: [2, 3]

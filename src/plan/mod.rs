@@ -194,7 +194,7 @@ fn plan_family(
     let pods = egress_pods(family, view, settings, &services, &mut desired.ignored);
     let egress: BTreeMap<&Key, Egress<'_>> = services
         .iter()
-        .map(|(key, service)| (*key, egress(family, key, service, view, settings)))
+        .map(|(key, service)| (*key, egress(family, service, view, settings)))
         .collect();
 
     let hops: BTreeMap<IpAddr, &NextHop> = pods
@@ -355,7 +355,6 @@ fn is_local(address: IpAddr, endpoint: &Endpoint, view: &View, settings: &Settin
 
 fn egress<'a>(
     family: Family,
-    key: &Key,
     service: &'a Service,
     view: &'a View,
     settings: &Settings,
@@ -365,20 +364,20 @@ fn egress<'a>(
         (None, Some(name)) => Err(Blocked::HostnameIngress(name.clone())),
         (None, None) => Err(Blocked::NoVip),
     };
+    let gateway = match &vip {
+        Ok(vip) => gateway(*vip, view, settings),
+        Err(blocked) => Err(blocked.clone()),
+    };
     Egress {
         vip,
-        gateway: gateway(family, key, view, settings),
+        gateway,
         on_no_gateway: &service.on_no_gateway,
     }
 }
 
-fn gateway<'a>(
-    family: Family,
-    key: &Key,
-    view: &'a View,
-    settings: &Settings,
-) -> Result<Gateway<'a>, Blocked> {
-    let announcer = view.announcers.get(key).ok_or(Blocked::NoAnnouncer)?.node();
+fn gateway<'a>(vip: IpAddr, view: &'a View, settings: &Settings) -> Result<Gateway<'a>, Blocked> {
+    let family = Family::of(vip);
+    let announcer = view.announcers.get(&vip).ok_or(Blocked::NoAnnouncer)?;
     let (node, facts) = view
         .nodes
         .get_key_value(announcer)

@@ -6,7 +6,6 @@ use proptest::prelude::*;
 use super::*;
 use crate::settings::FwMask;
 use crate::state::{Mark, TableId};
-use crate::view::l2status::Announcer;
 use crate::view::{Link, Slice};
 
 fn key(name: &str) -> Key {
@@ -67,6 +66,7 @@ fn cluster() -> View {
                 format!("fd00:10:244:{n}::/64").parse().unwrap(),
             ]
             .into(),
+            ready: true,
         };
         (node(&format!("node{n}")), facts)
     });
@@ -92,11 +92,12 @@ fn cluster() -> View {
 
 impl View {
     fn with_service(mut self, name: &str, service: Service, announcer: Option<&str>) -> View {
-        self.services.insert(key(name), service);
         if let Some(announcer) = announcer {
-            let announcer = Announcer::Present(node(announcer));
-            self.announcers.insert(key(name), announcer);
+            for vip in service.vips.values() {
+                self.announcers.insert(*vip, node(announcer));
+            }
         }
+        self.services.insert(key(name), service);
         self
     }
 
@@ -298,14 +299,6 @@ fn without_a_usable_gateway_local_pods_are_blocked_and_those_of_other_nodes_are_
 }
 
 #[test]
-fn an_announcer_within_its_grace_period_is_still_the_gateway() {
-    let mut view = usual();
-    let grace = Announcer::Grace(node("node2"));
-    view.announcers.insert(key("a"), grace);
-    assert_eq!(make(&view, &on("node1")), make(&usual(), &on("node1")));
-}
-
-#[test]
 fn the_named_interface_is_the_only_one_that_counts() {
     let settings = Settings {
         lan_interface: Some("cni0".to_owned()),
@@ -329,6 +322,7 @@ fn pods_of_gateways_beyond_the_marks_are_routed_by_their_address() {
         let facts = Node {
             addresses: vec![IpAddr::from([192, 0, 2, 10 + n])],
             pod_cidrs: BTreeSet::new(),
+            ready: true,
         };
         view.nodes.insert(node(&format!("node{n}")), facts);
         let mut facts = service(i64::from(n));
@@ -541,8 +535,9 @@ fn slots_are_kept_over_plans_and_adopted_from_the_kernel() {
     let settings = on("node1");
     let first = make(&usual(), &settings);
     let mut moved = usual();
-    let announcer = Announcer::Present(node("node3"));
-    moved.announcers.insert(key("a"), announcer);
+    for announcer in moved.announcers.values_mut() {
+        *announcer = node("node3");
+    }
     let second = plan(&moved, &settings, &Family::ALL.into(), &first.slots);
     assert_eq!(
         pod_of(&second, "10.244.1.11").unwrap().mark.unwrap().value,

@@ -3,6 +3,7 @@
 //!
 //! Pure: no watch, no clock. A fact that compares equal to the one before it causes no work.
 
+pub mod announcers;
 pub mod l2status;
 pub mod watch;
 
@@ -16,7 +17,6 @@ use k8s_openapi::api::discovery::v1 as discovery;
 use k8s_openapi::api::networking::v1 as networking;
 
 use crate::state::Family;
-use crate::view::l2status::Announcer;
 
 /// Label that opts a Service in, when its value is [`EGRESS_VALUE`].
 pub const EGRESS_LABEL: &str = "metaleg.de/rewriteSrcIP";
@@ -116,6 +116,8 @@ pub struct Node {
     pub addresses: Vec<IpAddr>,
     /// The networks of its pods.
     pub pod_cidrs: BTreeSet<IpNet>,
+    /// Whether its kubelet says that it is well.
+    pub ready: bool,
 }
 
 /// An interface of this node with the networks that are directly reachable on it.
@@ -136,8 +138,8 @@ pub struct View {
     pub slices: BTreeMap<Key, Slice>,
     /// All nodes.
     pub nodes: BTreeMap<NodeName, Node>,
-    /// Who announces the VIPs of a Service.
-    pub announcers: BTreeMap<Key, Announcer>,
+    /// Who announces each VIP.
+    pub announcers: BTreeMap<IpAddr, NodeName>,
     /// The networks of ClusterIPs, as far as the API server tells.
     pub service_cidrs: BTreeSet<IpNet>,
     /// The interfaces of this node.
@@ -262,9 +264,12 @@ impl Node {
             .filter_map(|cidr| cidr.parse::<IpNet>().ok())
             .map(|cidr| cidr.trunc())
             .collect();
+        let conditions = object.status.as_ref().and_then(|s| s.conditions.as_deref());
+        let is_ready = |c: &core::NodeCondition| c.type_ == "Ready" && c.status == "True";
         Node {
             addresses,
             pod_cidrs,
+            ready: conditions.unwrap_or_default().iter().any(is_ready),
         }
     }
 

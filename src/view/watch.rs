@@ -5,6 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
+use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -22,10 +23,12 @@ use tokio::task::JoinSet;
 use tracing::{info, warn};
 
 use crate::error::chain;
-use crate::view::l2status::{self, Announcers, L2Status};
+use crate::view::announcers::{Announcers, Claims, Resolved};
+use crate::view::l2status::{self, L2Status};
 use crate::view::{
     EGRESS_LABEL, EGRESS_VALUE, Key, Node, NodeName, Service, Slice, View, service_cidrs,
 };
+use crate::wire::Heard;
 
 /// First pause after a failed watch; it doubles up to [`LONGEST_PAUSE`].
 const SHORTEST_PAUSE: Duration = Duration::from_millis(200);
@@ -190,19 +193,29 @@ impl Cluster {
         .into()
     }
 
-    /// The facts as they are now, and the time at which a grace period ends and the view changes by itself.
-    /// The interfaces are left for the caller to add.
+    /// The facts as they are now, with what comes of all claims to announce a VIP. The interfaces are left for the
+    /// caller to add.
     #[must_use]
-    pub fn view(&self, announcers: &mut Announcers, now: Instant) -> (View, Option<Instant>) {
+    pub fn view(
+        &self,
+        announcers: &mut Announcers,
+        heard: &BTreeMap<IpAddr, Heard>,
+        now: Instant,
+    ) -> (View, Resolved) {
         let index = self.index();
-        let is_labelled = |key: &Key| index.services.current.contains_key(key);
-        let (announcers, ends) =
-            announcers.resolve(index.statuses.current.values(), is_labelled, now);
+        let claims = Claims {
+            services: &index.services.current,
+            statuses: &index.statuses.current,
+            heard,
+            nodes: &index.nodes.current,
+            away: index.away,
+        };
+        let resolved = announcers.resolve(claims, now);
         let view = View {
             services: index.services.current.clone(),
             slices: index.slices.current.clone(),
             nodes: index.nodes.current.clone(),
-            announcers,
+            announcers: resolved.announcers.clone(),
             service_cidrs: index
                 .service_cidrs
                 .current
@@ -212,7 +225,7 @@ impl Cluster {
                 .collect(),
             links: Vec::new(),
         };
-        (view, ends)
+        (view, resolved)
     }
 }
 

@@ -1,0 +1,235 @@
+//! Who announces the VIPs, as heard on the LAN.
+//!
+//! At every move a VIP moves on the wire first, and MetalLB's object follows 20 to 30 ms later, or never. A claim
+//! counts only when it comes from a node. Nothing here knows of Services.
+
+pub mod frame;
+mod hearing;
+mod socket;
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use futures::TryStreamExt;
+use netlink_packet_route::neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage};
+use tokio::sync::{Notify, watch};
+use tokio::task::JoinHandle;
+use tracing::{debug, warn};
+
+use self::frame::Mac;
+use self::hearing::Hearing;
+pub use self::hearing::{Heard, Oddity, Wanted};
+use self::socket::LanSocket;
+use crate::error::chain;
+
+/// Pause before an interface that went away is tried again, and resolution of the questions' times.
+const PAUSE: Duration = Duration::from_millis(250);
+
+/// Listens on the LAN for as long as it lives.
+#[derive(Debug)]
+pub struct Wire {
+    shared: Arc<Shared>,
+    wanted: watch::Sender<Wanted>,
+    task: JoinHandle<()>,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    hearing: Mutex<Hearing>,
+    changed: Notify,
+}
+
+impl Shared {
+    fn hearing(&self) -> MutexGuard<'_, Hearing> {
+        // Facts are replaced one by one: a panic elsewhere leaves no half of one.
+        self.hearing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Wire {
+    /// Starts to listen, in the network namespace of the calling thread, as soon as something is wanted.
+    ///
+    /// # Errors
+    /// When no netlink socket can be had to look nodes up in the neighbour table.
+    pub fn start() -> std::io::Result<Wire> {
+        let (connection, handle, _) = rtnetlink::new_connection()?;
+        tokio::spawn(connection);
+        let shared = Arc::new(Shared::default());
+        let (wanted, changes) = watch::channel(Wanted::default());
+        let task = tokio::spawn(listen(shared.clone(), changes, handle));
+        Ok(Wire {
+            shared,
+            wanted,
+            task,
+        })
+    }
+
+    /// Changes what to listen for.
+    pub fn want(&self, wanted: Wanted) {
+        self.wanted.send_if_modified(|old| {
+            let differs = *old != wanted;
+            *old = wanted;
+            differs
+        });
+    }
+
+    /// Who announces what, as heard.
+    #[must_use]
+    pub fn heard(&self) -> BTreeMap<IpAddr, Heard> {
+        self.shared.hearing().heard().clone()
+    }
+
+    /// What an operator should know of, and how often it was met.
+    #[must_use]
+    pub fn oddities(&self) -> BTreeMap<Oddity, u64> {
+        self.shared.hearing().oddities().clone()
+    }
+
+    /// Waits until it changed who announces what.
+    pub async fn changed(&self) {
+        self.shared.changed.notified().await;
+    }
+}
+
+impl Drop for Wire {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+async fn listen(
+    shared: Arc<Shared>,
+    mut changes: watch::Receiver<Wanted>,
+    neighbours: rtnetlink::Handle,
+) {
+    let mut told = None;
+    loop {
+        let wanted = changes.borrow_and_update().clone();
+        let interface = wanted.interface.clone();
+        shared.hearing().want(wanted, Instant::now());
+        let Some(interface) = interface else {
+            if changes.changed().await.is_err() {
+                return;
+            }
+            continue;
+        };
+        let failure = match LanSocket::open(&interface) {
+            Ok(socket) => {
+                told = None;
+                hear(&shared, &mut changes, &socket, &interface, &neighbours).await
+            }
+            Err(error) => Some(error),
+        };
+        if let Some(error) = failure {
+            let text = error.to_string();
+            if told.as_ref() != Some(&text) {
+                warn!(
+                    interface,
+                    "cannot listen for announcements, trying again: {text}"
+                );
+                told = Some(text);
+            }
+            tokio::time::sleep(PAUSE).await;
+        }
+        if changes.has_changed().is_err() {
+            return;
+        }
+    }
+}
+
+/// Listens until another interface is wanted, or this one fails.
+async fn hear(
+    shared: &Shared,
+    changes: &mut watch::Receiver<Wanted>,
+    socket: &LanSocket,
+    interface: &str,
+    neighbours: &rtnetlink::Handle,
+) -> Option<std::io::Error> {
+    let mut tick = tokio::time::interval(PAUSE);
+    tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut looked: Option<Instant> = None;
+    let mut nodes = changes.borrow().nodes.clone();
+    loop {
+        let now = Instant::now();
+        // At the start, and when somebody unknown claims a VIP.
+        let is_waiting = shared.hearing().is_waiting();
+        let is_due = looked.is_none_or(|at| is_waiting && now.duration_since(at) >= PAUSE);
+        if is_due {
+            looked = Some(now);
+            match table(neighbours).await {
+                Ok(table) => {
+                    if shared.hearing().neighbours(&table, socket.mac(), now) {
+                        shared.changed.notify_one();
+                    }
+                }
+                Err(error) => debug!("cannot read the neighbour table: {}", chain(&error)),
+            }
+        }
+        let questions = shared.hearing().questions(now);
+        for address in questions {
+            debug!(interface, "who has {address}?");
+            if let Err(error) = socket.ask(address).await {
+                return Some(error);
+            }
+        }
+        tokio::select! {
+            claim = socket.next() => match claim {
+                Ok(claim) => {
+                    if shared.hearing().claim(claim, Instant::now()) {
+                        debug!(interface, "{} is announced by {}", claim.address, claim.mac);
+                        shared.changed.notify_one();
+                    }
+                }
+                Err(error) => return Some(error),
+            },
+            changed = changes.changed() => {
+                if changed.is_err() {
+                    return None;
+                }
+                let wanted = changes.borrow_and_update().clone();
+                let same = wanted.interface.as_deref() == Some(interface);
+                // New nodes may be in the neighbour table already.
+                if wanted.nodes != nodes {
+                    nodes.clone_from(&wanted.nodes);
+                    looked = None;
+                }
+                shared.hearing().want(wanted, Instant::now());
+                if !same {
+                    return None;
+                }
+            }
+            _ = tick.tick() => {}
+        }
+    }
+}
+
+/// The kernel's neighbour table: who has which address.
+async fn table(handle: &rtnetlink::Handle) -> Result<Vec<(Mac, IpAddr)>, rtnetlink::Error> {
+    let neighbours: Vec<NeighbourMessage> =
+        handle.neighbours().get().execute().try_collect().await?;
+    Ok(neighbours.iter().filter_map(neighbour).collect())
+}
+
+fn neighbour(message: &NeighbourMessage) -> Option<(Mac, IpAddr)> {
+    let (mut mac, mut address) = (None, None);
+    for attribute in &message.attributes {
+        match attribute {
+            NeighbourAttribute::LinkLayerAddress(bytes) => {
+                mac = bytes
+                    .first_chunk::<6>()
+                    .filter(|_| bytes.len() == 6)
+                    .map(|m| Mac(*m));
+            }
+            NeighbourAttribute::Destination(NeighbourAddress::Inet(v4)) => {
+                address = Some(IpAddr::from(*v4));
+            }
+            NeighbourAttribute::Destination(NeighbourAddress::Inet6(v6)) => {
+                address = Some(IpAddr::from(*v6));
+            }
+            _ => {}
+        }
+    }
+    mac.zip(address)
+}
