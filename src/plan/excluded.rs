@@ -57,6 +57,7 @@ pub fn find(
             .nodes
             .values()
             .flat_map(|node| node.pod_cidrs.iter().copied())
+            .chain(view.pod_pools.iter().copied())
             .collect();
         unknown_network_of = pods
             .into_iter()
@@ -148,6 +149,19 @@ mod tests {
         assert!(
             nets.contains(&"10.0.0.0/8".to_owned()) && nets.contains(&"172.16.0.0/12".to_owned())
         );
+    }
+
+    #[test]
+    fn pools_of_the_cni_plugin_are_pod_networks() {
+        let mut view = view();
+        view.pod_pools.insert("172.30.0.0/16".parse().unwrap());
+        let auto = ExcludedDestinations {
+            auto: true,
+            listed: BTreeSet::new(),
+        };
+        let excluded = find(Family::V4, &view, &auto, ["172.30.0.9".parse().unwrap()]);
+        assert_eq!(excluded.unknown_network_of, None);
+        assert!(excluded.nets.contains(&"172.30.0.0/16".parse().unwrap()));
     }
 
     #[test]

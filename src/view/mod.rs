@@ -5,6 +5,7 @@
 
 pub mod announcers;
 pub mod l2status;
+pub mod pools;
 pub mod watch;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -142,6 +143,8 @@ pub struct View {
     pub announcers: BTreeMap<IpAddr, NodeName>,
     /// The networks of ClusterIPs, as far as the API server tells.
     pub service_cidrs: BTreeSet<IpNet>,
+    /// Pod networks that the CNI plugin keeps in objects of its own.
+    pub pod_pools: BTreeSet<IpNet>,
     /// The interfaces of this node.
     pub links: Vec<Link>,
 }

@@ -25,6 +25,7 @@ use tracing::{info, warn};
 use crate::error::chain;
 use crate::view::announcers::{Announcers, Claims, Resolved};
 use crate::view::l2status::{self, L2Status};
+use crate::view::pools;
 use crate::view::{
     EGRESS_LABEL, EGRESS_VALUE, Key, Node, NodeName, Service, Slice, View, service_cidrs,
 };
@@ -34,6 +35,9 @@ use crate::wire::Heard;
 const SHORTEST_PAUSE: Duration = Duration::from_millis(200);
 /// An API server that is back is noticed within this time.
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+
+/// How often to look whether what a cluster may do without has come.
+const NOT_SERVED_PAUSE: Duration = Duration::from_secs(60);
 
 /// One kind of object that is watched.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -48,6 +52,20 @@ pub enum Watch {
     ServiceL2Statuses,
     /// ServiceCIDRs, where they are served.
     ServiceCidrs,
+    /// Calico's IPPools, where Calico is.
+    IpPools,
+    /// Cilium's CiliumNodes, where Cilium is.
+    CiliumNodes,
+}
+
+impl Watch {
+    /// Whether a cluster may do without.
+    fn is_optional(self) -> bool {
+        matches!(
+            self,
+            Watch::ServiceCidrs | Watch::IpPools | Watch::CiliumNodes
+        )
+    }
 }
 
 impl fmt::Display for Watch {
@@ -58,6 +76,8 @@ impl fmt::Display for Watch {
             Watch::Nodes => "Nodes",
             Watch::ServiceL2Statuses => "ServiceL2Statuses",
             Watch::ServiceCidrs => "ServiceCIDRs",
+            Watch::IpPools => "IPPools",
+            Watch::CiliumNodes => "CiliumNodes",
         })
     }
 }
@@ -127,6 +147,8 @@ struct Index {
     nodes: Facts<NodeName, Node>,
     statuses: Facts<Key, L2Status>,
     service_cidrs: Facts<String, BTreeSet<IpNet>>,
+    ip_pools: Facts<String, BTreeSet<IpNet>>,
+    cilium_nodes: Facts<String, BTreeSet<IpNet>>,
     /// The API server does not answer: said once, not once for each watch.
     away: bool,
 }
@@ -169,6 +191,8 @@ impl Cluster {
         index.nodes.synced = true;
         index.statuses.synced = true;
         index.service_cidrs.synced = true;
+        index.ip_pools.synced = true;
+        index.cilium_nodes.synced = true;
         self.changed.notify_one();
     }
 
@@ -189,6 +213,8 @@ impl Cluster {
             (Watch::Nodes, state(&index.nodes)),
             (Watch::ServiceL2Statuses, state(&index.statuses)),
             (Watch::ServiceCidrs, state(&index.service_cidrs)),
+            (Watch::IpPools, state(&index.ip_pools)),
+            (Watch::CiliumNodes, state(&index.cilium_nodes)),
         ]
         .into()
     }
@@ -211,18 +237,16 @@ impl Cluster {
             away: index.away,
         };
         let resolved = announcers.resolve(claims, now);
+        let all = |facts: &Facts<String, BTreeSet<IpNet>>| -> BTreeSet<IpNet> {
+            facts.current.values().flatten().copied().collect()
+        };
         let view = View {
             services: index.services.current.clone(),
             slices: index.slices.current.clone(),
             nodes: index.nodes.current.clone(),
             announcers: resolved.announcers.clone(),
-            service_cidrs: index
-                .service_cidrs
-                .current
-                .values()
-                .flatten()
-                .copied()
-                .collect(),
+            service_cidrs: all(&index.service_cidrs),
+            pod_pools: &all(&index.ip_pools) | &all(&index.cilium_nodes),
             links: Vec::new(),
         };
         (view, resolved)
@@ -284,6 +308,23 @@ pub fn start(client: &Client, metallb_namespace: &str, cluster: &Arc<Cluster>) -
         ResourceExt::name_any,
         guarded(|cidr| Some(service_cidrs(cidr))),
     ));
+    for (watch, resource) in [
+        (Watch::IpPools, pools::calico_pools()),
+        (Watch::CiliumNodes, pools::cilium_nodes()),
+    ] {
+        watches.spawn(follow(
+            watch,
+            Api::<DynamicObject>::all_with(client.clone(), &resource),
+            watcher::Config::default(),
+            cluster.clone(),
+            move |index| match watch {
+                Watch::IpPools => &mut index.ip_pools,
+                _ => &mut index.cilium_nodes,
+            },
+            ResourceExt::name_any,
+            |object| Ok(Some(pools::networks(object))),
+        ));
+    }
     watches
 }
 
@@ -355,8 +396,13 @@ async fn follow<O, K, F>(
             cluster.changed.notify_one();
         }
         if failed {
-            tokio::time::sleep(pause).await;
-            pause = LONGEST_PAUSE.min(pause * 2);
+            let not_served = watch.is_optional() && facts(&mut cluster.index()).synced;
+            if not_served {
+                tokio::time::sleep(NOT_SERVED_PAUSE).await;
+            } else {
+                tokio::time::sleep(pause).await;
+                pause = LONGEST_PAUSE.min(pause * 2);
+            }
         }
     }
 }
@@ -417,7 +463,7 @@ fn describe(watch: Watch, error: &watcher::Error) -> Failure {
     match (watch, status) {
         // Served since Kubernetes 1.33; without it the exclusion of pods and nodes does the work, because
         // packets to a ClusterIP are looked at after kube-proxy has chosen the pod.
-        (Watch::ServiceCidrs, 404) => Failure::NotServed,
+        (watch, 404) if watch.is_optional() => Failure::NotServed,
         (Watch::ServiceL2Statuses, 404) => Failure::Refused(
             "not served by the API server: is a MetalLB installed that has this resource?"
                 .to_owned(),

@@ -116,7 +116,7 @@ impl Hearing {
         self.wanted = wanted;
     }
 
-    /// Takes a claim; returns whether it changed who announces what.
+    /// Takes a claim; returns whether there is news: another announcer, or an oddity not met before.
     pub(crate) fn claim(&mut self, claim: Claim, now: Instant) -> bool {
         if let Some(node) = self.wanted.nodes.get(&claim.address).cloned() {
             // An answer to our own question, as the kernel would take it into its neighbour table.
@@ -143,7 +143,7 @@ impl Hearing {
         }
     }
 
-    /// Takes the nodes' link-layer addresses; returns whether that changed who announces what.
+    /// Takes the nodes' link-layer addresses; returns whether there is news.
     pub(crate) fn neighbours(&mut self, table: &[(Mac, IpAddr)], own: Mac, now: Instant) -> bool {
         let found: BTreeMap<Mac, NodeName> = table
             .iter()
@@ -219,8 +219,7 @@ impl Hearing {
         // Two that answer at once would turn us to and fro. Who is right says so again.
         if now.saturating_duration_since(heard.since) < PACE {
             let oddity = Oddity::Contested(vip, heard.node.clone(), node);
-            *self.odd.entry(oddity).or_default() += 1;
-            return false;
+            return meet(&mut self.odd, oddity);
         }
         *heard = Heard {
             node,
@@ -239,11 +238,18 @@ impl Hearing {
                 self.waiting.push((claim, at));
             } else {
                 let oddity = Oddity::Stranger(claim.address, claim.mac);
-                *self.odd.entry(oddity).or_default() += 1;
+                changed |= meet(&mut self.odd, oddity);
             }
         }
         changed
     }
+}
+
+/// Counts an oddity; returns whether it is new.
+fn meet(odd: &mut BTreeMap<Oddity, u64>, oddity: Oddity) -> bool {
+    let count = odd.entry(oddity).or_default();
+    *count += 1;
+    *count == 1
 }
 
 #[cfg(test)]
@@ -324,7 +330,7 @@ mod tests {
         assert!(!hearing.claim(claim("192.0.2.200", 66), now));
         assert!(hearing.is_waiting());
         let later = now + LOOKUP_PATIENCE;
-        assert!(!hearing.neighbours(&[], OWN, later));
+        assert!(hearing.neighbours(&[], OWN, later), "it is news");
         assert_eq!(announcer(&hearing, "192.0.2.200"), Some(name(2)));
         let stranger = Oddity::Stranger(ip("192.0.2.200"), mac(66));
         assert_eq!(hearing.oddities(), &[(stranger, 1)].into());
@@ -350,6 +356,10 @@ mod tests {
     fn the_newest_claim_wins_but_not_more_often_than_once_a_second() {
         let (mut hearing, now) = hearing(&[]);
         hearing.claim(claim("192.0.2.200", 2), now);
+        assert!(
+            hearing.claim(claim("192.0.2.200", 3), now + PACE / 2),
+            "it is news"
+        );
         assert!(!hearing.claim(claim("192.0.2.200", 3), now + PACE / 2));
         assert_eq!(announcer(&hearing, "192.0.2.200"), Some(name(2)));
         assert_eq!(hearing.oddities().len(), 1);

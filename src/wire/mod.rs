@@ -87,7 +87,7 @@ impl Wire {
         self.shared.hearing().oddities().clone()
     }
 
-    /// Waits until it changed who announces what.
+    /// Waits for news: another announcer, or something odd.
     pub async fn changed(&self) {
         self.shared.changed.notified().await;
     }

@@ -3,6 +3,7 @@
 //! One lab for each combination of kube-proxy and CNI masquerade, the rows in it one after the other. Arguments
 //! choose labs by a part of their name: `cargo test --test e2e -- legacy`.
 
+mod announcers;
 mod bad_input;
 mod rows;
 
@@ -85,8 +86,20 @@ fn main() -> ExitCode {
                 agent: AGENT.into(),
                 settings: vec![("FIREWALL_BACKEND", backend)],
             };
-            in_lab(&mut suite, &name, options);
+            in_lab(&mut suite, &name, options, rows::run);
         }
+    }
+    let name = "announcers";
+    if is_wanted(name) {
+        say!("{name}");
+        let options = Options {
+            nodes: 3,
+            kube_proxy: KubeProxy::Iptables,
+            masquerade: Masquerade::IptablesNft,
+            agent: AGENT.into(),
+            settings: vec![("ANNOUNCER_GRACE_PERIOD", announcers::GRACE)],
+        };
+        in_lab(&mut suite, name, options, announcers::run);
     }
     say!("{} passed, {} failed", suite.passed, suite.failed);
     if suite.failed == 0 {
@@ -96,7 +109,7 @@ fn main() -> ExitCode {
     }
 }
 
-fn in_lab(suite: &mut Suite, name: &str, options: Options) {
+fn in_lab(suite: &mut Suite, name: &str, options: Options, rows: fn(&mut Suite, &mut Lab)) {
     let started = Instant::now();
     let mut lab = match Lab::start(options) {
         Ok(lab) => lab,
@@ -104,7 +117,7 @@ fn in_lab(suite: &mut Suite, name: &str, options: Options) {
     };
     say!("  lab up in {:.1} s", started.elapsed().as_secs_f64());
     let failed_before = suite.failed;
-    rows::run(suite, &mut lab);
+    rows(suite, &mut lab);
     if suite.failed > failed_before {
         let directory = name.replace(", ", "-").replace(' ', "-").to_lowercase();
         let target = Path::new(env!("CARGO_TARGET_TMPDIR"))

@@ -14,7 +14,7 @@ use crate::Suite;
 
 const PROTOCOLS: [Protocol; 2] = [Protocol::Tcp, Protocol::Udp];
 /// A pod of the egress Service on every node.
-const SHOP: [&str; 3] = ["shop-1", "shop-2", "shop-3"];
+pub(crate) const SHOP: [&str; 3] = ["shop-1", "shop-2", "shop-3"];
 /// Pods of no egress Service, one on every node.
 const PLAIN: [&str; 3] = ["plain-1", "plain-2", "plain-3"];
 /// How long established connections may be silent at a move: lost packets are sent again after 0.2 s, 0.6 s,
@@ -336,7 +336,9 @@ fn prepare(lab: &mut Lab) -> Result<Vec<IpAddr>> {
 }
 
 /// All pairs of a family and one of the others.
-fn every<T: Copy>(others: impl IntoIterator<Item = T>) -> impl Iterator<Item = (Family, T)> {
+pub(crate) fn every<T: Copy>(
+    others: impl IntoIterator<Item = T>,
+) -> impl Iterator<Item = (Family, T)> {
     others
         .into_iter()
         .flat_map(|other| Family::BOTH.map(|family| (family, other)))
@@ -350,7 +352,7 @@ fn expect(seen: &Seen, address: IpAddr, what: &str) -> Result<()> {
     Ok(())
 }
 
-fn vip_of(vips: &[IpAddr], family: Family) -> Result<IpAddr> {
+pub(crate) fn vip_of(vips: &[IpAddr], family: Family) -> Result<IpAddr> {
     let mut vips = vips
         .iter()
         .filter(|vip| vip.is_ipv4() == (family == Family::V4));
@@ -358,7 +360,7 @@ fn vip_of(vips: &[IpAddr], family: Family) -> Result<IpAddr> {
 }
 
 /// Every pod, to both outside servers, by both families and protocols.
-fn leave_as(lab: &Lab, pods: &[&str], vips: &[IpAddr]) -> Result<()> {
+pub(crate) fn leave_as(lab: &Lab, pods: &[&str], vips: &[IpAddr]) -> Result<()> {
     for pod in pods {
         for (family, outside) in every(Outside::BOTH) {
             for protocol in PROTOCOLS {
@@ -392,7 +394,7 @@ fn leave_as_nodes(lab: &Lab, pods: &[&str]) -> Result<()> {
 }
 
 /// Waits until a change of the cluster has reached the pods' nodes.
-fn settle(lab: &Lab, pods: &[&str], vips: &[IpAddr]) -> Result<()> {
+pub(crate) fn settle(lab: &Lab, pods: &[&str], vips: &[IpAddr]) -> Result<()> {
     for (family, pod) in every(pods.iter().copied()) {
         let vip = vip_of(vips, family)?;
         eventually(SOON, &format!("{pod} leaves as {vip}"), || {
@@ -642,7 +644,7 @@ fn move_announcement(lab: &Lab, vips: &[IpAddr]) -> Result<()> {
     for (family, pod) in every(SHOP) {
         streams.push((pod, lab.open_stream(pod, Outside::Far, family)?));
     }
-    lab.move_announcement("shop", vips, to)?;
+    lab.move_announcement(vips, to)?;
     // From now on a connection may fail for a moment, but not show another address.
     for _ in 0..10 {
         for (family, pod) in every(SHOP) {

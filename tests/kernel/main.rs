@@ -13,6 +13,7 @@ mod conntrack;
 mod disturbance;
 mod firewall;
 mod routes;
+mod wire;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;

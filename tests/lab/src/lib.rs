@@ -132,8 +132,32 @@ pub struct Pod {
     pub node: usize,
     /// Its addresses.
     pub addresses: [String; 2],
-    host: Host,
+    host: Arc<Host>,
     _server: Server,
+}
+
+/// Opens connections from a pod, independent of what happens to the lab.
+#[derive(Debug)]
+pub struct Dialer {
+    pod: String,
+    host: Arc<Host>,
+}
+
+impl Dialer {
+    /// The pod's name.
+    #[must_use]
+    pub fn pod(&self) -> &str {
+        &self.pod
+    }
+
+    /// What an outside server sees when the pod opens a connection.
+    ///
+    /// # Errors
+    /// When the pod's network is gone.
+    pub fn ask(&self, to: Outside, family: Family, protocol: Protocol) -> Result<Seen> {
+        let address = to.address(family);
+        probe::ask(&self.host, SocketAddr::new(address, PORT), protocol)
+    }
 }
 
 impl Pod {
@@ -572,7 +596,7 @@ impl Lab {
     pub fn create_pod(&mut self, name: &str, node: usize, app: &str) -> Result<()> {
         let n = self.next_pod;
         self.next_pod += 1;
-        let host = Host::new(name)?;
+        let host = Arc::new(Host::new(name)?);
         net::connect_pod(self.node(node), node, &host, &format!("pod{n}"), n)?;
         let server = probe::serve(&host)?;
         let addresses = net::pod(node, n);
@@ -785,29 +809,11 @@ impl Lab {
         })
     }
 
-    /// Makes a node the only one that may announce, and waits until it does, on the wire and by MetalLB's word.
-    ///
-    /// MetalLB 0.15 sometimes loses its word at a move: the speaker that gives the VIP up deletes the object
-    /// that the new one has just written, and nobody writes it again while the VIP is announced. Then the VIP
-    /// is moved once more, over another node.
+    /// Makes a node the only one that may announce, and waits until it does.
     ///
     /// # Errors
     /// When the VIPs do not move.
-    pub fn move_announcement(&self, service: &str, vips: &[IpAddr], to: usize) -> Result<()> {
-        const TRIES: usize = 5;
-        for _ in 0..TRIES {
-            self.announce_from(vips, to)?;
-            if self.status_names(service, to)? {
-                return Ok(());
-            }
-            say!("  (MetalLB lost its ServiceL2Status of {service}: moving once more)");
-            let other = self.node_numbers().find(|number| *number != to);
-            self.announce_from(vips, other.context("there is one node only")?)?;
-        }
-        bail!("MetalLB lost its ServiceL2Status of {service} {TRIES} times")
-    }
-
-    fn announce_from(&self, vips: &[IpAddr], to: usize) -> Result<()> {
+    pub fn move_announcement(&self, vips: &[IpAddr], to: usize) -> Result<()> {
         // The new one first: in between there is always one that may.
         self.allow_announcing(to, true)?;
         for number in self.node_numbers().filter(|number| *number != to) {
@@ -819,26 +825,23 @@ impl Lab {
         Ok(())
     }
 
-    /// Whether MetalLB's object comes to name this node as the announcer of a Service.
-    fn status_names(&self, service: &str, node: usize) -> Result<bool> {
+    /// The nodes that MetalLB's objects name as announcers of a Service.
+    ///
+    /// # Errors
+    /// When the API server does not answer.
+    pub fn status_names(&self, service: &str) -> Result<Vec<String>> {
         let path = "/apis/metallb.io/v1beta1/namespaces/metallb-system/servicel2statuses";
         let path = format!("{path}?labelSelector=metallb.io/service-name={service}");
-        let deadline = Instant::now() + Duration::from_secs(2);
-        loop {
-            let list = self.api.get(&path)?;
-            let items = list["items"].as_array().cloned().unwrap_or_default();
-            let names: Vec<&str> = items
-                .iter()
-                .filter_map(|item| item["metadata"]["labels"]["metallb.io/node"].as_str())
-                .collect();
-            if names == [format!("node{node}")] {
-                return Ok(true);
-            }
-            if Instant::now() > deadline {
-                return Ok(false);
-            }
-            std::thread::sleep(Duration::from_millis(20));
-        }
+        let list = self.api.get(&path)?;
+        let items = list["items"].as_array().cloned().unwrap_or_default();
+        let label = |item: &Value| {
+            Some(
+                item["metadata"]["labels"]["metallb.io/node"]
+                    .as_str()?
+                    .to_owned(),
+            )
+        };
+        Ok(items.iter().filter_map(label).collect())
     }
 
     /// Says whether a node may announce VIPs.
@@ -899,6 +902,35 @@ impl Lab {
         protocol: Protocol,
     ) -> Result<Seen> {
         probe::ask(&self.pod(pod)?.host, SocketAddr::new(to, port), protocol)
+    }
+
+    /// Who opens connections from pods while other things happen to the lab.
+    ///
+    /// # Errors
+    /// When there is no such pod.
+    pub fn dialers(&self, pods: &[&str]) -> Result<Vec<Dialer>> {
+        let dialer = |name: &&str| {
+            let host = self.pod(name)?.host.clone();
+            let pod = (*name).to_owned();
+            Ok(Dialer { pod, host })
+        };
+        pods.iter().map(dialer).collect()
+    }
+
+    /// Tells every node that an outside host, which is no node, has an IPv4 address.
+    ///
+    /// # Errors
+    /// When it cannot be sent.
+    pub fn forge_claim(&self, address: IpAddr) -> Result<()> {
+        let IpAddr::V4(v4) = address else {
+            bail!("{address}: ARP is of IPv4");
+        };
+        let nodes: Vec<[u8; 6]> = self.node_numbers().map(net::node_mac_bytes).collect();
+        let sent = self
+            .lan_server
+            .inside(move || probe::forge_arp("eth0", &nodes, v4))?;
+        sent.join()
+            .map_err(|_| anyhow::anyhow!("the forger panicked"))?
     }
 
     /// What an outside server sees when a process of a node opens a connection.

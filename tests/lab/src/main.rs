@@ -182,7 +182,7 @@ fn demo(matches: &ArgMatches) -> Result<()> {
     say!(
         "\nMoving the announcement from node{gateway} to node{next}, with a connection of each pod left open\n"
     );
-    lab.move_announcement("shop", &vips, next)?;
+    lab.move_announcement(&vips, next)?;
     wait_until_vips_are_seen(&lab, &vips)?;
     say!("Moved: the gateway is node{next} now, the address is the same");
     show(&lab)?;

@@ -60,6 +60,12 @@ pub fn node_mac(number: usize) -> String {
     format!("02:00:00:00:00:{:02x}", 10 + number)
 }
 
+/// The same as bytes.
+pub(crate) fn node_mac_bytes(number: usize) -> [u8; 6] {
+    let last = u8::try_from(10 + number).unwrap_or_default();
+    [2, 0, 0, 0, 0, last]
+}
+
 const IPV6: &str = "
     sysctl -qw net.ipv6.conf.all.accept_dad=0 net.ipv6.conf.default.accept_dad=0 \
         net.ipv6.conf.all.accept_ra=0 net.ipv6.conf.default.accept_ra=0";

@@ -186,6 +186,40 @@ pub fn ask(from: &Host, to: SocketAddr, protocol: Protocol) -> Result<Seen> {
         .map_err(|_| anyhow::anyhow!("the client panicked"))
 }
 
+/// Sends a gratuitous ARP reply to some hosts only, from a made-up sender, in the calling thread's network.
+pub(crate) fn forge_arp(
+    interface: &str,
+    to: &[[u8; 6]],
+    address: std::net::Ipv4Addr,
+) -> Result<()> {
+    use std::os::fd::AsRawFd;
+
+    use nix::sys::socket::bind;
+    use socket2::{Domain, Protocol, Socket, Type};
+
+    let arp = Protocol::from(i32::from(0x0806_u16.to_be()));
+    let socket = Socket::new(Domain::PACKET, Type::RAW, Some(arp))?;
+    let mut addresses = nix::ifaddrs::getifaddrs()?;
+    let link = addresses.find_map(|a| {
+        let link = a.address?.as_link_addr().copied();
+        link.filter(|_| a.interface_name == interface)
+    });
+    bind(socket.as_raw_fd(), &link.context("no such interface")?)?;
+    for host in to {
+        let sender = [2, 0, 0, 0, 0x66, 0x66];
+        let mut frame = host.to_vec();
+        frame.extend(sender);
+        // ARP of IPv4 over Ethernet, a reply.
+        frame.extend([8, 6, 0, 1, 8, 0, 6, 4, 0, 2]);
+        frame.extend(sender);
+        frame.extend(address.octets());
+        frame.extend(host);
+        frame.extend(address.octets());
+        socket.send(&frame)?;
+    }
+    Ok(())
+}
+
 fn ask_tcp(to: SocketAddr) -> std::io::Result<Seen> {
     let stream = TcpStream::connect_timeout(&to, PATIENCE)?;
     stream.set_read_timeout(Some(PATIENCE))?;
