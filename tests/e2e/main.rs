@@ -5,6 +5,7 @@
 
 mod announcers;
 mod bad_input;
+mod inputs;
 mod rows;
 
 use std::path::Path;
@@ -89,17 +90,24 @@ fn main() -> ExitCode {
             in_lab(&mut suite, &name, options, rows::run);
         }
     }
-    let name = "announcers";
-    if is_wanted(name) {
-        say!("{name}");
-        let options = Options {
-            nodes: 3,
-            kube_proxy: KubeProxy::Iptables,
-            masquerade: Masquerade::IptablesNft,
-            agent: AGENT.into(),
-            settings: vec![("ANNOUNCER_GRACE_PERIOD", announcers::GRACE)],
-        };
-        in_lab(&mut suite, name, options, announcers::run);
+    let lab = |kube_proxy, settings| Options {
+        nodes: 3,
+        kube_proxy,
+        masquerade: Masquerade::IptablesNft,
+        agent: AGENT.into(),
+        settings,
+    };
+    if is_wanted("announcers") {
+        say!("announcers");
+        let grace = vec![("ANNOUNCER_GRACE_PERIOD", announcers::GRACE)];
+        let options = lab(KubeProxy::Iptables, grace);
+        in_lab(&mut suite, "announcers", options, announcers::run);
+    }
+    if is_wanted("inputs") {
+        say!("inputs");
+        let narrow = vec![("FIREWALL_MASK", inputs::NARROW_MASK)];
+        let options = lab(KubeProxy::Nftables, narrow);
+        in_lab(&mut suite, "inputs", options, inputs::run);
     }
     say!("{} passed, {} failed", suite.passed, suite.failed);
     if suite.failed == 0 {

@@ -16,7 +16,7 @@ const PROTOCOLS: [Protocol; 2] = [Protocol::Tcp, Protocol::Udp];
 /// A pod of the egress Service on every node.
 pub(crate) const SHOP: [&str; 3] = ["shop-1", "shop-2", "shop-3"];
 /// Pods of no egress Service, one on every node.
-const PLAIN: [&str; 3] = ["plain-1", "plain-2", "plain-3"];
+pub(crate) const PLAIN: [&str; 3] = ["plain-1", "plain-2", "plain-3"];
 /// How long established connections may be silent at a move: lost packets are sent again after 0.2 s, 0.6 s,
 /// 1.4 s and 3 s.
 const STREAM_PATIENCE: Duration = Duration::from_secs(8);
@@ -376,7 +376,7 @@ pub(crate) fn leave_as(lab: &Lab, pods: &[&str], vips: &[IpAddr]) -> Result<()> 
     Ok(())
 }
 
-fn leave_as_nodes(lab: &Lab, pods: &[&str]) -> Result<()> {
+pub(crate) fn leave_as_nodes(lab: &Lab, pods: &[&str]) -> Result<()> {
     for pod in pods {
         let node = net::node(lab.pod(pod)?.node);
         for (family, outside) in every(Outside::BOTH) {
@@ -405,7 +405,7 @@ pub(crate) fn settle(lab: &Lab, pods: &[&str], vips: &[IpAddr]) -> Result<()> {
     Ok(())
 }
 
-fn settle_as_nodes(lab: &Lab, pods: &[&str]) -> Result<()> {
+pub(crate) fn settle_as_nodes(lab: &Lab, pods: &[&str]) -> Result<()> {
     for (family, pod) in every(pods.iter().copied()) {
         let node = net::pick(&net::node(lab.pod(pod)?.node), family);
         eventually(SOON, &format!("{pod} leaves as {node}"), || {

@@ -130,6 +130,8 @@ pub struct Pod {
     pub name: String,
     /// Its node, counted from 1.
     pub node: usize,
+    /// By which its addresses and its interface are told from others'.
+    number: usize,
     /// Its addresses.
     pub addresses: [String; 2],
     host: Arc<Host>,
@@ -596,6 +598,22 @@ impl Lab {
     pub fn create_pod(&mut self, name: &str, node: usize, app: &str) -> Result<()> {
         let n = self.next_pod;
         self.next_pod += 1;
+        self.create_pod_numbered(n, name, node, app)
+    }
+
+    /// Ends a pod, and starts another on the same node with the same addresses.
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub fn replace_pod(&mut self, old: &str, new: &str, app: &str) -> Result<()> {
+        let (n, node) = (self.pod(old)?.number, self.pod(old)?.node);
+        self.delete_pod(old)?;
+        // The kernel takes its time with the network of a process that has ended.
+        self.node(node).output(&format!("ip link del pod{n}"))?;
+        self.create_pod_numbered(n, new, node, app)
+    }
+
+    fn create_pod_numbered(&mut self, n: usize, name: &str, node: usize, app: &str) -> Result<()> {
         let host = Arc::new(Host::new(name)?);
         net::connect_pod(self.node(node), node, &host, &format!("pod{n}"), n)?;
         let server = probe::serve(&host)?;
@@ -612,6 +630,7 @@ impl Lab {
         )?;
         self.pods.push(Pod {
             name: name.to_owned(),
+            number: n,
             node,
             addresses,
             host,

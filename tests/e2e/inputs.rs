@@ -1,0 +1,330 @@
+//! What Services, slices and settings may say, in one cluster whose agents have a single bit of the mark: every
+//! gateway is one beyond the marks, and every pod is routed by its address.
+
+use std::net::IpAddr;
+
+use anyhow::{Context, Result, ensure};
+use metaleg_lab::probe::{PORT, Protocol};
+use metaleg_lab::{EGRESS_LABEL, Family, Lab, Outside, SOON, ServiceSpec, eventually, net};
+use serde_json::json;
+
+use crate::Suite;
+use crate::rows::{PLAIN, SHOP, every, leave_as, leave_as_nodes, settle, settle_as_nodes, vip_of};
+
+/// One bit of the mark.
+pub(crate) const NARROW_MASK: &str = "0x00100000";
+const SERVICES: &str = "/api/v1/namespaces/default/services";
+const SLICES: &str = "/apis/discovery.k8s.io/v1/namespaces/default/endpointslices";
+const STATUSES: &str = "servicel2statuses.metallb.io";
+
+pub(crate) fn run(suite: &mut Suite, lab: &mut Lab) {
+    let mut vips = Vec::new();
+    suite.row(
+        "without MetalLB's ServiceL2Status agents wait and say so; when it comes they go on",
+        || {
+            for (number, (shop, plain)) in (1..).zip(SHOP.into_iter().zip(PLAIN)) {
+                lab.create_pod(shop, number, "shop")?;
+                lab.create_pod(plain, number, "back")?;
+            }
+            vips = lab.create_service(&ServiceSpec::new("shop"))?;
+            crd_comes_late(lab)?;
+            lab.label_service("shop", true)?;
+            settle(lab, &SHOP, &vips)
+        },
+    );
+    suite.row(
+        "with one bit of the mark every pod is routed by its address",
+        || {
+            leave_as(lab, &SHOP, &vips)?;
+            let gateway = lab.wait_for_announcer(vips[0], None)?;
+            for number in lab.node_numbers().filter(|number| *number != gateway) {
+                let rules = lab.node(number).sh("ip rule; ip -6 rule")?;
+                for family in Family::BOTH {
+                    let from = format!(
+                        "from {} fwmark 0x100000/0x100000",
+                        lab.pod(SHOP[number - 1])?.address(family)
+                    );
+                    ensure!(rules.contains(&from), "no {from:?} in {rules}");
+                }
+            }
+            Ok(())
+        },
+    );
+    suite.row("only the value `true` of the label counts", || {
+        lab.create_service(&ServiceSpec::new("back"))?;
+        for value in ["True", "yes", "1", "false", ""] {
+            lab.patch_service(
+                "back",
+                &json!({"metadata": {"labels": {EGRESS_LABEL: value}}}),
+            )?;
+            leave_as_nodes(lab, &PLAIN)?;
+        }
+        Ok(())
+    });
+    suite.row(
+        "of two Services the older one has a pod; without it the other has",
+        || {
+            let pods = json!({"app": "shop"});
+            lab.patch_service("back", &json!({"spec": {"selector": pods}}))?;
+            lab.label_service("back", true)?;
+            let younger = lab.wait_for_vips("back")?;
+            let is_told = |number| {
+                lab.agent_log(number)
+                    .contains("belongs to Service default/shop, which is older")
+            };
+            for number in lab.node_numbers() {
+                eventually(SOON, "the younger Service is told", || {
+                    Ok(is_told(number).then_some(()))
+                })?;
+            }
+            leave_as(lab, &SHOP, &vips)?;
+            lab.label_service("shop", false)?;
+            settle(lab, &SHOP, &younger)?;
+            leave_as(lab, &SHOP, &younger)?;
+            lab.label_service("shop", true)?;
+            settle(lab, &SHOP, &vips)?;
+            lab.delete_service("back")
+        },
+    );
+    suite.row(
+        "a family that the Service does not have is not touched",
+        || single_stack(lab),
+    );
+    suite.row("two Services share a VIP", || shared_vip(lab));
+    suite.row("a hand-made slice captures nobody", || captured(lab));
+    suite.row(
+        "a Service with a host name lets nothing out, unless it says so",
+        || without_gateway(lab),
+    );
+    suite.row(
+        "an address that another pod gets at once is the other pod's",
+        || {
+            let addresses = lab.pod("shop-1")?.addresses.clone();
+            lab.replace_pod("shop-1", "next-1", "other")?;
+            ensure!(
+                lab.pod("next-1")?.addresses == addresses,
+                "the address is another one"
+            );
+            settle_as_nodes(lab, &["next-1"])?;
+            lab.replace_pod("next-1", "shop-1", "shop")?;
+            settle(lab, &SHOP, &vips)?;
+            leave_as(lab, &SHOP, &vips)
+        },
+    );
+    suite.row(
+        "destinations that the operator excludes are not egress, and again are",
+        || {
+            lab.configure_agents(&[(
+                "FIREWALL_EXCLUDE_DST_CIDRS",
+                "auto,198.51.100.0/24,2001:db8:2::/64,198.51.100.0/25",
+            )])?;
+            for (family, pod) in every(SHOP) {
+                let node = net::pick(&net::node(lab.pod(pod)?.node), family);
+                eventually(
+                    SOON,
+                    &format!("{pod} leaves as {node} to what is excluded"),
+                    || {
+                        let seen = lab.source_seen(pod, Outside::Far, family, Protocol::Tcp)?;
+                        Ok((seen.address() == Some(node)).then_some(()))
+                    },
+                )?;
+            }
+            settle(lab, &SHOP, &vips)?;
+            lab.configure_agents(&[("FIREWALL_EXCLUDE_DST_CIDRS", "auto")])?;
+            settle(lab, &SHOP, &vips)?;
+            leave_as(lab, &SHOP, &vips)
+        },
+    );
+    suite.row("an interface that goes down and comes up again is a way again", || {
+        let gateway = lab.wait_for_announcer(vips[0], None)?;
+        let number = lab.node_numbers().find(|n| *n != gateway).context("one node only")?;
+        // What a node's own network configuration would bring back comes back with it.
+        lab.node(number).sh(
+            "sysctl -qw net.ipv6.conf.eth0.keep_addr_on_down=1
+             ip route save table main > /run/routes4; ip -6 route save table main > /run/routes6
+             ip link set eth0 down; sleep 0.3; ip link set eth0 up
+             ip route restore < /run/routes4 2>/dev/null || true; ip -6 route restore < /run/routes6 2>/dev/null || true",
+        )?;
+        settle(lab, &SHOP, &vips)?;
+        leave_as(lab, &SHOP, &vips)
+    });
+}
+
+fn crd_comes_late(lab: &mut Lab) -> Result<()> {
+    let crd = lab.kubectl(&["get", "crd", STATUSES, "-o", "json"])?;
+    let mut crd: serde_json::Value = serde_json::from_str(&crd)?;
+    crd["metadata"] = json!({"name": STATUSES});
+    crd.as_object_mut().context("no object")?.remove("status");
+    lab.kubectl(&["delete", "crd", STATUSES, "--wait=true"])?;
+    // The agents cannot become ready; that they were started is enough here.
+    let Err(error) = lab.install_metaleg() else {
+        anyhow::bail!("the agents are ready without it");
+    };
+    let text = format!("{error:#}");
+    ensure!(
+        text.contains("ServiceL2Statuses") && text.contains("is a MetalLB installed"),
+        "{text}"
+    );
+    lab.api().create(
+        "/apis/apiextensions.k8s.io/v1/customresourcedefinitions",
+        &crd,
+    )?;
+    lab.wait_for_agents()
+}
+
+fn single_stack(lab: &mut Lab) -> Result<()> {
+    lab.create_pod("single-1", 1, "single")?;
+    lab.create_pod("single-2", 2, "single")?;
+    let pods = ["single-1", "single-2"];
+    let vips = lab.create_service(&ServiceSpec::new("single").families(&[Family::V4]))?;
+    lab.label_service("single", true)?;
+    let vip = vip_of(&vips, Family::V4)?;
+    for pod in pods {
+        eventually(SOON, &format!("{pod} leaves as {vip}"), || {
+            let seen = lab.source_seen(pod, Outside::Far, Family::V4, Protocol::Tcp)?;
+            Ok((seen.address() == Some(vip)).then_some(()))
+        })?;
+        let node = net::pick(&net::node(lab.pod(pod)?.node), Family::V6);
+        let seen = lab.source_seen(pod, Outside::Far, Family::V6, Protocol::Tcp)?;
+        ensure!(seen.address() == Some(node), "{pod} by IPv6: {seen}");
+    }
+    lab.delete_service("single")
+}
+
+fn shared_vip(lab: &mut Lab) -> Result<()> {
+    let names = ["share-1", "share-2"];
+    for (number, name) in (1_u16..).zip(names) {
+        lab.create_pod(name, usize::from(number), name)?;
+        let service = json!({
+            "apiVersion": "v1", "kind": "Service",
+            "metadata": {"name": name, "labels": {EGRESS_LABEL: "true"},
+                         "annotations": {"metallb.io/allow-shared-ip": "both",
+                                         "metallb.io/loadBalancerIPs": "192.0.2.240"}},
+            "spec": {"type": "LoadBalancer", "selector": {"app": name}, "ipFamilies": ["IPv4"],
+                     "ports": [{"port": 1000 + number, "targetPort": PORT}]},
+        });
+        lab.api().create(SERVICES, &service)?;
+    }
+    let vip: IpAddr = "192.0.2.240".parse()?;
+    for name in names {
+        eventually(SOON, &format!("{name} leaves as {vip}"), || {
+            let seen = lab.source_seen(name, Outside::Far, Family::V4, Protocol::Tcp)?;
+            Ok((seen.address() == Some(vip)).then_some(()))
+        })?;
+    }
+    // One of them goes: the other keeps the VIP.
+    lab.delete_service("share-1")?;
+    eventually(
+        SOON,
+        "the pod of the deleted Service leaves as its node",
+        || {
+            let seen = lab.source_seen("share-1", Outside::Far, Family::V4, Protocol::Tcp)?;
+            let node = net::pick(&net::node(1), Family::V4);
+            Ok((seen.address() == Some(node)).then_some(()))
+        },
+    )?;
+    let seen = lab.source_seen("share-2", Outside::Far, Family::V4, Protocol::Tcp)?;
+    ensure!(seen.address() == Some(vip), "share-2: {seen}");
+    lab.delete_service("share-2")
+}
+
+/// Slices that claim another's pod, a node, the loopback, and nonsense for an egress Service.
+fn captured(lab: &Lab) -> Result<()> {
+    let victim = lab.pod("plain-2")?.address(Family::V4).to_string();
+    let slice = |name: &str, addresses: &[&str], target: serde_json::Value| {
+        json!({
+            "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4",
+            "metadata": {"name": name, "labels": {EGRESS_LABEL: "true", "kubernetes.io/service-name": "shop"}},
+            "endpoints": addresses.iter().map(|address| json!({
+                "addresses": [address], "targetRef": target, "nodeName": "node2"
+            })).collect::<Vec<_>>(),
+            "ports": [],
+        })
+    };
+    let foreign = json!({"kind": "Pod", "name": "plain-2", "namespace": "kube-system"});
+    for object in [
+        slice("by-hand", &[&victim], serde_json::Value::Null),
+        slice("of-another-namespace", &[&victim], foreign),
+        slice(
+            "of-a-node",
+            &["192.0.2.12"],
+            json!({"kind": "Pod", "name": "x", "namespace": "default"}),
+        ),
+    ] {
+        lab.api().create(SLICES, &object)?;
+    }
+    for text in [
+        "stands for nothing, not for a Pod",
+        "stands for Pod kube-system/plain-2 of another namespace",
+        "a hostNetwork pod leaves as its node",
+    ] {
+        eventually(SOON, &format!("told: {text}"), || {
+            Ok(lab.agent_log(2).contains(text).then_some(()))
+        })?;
+    }
+    leave_as_nodes(lab, &PLAIN)?;
+    let seen = lab.ask_from_node(2, Outside::Far.address(Family::V4), Protocol::Tcp)?;
+    ensure!(
+        seen.address() == Some(net::pick(&net::node(2), Family::V4)),
+        "node2: {seen}"
+    );
+    for name in ["by-hand", "of-another-namespace", "of-a-node"] {
+        lab.api().delete(&format!("{SLICES}/{name}"))?;
+    }
+    Ok(())
+}
+
+fn without_gateway(lab: &mut Lab) -> Result<()> {
+    lab.create_pod("lone-1", 1, "lone")?;
+    let service = json!({
+        "apiVersion": "v1", "kind": "Service",
+        "metadata": {"name": "lone", "labels": {EGRESS_LABEL: "true"}},
+        "spec": {"type": "LoadBalancer", "loadBalancerClass": "example.com/nobody", "selector": {"app": "lone"},
+                 "ipFamilies": ["IPv4"], "ports": [{"port": PORT}]},
+    });
+    lab.api().create(SERVICES, &service)?;
+    let status = json!({"status": {"loadBalancer": {"ingress": [{"hostname": "lb.example"}]}}});
+    lab.api()
+        .patch(&format!("{SERVICES}/lone/status"), &status)?;
+    let is_rejected = || {
+        eventually(SOON, "the pod is rejected", || {
+            let seen = lab.source_seen("lone-1", Outside::Far, Family::V4, Protocol::Tcp)?;
+            Ok(seen.is_rejected().then_some(()))
+        })
+    };
+    is_rejected()?;
+    eventually(SOON, "the host name is told", || {
+        Ok(lab
+            .agent_log(1)
+            .contains("the ingress is the host name lb.example")
+            .then_some(()))
+    })?;
+    // A VIP that nobody announces is no way out either.
+    let status = json!({"status": {"loadBalancer": {"ingress": [{"ip": "192.0.2.239"}]}}});
+    lab.api()
+        .patch(&format!("{SERVICES}/lone/status"), &status)?;
+    eventually(SOON, "the missing announcer is told", || {
+        Ok(lab
+            .agent_log(1)
+            .contains("no node announces the VIP")
+            .then_some(()))
+    })?;
+    is_rejected()?;
+    let annotate = |value: &str| {
+        lab.patch_service(
+            "lone",
+            &json!({"metadata": {"annotations": {"metaleg.de/on-no-gateway": value}}}),
+        )
+    };
+    annotate("node-address")?;
+    settle_as_nodes(lab, &["lone-1"])?;
+    annotate("perhaps")?;
+    is_rejected()?;
+    eventually(SOON, "the strange value is told", || {
+        let log = lab.agent_log(1);
+        Ok(log
+            .contains("`perhaps` is neither reject nor node-address")
+            .then_some(()))
+    })?;
+    lab.delete_service("lone")
+}
