@@ -232,7 +232,7 @@ impl<K: Kernel> Agent<'_, K> {
     async fn observe(&mut self) -> Result<Confirmed, kernel::Error> {
         let observed = self.kernel.observe().await?;
         for collision in observed.collisions.difference(&self.collisions) {
-            warn!("a routing rule of others is in the way of ours: {collision}");
+            warn!("{collision}");
         }
         self.collisions = observed.collisions;
         Ok(Confirmed {

@@ -8,6 +8,7 @@ mod iptables;
 mod leftovers;
 mod netlink;
 mod nftables;
+mod rivals;
 mod route;
 mod tag;
 mod tool;
@@ -76,7 +77,7 @@ pub struct Observed {
     pub state: KernelState,
     /// Tables of our range that others use: not to be used by us.
     pub occupied: BTreeSet<(Family, TableId)>,
-    /// Rules of others that get in the way of ours, as text for the operator.
+    /// What of others gets in the way of ours, as sentences for the operator.
     pub collisions: BTreeSet<String>,
 }
 
@@ -263,6 +264,15 @@ impl Kernel for NodeKernel {
             _ => leftovers::find(&self.firewall, &self.families, routes.earlier).await?,
         };
         self.leftovers = Some(leftovers.clone());
+        let mut collisions = routes.collisions;
+        for rival in rivals::find(&self.firewall, &self.families).await? {
+            collisions.insert(match self.firewall {
+                Backend::Nftables(_) => format!("{rival} may translate packets before we do"),
+                Backend::Iptables(_) => format!(
+                    "{rival} may translate packets before we do: FIREWALL_BACKEND=nftables would be ahead of it"
+                ),
+            });
+        }
         Ok(Observed {
             state: KernelState {
                 families,
@@ -270,7 +280,7 @@ impl Kernel for NodeKernel {
                 doubt: true,
             },
             occupied: routes.occupied,
-            collisions: routes.collisions,
+            collisions,
         })
     }
 

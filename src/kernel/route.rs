@@ -85,7 +85,7 @@ pub(crate) struct Observed {
     pub(crate) states: BTreeMap<Family, RouteState>,
     /// Tables of our range that others use.
     pub(crate) occupied: BTreeSet<(Family, TableId)>,
-    /// Rules of others that get in the way of ours, as text.
+    /// Rules of others that get in the way of ours, as sentences for the operator.
     pub(crate) collisions: BTreeSet<String>,
     /// Rules of a release before 0.3 are there.
     pub(crate) earlier: bool,
@@ -464,7 +464,10 @@ impl Ranges {
             && rule.priority < ours.end
             && rule.action != RuleAction::Nop;
         if ours.contains(&rule.priority) || takes_our_mark {
-            observed.collisions.insert(format!("{family} {rule}"));
+            let text = format!(
+                "the {family} routing rule `{rule}` of others comes before ours or among them"
+            );
+            observed.collisions.insert(text);
         }
     }
 

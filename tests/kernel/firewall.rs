@@ -531,9 +531,73 @@ fn tables_and_rules_of_others_in_our_ranges_are_told() {
         assert_eq!(
             told,
             [
-                "IPv4 pref 1001 to 203.0.113.0/24 lookup 254",
-                "IPv4 pref 500 fwmark 0x100000/0x100000 lookup 7"
+                "the IPv4 routing rule `pref 1001 to 203.0.113.0/24 lookup 254` of others comes before ours or among them",
+                "the IPv4 routing rule `pref 500 fwmark 0x100000/0x100000 lookup 7` of others comes before ours or among them"
             ]
         );
     });
+}
+
+#[test]
+fn nat_of_others_that_may_come_first_is_told() {
+    for (mode, told) in [
+        (Mode::Own, vec!["chain early of nftables table ip others"]),
+        (
+            Mode::Nft,
+            vec![
+                "chain POSTROUTING of iptables in legacy mode",
+                "chain early of nftables table ip others",
+                "chain late of nftables table inet cni",
+            ],
+        ),
+        (
+            Mode::Legacy,
+            vec![
+                "chain CNI-1 of iptables in nf_tables mode",
+                "chain early of nftables table ip others",
+                "chain late of nftables table inet cni",
+            ],
+        ),
+    ] {
+        in_namespace(move || async move {
+            let mut kernel = open(mode).await;
+            sh("nft 'table ip others { chain early { type nat hook postrouting priority 50; masquerade; }; }'
+                nft 'table inet cni { chain late { type nat hook postrouting priority 100; masquerade; }; }'
+                nft 'table ip kube-proxy { chain p { type nat hook postrouting priority 100; masquerade; }; }'");
+            if mode != Mode::Legacy {
+                sh("iptables-legacy -t nat -A POSTROUTING -j MASQUERADE");
+            }
+            sh("iptables-nft -t nat -N CNI-1; iptables-nft -t nat -A CNI-1 -j MASQUERADE
+                iptables-nft -t nat -N KUBE-POSTROUTING; iptables-nft -t nat -A KUBE-POSTROUTING -j MASQUERADE");
+            reach(&mut kernel, &example()).await;
+            let observed = kernel.observe().await.unwrap();
+            let rivals: Vec<&str> = observed
+                .collisions
+                .iter()
+                .filter_map(|text| Some(text.split_once(" may translate")?.0))
+                .collect();
+            assert_eq!(rivals, told);
+        });
+    }
+}
+
+#[test]
+fn the_lock_of_iptables_is_waited_for_and_busy_neighbours_do_not_matter() {
+    for mode in [Mode::Own, Mode::Nft, Mode::Legacy] {
+        in_namespace(move || async move {
+            let mut kernel = open(mode).await;
+            // Another program holds the lock for a second, and one writes its own rules all the time.
+            let mut busy = Command::new("sh")
+                .args(["-c", "flock /run/xtables.lock sleep 1; i=0; while [ $i -lt 2000 ]; do i=$((i+1)); \
+                       nft 'table ip busy { chain c { ip saddr 203.0.113.1 accept; }; }; delete table ip busy'; done"])
+                .spawn()
+                .unwrap();
+            for _ in 0..5 {
+                reach(&mut kernel, &example()).await;
+                reach(&mut kernel, &nothing()).await;
+            }
+            busy.kill().unwrap();
+            busy.wait().unwrap();
+        });
+    }
 }

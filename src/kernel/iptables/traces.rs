@@ -1,5 +1,7 @@
 //! What this backend, in any mode, and earlier releases left: found and removed without using the backend.
 
+use std::collections::BTreeSet;
+
 use super::chains::{Line, is_earlier_chain, is_earlier_rule, is_own_chain, remove_document};
 use super::sets::{self, destroy, is_earlier_set, is_own_set};
 use super::{Variant, restore, saved};
@@ -78,4 +80,24 @@ pub(crate) async fn remove_earlier_chains(
 pub(crate) async fn remove_earlier_sets() -> Result<(), ToolError> {
     let names = sets::names().await?.into_iter();
     destroy(names.filter(|name| is_earlier_set(name)).collect()).await
+}
+
+/// Chains of others that translate sources, in a mode. kube-proxy's translate only what it has marked itself.
+pub(crate) async fn translating_chains(
+    variant: Variant,
+    families: &[Family],
+) -> Result<BTreeSet<String>, ToolError> {
+    let mut chains = BTreeSet::new();
+    for family in families {
+        let translates = |line: &Line| {
+            line.table == "nat"
+                && matches!(line.target(), Some("MASQUERADE" | "SNAT"))
+                && !line.chain.starts_with("KUBE-")
+                && !is_own_chain(&line.chain)
+                && !is_earlier_chain(&line.chain)
+        };
+        let lines = saved(variant, *family).await?.into_iter();
+        chains.extend(lines.filter(translates).map(|line| line.chain));
+    }
+    Ok(chains)
 }

@@ -22,9 +22,9 @@ use netlink_packet_netfilter::none::ControlMessage;
 use netlink_packet_netfilter::{NetfilterMessageInner, NetfilterProtoFamily};
 
 use self::elements::{Elements, Kind, Value};
-use self::parse::BaseChain;
-pub(crate) use self::ruleset::TABLE;
+pub(crate) use self::parse::{BaseChain, any_chain};
 use self::ruleset::{Chain, chains};
+pub(crate) use self::ruleset::{TABLE, TRANSLATION_PRIORITY};
 use crate::kernel::netlink::{Message, Netfilter, NetlinkError, message};
 use crate::kernel::tool::run;
 use crate::kernel::{Error, Firewall, StepError, tryable};

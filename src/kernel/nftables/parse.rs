@@ -69,11 +69,19 @@ pub(crate) fn set(message: Message<'_>) -> Option<String> {
 
 /// Name and hook of a chain of ours.
 pub(crate) fn chain(message: Message<'_>) -> Option<(String, Option<BaseChain>)> {
-    let name = named(message, CHAIN_TABLE, CHAIN_NAME)?;
+    let (table, name, base) = any_chain(message)?;
+    (table == TABLE).then_some((name, base))
+}
+
+/// Table, name and hook of anybody's chain.
+pub(crate) fn any_chain(message: Message<'_>) -> Option<(String, String, Option<BaseChain>)> {
+    let (mut table, mut name) = (None, None);
     let mut base = BaseChain::default();
     let mut has_hook = false;
     for (kind, value) in message.attributes() {
         match kind {
+            CHAIN_TABLE => table = Some(text(value).to_owned()),
+            CHAIN_NAME => name = Some(text(value).to_owned()),
             CHAIN_TYPE => text(value).clone_into(&mut base.kind),
             CHAIN_POLICY => base.accepts = number(value)? == ACCEPT,
             CHAIN_HOOK => {
@@ -89,7 +97,7 @@ pub(crate) fn chain(message: Message<'_>) -> Option<(String, Option<BaseChain>)>
             _ => {}
         }
     }
-    Some((name.to_owned(), has_hook.then_some(base)))
+    Some((table?, name?, has_hook.then_some(base)))
 }
 
 /// The chain and our comment of a rule; a rule that has none has an empty comment.

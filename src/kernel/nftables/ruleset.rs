@@ -52,12 +52,13 @@ const GUARD: Hook = Hook {
     number: 2,
     priority: -5,
 };
-/// Before every masquerade (100): the first chain that decides about a connection wins.
+/// Ahead of every masquerade (100): the first chain that decides about a connection wins.
+pub(crate) const TRANSLATION_PRIORITY: i32 = 95;
 const TRANSLATION: Hook = Hook {
     kind: "nat",
     name: "postrouting",
     number: 4,
-    priority: 95,
+    priority: TRANSLATION_PRIORITY,
 };
 /// After every translation: the source is what will be on the wire.
 const LEAK: Hook = Hook {
