@@ -20,7 +20,7 @@ use crate::error::chain;
 use crate::kernel::{self, Kernel, StepError};
 use crate::plan::slots::Slots;
 use crate::plan::{Desired, plan};
-use crate::report::{Outcome, Report};
+use crate::report::{Outcome, Report, events};
 use crate::settings::Settings;
 use crate::state::{Executor, Family, KernelState, RuleAction, Step, TableId};
 use crate::view::announcers::{Announcers, Resolved};
@@ -191,6 +191,11 @@ impl<K: Kernel> Agent<'_, K> {
         let desired = plan(&view, self.settings, &families, &slots);
         self.report.planned(&desired);
         tell(self.last.as_ref(), &desired);
+        let nothing = Desired::default();
+        let before = self.last.as_ref().unwrap_or(&nothing);
+        let own = &self.settings.node_name;
+        self.report
+            .tell(events::changes(before, &desired, &view, own), &view);
 
         let steps = diff(&confirmed.state, &desired.kernel);
         for step in &steps {
@@ -284,15 +289,22 @@ impl<K: Kernel> Agent<'_, K> {
         for oddity in wire.oddities().into_keys() {
             if self.odd.insert(oddity.clone()) {
                 warn!("{oddity}");
+                let (vip, note) = (oddity.vip(), oddity.to_string());
+                let own = &self.settings.node_name;
+                let told = events::about_vip(vip, "StrangeClaim", &note, view, own);
+                self.report.tell(told, view);
             }
         }
         for (vip, (object, voice)) in &resolved.disagreements {
             if !self.disagreements.contains_key(vip) {
-                warn!(
-                    %vip,
-                    "ServiceL2Status says that {object} announces it, but {voice} answers for it: \
+                let note = format!(
+                    "ServiceL2Status says that {object} announces {vip}, but {voice} answers for it: \
                      using the newer claim"
                 );
+                warn!("{note}");
+                let own = &self.settings.node_name;
+                let told = events::about_vip(*vip, "Disagreement", &note, view, own);
+                self.report.tell(told, view);
             }
         }
         self.disagreements.clone_from(&resolved.disagreements);

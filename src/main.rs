@@ -10,7 +10,7 @@ use anyhow::{Context, Result};
 use metaleg::agent;
 use metaleg::commands;
 use metaleg::kernel::NodeKernel;
-use metaleg::report::{self, Report, health, metrics};
+use metaleg::report::{self, Report, events, health, metrics};
 use metaleg::settings::{Action, LogFormat, PlanFormat, Settings, SettingsError};
 use metaleg::view::watch::{self, Cluster};
 use metaleg::wire::Wire;
@@ -85,7 +85,13 @@ async fn run(settings: &Settings) -> Result<()> {
     let (client, server) = client().await?;
     let mut kernel = NodeKernel::open(settings).await?;
     let cluster = Arc::new(Cluster::default());
-    let report = Arc::new(Report::new(cluster.clone()));
+    let (events, told) = tokio::sync::mpsc::unbounded_channel();
+    tokio::spawn(events::publish(
+        client.clone(),
+        settings.node_name.clone(),
+        told,
+    ));
+    let report = Arc::new(Report::new(cluster.clone()).with_events(events));
     if let Some(address) = settings.health_address {
         let listener = report::listen(address)
             .await

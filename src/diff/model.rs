@@ -422,6 +422,7 @@ fn any_view() -> impl Strategy<Value = View> {
                 continue;
             };
             let facts = Service {
+                uid: String::new(),
                 created,
                 load_balancer: true,
                 families: [Family::V4].into(),
@@ -767,6 +768,7 @@ proptest! {
 fn small() -> View {
     let vips = [(Family::V4, vip(0))].into();
     let service = Service {
+        uid: String::new(),
         created: 0,
         load_balancer: true,
         families: [Family::V4].into(),

@@ -31,6 +31,7 @@ fn on(name: &str) -> Settings {
 /// A dual-stack LoadBalancer Service with both VIPs, as old as `created` says.
 fn service(created: i64) -> Service {
     Service {
+        uid: String::new(),
         created,
         load_balancer: true,
         families: [Family::V4, Family::V6].into(),

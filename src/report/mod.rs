@@ -1,5 +1,6 @@
-//! What the agent tells: health probes and metrics.
+//! What the agent tells: health probes, metrics and Events.
 
+pub mod events;
 pub mod health;
 pub mod metrics;
 
@@ -11,10 +12,13 @@ use std::time::{Duration, Instant};
 
 use axum::Router;
 use tokio::net::TcpListener;
+use tokio::sync::mpsc::UnboundedSender;
 
 use crate::plan::{Desired, Verdict};
+use crate::report::events::Told;
 use crate::report::metrics::Counters;
 use crate::state::Family;
+use crate::view::View;
 use crate::view::watch::Cluster;
 
 /// A pass that takes longer hangs: every tool it runs has a deadline far below.
@@ -27,6 +31,8 @@ pub struct Report {
     /// What has happened so often.
     pub counters: Counters,
     state: Mutex<State>,
+    /// Where Events go, with the UID of the Service; none in commands and tests.
+    events: Option<UnboundedSender<(Told, String)>>,
 }
 
 #[derive(Debug, Default)]
@@ -92,6 +98,27 @@ impl Report {
             cluster,
             counters: Counters::default(),
             state: Mutex::default(),
+            events: None,
+        }
+    }
+
+    /// The same, with Events sent to a publisher.
+    #[must_use]
+    pub fn with_events(mut self, events: UnboundedSender<(Told, String)>) -> Report {
+        self.events = Some(events);
+        self
+    }
+
+    /// Publishes Events about Services of a view.
+    pub fn tell(&self, told: Vec<Told>, view: &View) {
+        let Some(events) = &self.events else {
+            return;
+        };
+        for event in told {
+            if let Some(service) = view.services.get(&event.service) {
+                // The publisher lives as long as the agent.
+                let _ = events.send((event, service.uid.clone()));
+            }
         }
     }
 

@@ -223,6 +223,7 @@ mod tests {
 
     fn case() -> Case {
         let service = Service {
+            uid: String::new(),
             created: 0,
             load_balancer: true,
             families: [Family::V4].into(),
@@ -257,7 +258,7 @@ mod tests {
 
         fn hear(&mut self, from: u8, seconds: u64) {
             let at = self.start + Duration::from_secs(seconds);
-            self.heard.insert(vip(), Heard::at(node(from), at));
+            self.heard.insert(vip(), Heard::new(node(from), at));
         }
 
         /// The announcer, and whether the wire is to be asked.

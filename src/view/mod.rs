@@ -67,6 +67,8 @@ impl fmt::Display for Key {
 /// A labelled Service.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Service {
+    /// Tells it from an earlier one of the same name: Events are about it.
+    pub uid: String,
     /// Creation time in seconds since the epoch: of two Services that claim a pod, the older one has it.
     pub created: i64,
     /// Whether its type is LoadBalancer.
@@ -165,6 +167,7 @@ impl Service {
             vips.entry(Family::of(ip)).or_insert(ip);
         }
         Service {
+            uid: object.metadata.uid.clone().unwrap_or_default(),
             created: object
                 .metadata
                 .creation_timestamp
@@ -310,7 +313,7 @@ mod tests {
     #[test]
     fn the_first_ingress_address_of_a_family_that_parses_is_the_vip() {
         let service = service(json!({
-            "metadata": {"creationTimestamp": "2026-01-01T00:00:00Z",
+            "metadata": {"uid": "u", "creationTimestamp": "2026-01-01T00:00:00Z",
                          "annotations": {"metaleg.de/on-no-gateway": "node-address"}},
             "spec": {"type": "LoadBalancer", "ipFamilies": ["IPv4", "IPv6"]},
             "status": {"loadBalancer": {"ingress": [
@@ -321,6 +324,7 @@ mod tests {
         assert_eq!(
             service,
             Service {
+                uid: "u".to_owned(),
                 created: 1_767_225_600,
                 load_balancer: true,
                 families: [Family::V4, Family::V6].into(),

@@ -10,6 +10,9 @@ use crate::wire::frame::{Claim, Mac};
 
 /// At most one question for an address, and one change of its announcer, in this time.
 const PACE: Duration = Duration::from_secs(1);
+/// So many changes of an announcer in so long a time are no moves: two nodes answer.
+const MOST_TURNS: u32 = 4;
+const CONTEST: Duration = Duration::from_secs(10);
 /// How long a claim waits for its sender to be found among the nodes.
 const LOOKUP_PATIENCE: Duration = Duration::from_secs(3);
 /// How many questions are asked at a time.
@@ -43,16 +46,20 @@ pub struct Heard {
     pub at: Instant,
     /// When it became this node.
     since: Instant,
+    /// How often the announcer changed since `quiet`.
+    turns: u32,
+    quiet: Instant,
 }
 
-#[cfg(test)]
 impl Heard {
-    /// Heard once.
-    pub(crate) fn at(node: NodeName, at: Instant) -> Heard {
+    /// Heard for the first time.
+    pub(crate) fn new(node: NodeName, at: Instant) -> Heard {
         Heard {
             node,
             at,
             since: at,
+            turns: 0,
+            quiet: at,
         }
     }
 }
@@ -62,8 +69,18 @@ impl Heard {
 pub enum Oddity {
     /// Somebody who is no node claims a VIP.
     Stranger(IpAddr, Mac),
-    /// Two nodes claim a VIP within a second.
+    /// Two nodes claim a VIP again and again.
     Contested(IpAddr, NodeName, NodeName),
+}
+
+impl Oddity {
+    /// The VIP that it is about.
+    #[must_use]
+    pub fn vip(&self) -> IpAddr {
+        match self {
+            Oddity::Stranger(vip, _) | Oddity::Contested(vip, ..) => *vip,
+        }
+    }
 }
 
 impl fmt::Display for Oddity {
@@ -75,7 +92,7 @@ impl fmt::Display for Oddity {
             ),
             Oddity::Contested(vip, one, other) => write!(
                 f,
-                "{one} and {other} claim VIP {vip} on the LAN within a second"
+                "{one} and {other} claim VIP {vip} on the LAN by turns: following whoever was heard last"
             ),
         }
     }
@@ -108,9 +125,8 @@ impl Hearing {
         for vip in wanted.vips.difference(&wanted.unsettled) {
             self.asked.entry(*vip).or_insert(now);
         }
-        self.odd.retain(|oddity, _| match oddity {
-            Oddity::Stranger(vip, _) | Oddity::Contested(vip, ..) => wanted.vips.contains(vip),
-        });
+        self.odd
+            .retain(|oddity, _| wanted.vips.contains(&oddity.vip()));
         let names: BTreeSet<&NodeName> = wanted.nodes.values().collect();
         self.nodes.retain(|_, node| names.contains(node));
         self.wanted = wanted;
@@ -204,28 +220,30 @@ impl Hearing {
 
     fn accept(&mut self, vip: IpAddr, node: NodeName, now: Instant) -> bool {
         let Some(heard) = self.heard.get_mut(&vip) else {
-            let heard = Heard {
-                node,
-                at: now,
-                since: now,
-            };
-            self.heard.insert(vip, heard);
+            self.heard.insert(vip, Heard::new(node, now));
             return true;
         };
         if heard.node == node {
             heard.at = now;
             return false;
         }
-        // Two that answer at once would turn us to and fro. Who is right says so again.
+        // Two that answer at once would turn us to and fro. Who is right says so again; and the old one may still
+        // answer in the moment of a move.
         if now.saturating_duration_since(heard.since) < PACE {
-            let oddity = Oddity::Contested(vip, heard.node.clone(), node);
-            return meet(&mut self.odd, oddity);
+            return false;
         }
-        *heard = Heard {
-            node,
-            at: now,
-            since: now,
-        };
+        if now.saturating_duration_since(heard.quiet) >= CONTEST {
+            heard.quiet = now;
+            heard.turns = 0;
+        }
+        heard.turns += 1;
+        if heard.turns >= MOST_TURNS {
+            let oddity = Oddity::Contested(vip, heard.node.clone(), node.clone());
+            meet(&mut self.odd, oddity);
+        }
+        heard.node = node;
+        heard.at = now;
+        heard.since = now;
         true
     }
 
@@ -356,15 +374,22 @@ mod tests {
     fn the_newest_claim_wins_but_not_more_often_than_once_a_second() {
         let (mut hearing, now) = hearing(&[]);
         hearing.claim(claim("192.0.2.200", 2), now);
-        assert!(
-            hearing.claim(claim("192.0.2.200", 3), now + PACE / 2),
-            "it is news"
-        );
         assert!(!hearing.claim(claim("192.0.2.200", 3), now + PACE / 2));
         assert_eq!(announcer(&hearing, "192.0.2.200"), Some(name(2)));
-        assert_eq!(hearing.oddities().len(), 1);
         assert!(hearing.claim(claim("192.0.2.200", 3), now + PACE));
         assert_eq!(announcer(&hearing, "192.0.2.200"), Some(name(3)));
+        assert!(hearing.oddities().is_empty(), "that was a move");
+    }
+
+    #[test]
+    fn two_nodes_that_answer_by_turns_are_told() {
+        let (mut hearing, now) = hearing(&[]);
+        for turn in 0..=MOST_TURNS {
+            let by = if turn % 2 == 0 { 2 } else { 3 };
+            assert!(hearing.claim(claim("192.0.2.200", by), now + turn * PACE));
+        }
+        let contested = Oddity::Contested(ip("192.0.2.200"), name(3), name(2));
+        assert_eq!(hearing.oddities(), &[(contested, 1)].into());
     }
 
     #[test]

@@ -316,6 +316,11 @@ fn without_gateway(lab: &mut Lab) -> Result<()> {
             &json!({"metadata": {"annotations": {"metaleg.de/on-no-gateway": value}}}),
         )
     };
+    // `kubectl describe service` shows it, once for all nodes.
+    eventually(SOON, "an Event tells it", || {
+        let events = lab.kubectl(&["describe", "service", "lone"])?;
+        Ok((events.contains("HostnameIngress") && events.contains("NoAnnouncer")).then_some(()))
+    })?;
     annotate("node-address")?;
     settle_as_nodes(lab, &["lone-1"])?;
     annotate("perhaps")?;
