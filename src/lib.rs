@@ -7,8 +7,8 @@
 //!
 //! | | promise | shown by |
 //! |---|---|---|
-//! | I1 | never leak: an egress pod's packet to outside leaves with its VIP or not at all | `i1_…` in [`plan`] and [`diff`], rows of `tests/e2e` |
-//! | I2 | never steal: replies, traffic inside the cluster, other pods and hosts are not touched | rows of `tests/e2e` |
+//! | I1 | never leak: an egress pod's packet to outside leaves with its VIP or not at all | `i1_…` in [`plan`] and [`diff`], there also by a model of the data path, rows of `tests/e2e` |
+//! | I2 | never steal: replies, traffic inside the cluster, other pods and hosts are not touched | the same model, rows of `tests/e2e` |
 //! | I3 | never foreign: only objects that carry our name or protocol number are changed | `tests/kernel` |
 //! | I4 | hitless: a restarted agent adopts what is there and changes nothing | `tests/e2e`, `slots_are_kept…` in [`plan`] |
 //! | I5 | convergent: from any kernel state one pass reaches the desired one | `i5_…` in [`diff`], `damage_…` in `tests/kernel` |
@@ -28,19 +28,21 @@
 //! # Layout
 //!
 //! * [`settings`]: what the operator asks for; the only place that reads the environment.
-//! * [`view`]: Kubernetes objects reduced to facts; [`view::watch`] alone talks to the API server.
+//! * [`view`]: Kubernetes objects reduced to facts; [`view::watch`] alone reads from the API server.
+//! * [`wire`]: who announces a VIP, as heard on the LAN.
 //! * [`mod@plan`]: every rule of the product, and why. Pure.
 //! * [`state`]: what a kernel holds, and the steps that change it.
 //! * [`mod@diff`]: which steps, in which order. Pure.
 //! * [`kernel`]: reads and executes; knows nothing of Kubernetes.
 //! * [`agent`]: the loop; one task owns the kernel.
-//! * [`report`]: probes and metrics.
+//! * [`report`]: probes, metrics and Events.
 //! * [`commands`]: what the operator can ask for beside the agent.
 //!
 //! # Words
 //!
 //! *VIP*: the address that MetalLB gives a Service. *Announcer*: the node that answers for it on the LAN.
 //! *Gateway*: the announcer, as the pods' way out. *Slot*: a gateway's mark and routing table on one node.
+//! *Claim*: somebody's word that it announces a VIP. *Leftover*: what another backend or an earlier release left.
 //! *Excluded*: destinations that are not egress. *Egress pod*: a pod of a labelled Service.
 
 pub mod agent;

@@ -58,10 +58,10 @@ impl ToolError {
 pub(crate) async fn run(tool: &str, args: &[&str], input: String) -> Result<String, ToolError> {
     let start_error = |source| ToolError::Start {
         tool: tool.to_owned(),
-        package: if tool.contains("ipset") {
-            "ipset"
-        } else {
-            "iptables"
+        package: match tool {
+            "nft" => "nftables",
+            ipset if ipset.starts_with("ipset") => "ipset",
+            _ => "iptables",
         },
         source,
     };

@@ -49,10 +49,7 @@ pub(crate) fn run(suite: &mut Suite, lab: &mut Lab) {
             let speaker = format!("speaker-node{from}");
             watched(lab, &vips, |lab| {
                 lab.kill(&speaker)?;
-                eventually(Duration::from_secs(30), "another node announces", || {
-                    let now = lab.announcer(vips[0])?;
-                    Ok(now.filter(|now| *now != from))
-                })?;
+                taken_over(lab, vips[0], from)?;
                 pass_grace(lab, &vips)
             })?;
             watched(lab, &vips, |lab| {
@@ -69,10 +66,7 @@ pub(crate) fn run(suite: &mut Suite, lab: &mut Lab) {
             watched(lab, &vips, |lab| {
                 lab.kill("kube-apiserver")?;
                 lab.kill(&speaker)?;
-                eventually(Duration::from_secs(30), "another node announces", || {
-                    let now = lab.announcer(vips[0])?;
-                    Ok(now.filter(|now| *now != from))
-                })?;
+                taken_over(lab, vips[0], from)?;
                 settle(lab, &SHOP, &vips)?;
                 leave_as(lab, &SHOP, &vips)
             })?;
@@ -115,6 +109,12 @@ pub(crate) fn run(suite: &mut Suite, lab: &mut Lab) {
         }
         Ok(())
     });
+}
+
+/// Waits until another node announces a VIP: speakers notice that one is gone after some seconds.
+fn taken_over(lab: &Lab, vip: IpAddr, from: usize) -> Result<()> {
+    let announcer = || Ok(lab.announcer(vip)?.filter(|now| *now != from));
+    eventually(Duration::from_secs(30), "another node announces", announcer).map(drop)
 }
 
 /// Between two rounds of connections: a pod of the lab has 1,000 source ports, which are used again after a minute.

@@ -65,6 +65,10 @@ pub(crate) fn run(suite: &mut Suite) {
         },
     );
     suite.row(
+        "without nft: `nftables` is refused, `auto` uses iptables and says why",
+        without_nft,
+    );
+    suite.row(
         "an API server that does not answer: one line, not ready, nothing changed",
         unreachable,
     );
@@ -97,6 +101,50 @@ fn refused(name: &str, value: &str, code: i32, line: &str) -> Result<()> {
         "says: {said}"
     );
     ensure!(host.sh(LOOK)? == before, "the kernel was changed");
+    Ok(())
+}
+
+fn without_nft() -> Result<()> {
+    let directory = tempfile::tempdir()?;
+    let kubeconfig = directory.path().join("kubeconfig");
+    std::fs::write(&kubeconfig, KUBECONFIG)?;
+    let tools = directory.path().join("tools");
+    std::fs::create_dir(&tools)?;
+    let host = Host::new("agent")?;
+    host.sh(&format!(
+        "for tool in ipset iptables-nft-save iptables-nft-restore ip6tables-nft-save ip6tables-nft-restore; do
+           ln -s $(command -v $tool) {}/; done",
+        tools.display()
+    ))?;
+    let kubeconfig = kubeconfig.display().to_string();
+    let tools = tools.display().to_string();
+    for (backend, says) in [
+        (
+            "nftables",
+            "metaleg-agent: cannot start `nft` (Debian package nftables)",
+        ),
+        (
+            "auto",
+            "because nftables cannot be used: cannot start `nft`",
+        ),
+    ] {
+        let program = agent(&host, directory.path(), "KUBECONFIG", &kubeconfig)
+            .env("PATH", &tools)
+            .env("FIREWALL_BACKEND", backend);
+        let mut process = host.start(&program)?;
+        eventually(
+            Duration::from_secs(5),
+            &format!("{backend}: {says}"),
+            || Ok(program.log_tail(100).contains(says).then_some(())),
+        )?;
+        if backend == "nftables" {
+            let status = process.wait(Duration::from_secs(5))?;
+            ensure!(status.code() == Some(1), "ended with {status}");
+        } else {
+            process.signal(Signal::SIGTERM)?;
+            process.wait(Duration::from_secs(5))?;
+        }
+    }
     Ok(())
 }
 

@@ -604,6 +604,19 @@ fn damage(lab: &Lab, vips: &[IpAddr]) -> Result<()> {
             "iptables-nft -t nat -I POSTROUTING -s 10.244.0.0/16 -o eth0 -j MASQUERADE",
         ]);
     }
+    if before.contains("table inet metaleg") {
+        // Registered after ours, as by a CNI plugin that is restarted: ours has a priority of its own.
+        for number in lab.node_numbers() {
+            lab.node(number).sh(
+                "nft 'table ip latecomer { chain p { type nat hook postrouting priority 100; \
+                 ip saddr 10.244.0.0/16 ip daddr != 10.0.0.0/8 masquerade; }; }'",
+            )?;
+        }
+        leave_as(lab, &SHOP, vips).context("with a masquerade that came later")?;
+        for number in lab.node_numbers() {
+            lab.node(number).sh("nft delete table ip latecomer")?;
+        }
+    }
     // Rules have no order among equals.
     let sorted = |text: &str| {
         let mut lines: Vec<String> = text.lines().map(str::to_owned).collect();

@@ -139,3 +139,50 @@ fn links_that_are_up_tell_their_networks() {
         );
     });
 }
+
+#[test]
+fn a_hundred_gateways_share_a_mark_and_each_pod_takes_its_own() {
+    in_namespace(|| async {
+        let mut kernel = open(Mode::Own).await;
+        sh("ip link add pod0 type veth peer name inner0; ip link set pod0 up; ip link set inner0 up
+            ip route add 10.244.1.0/24 dev pod0; echo 0 > /proc/sys/net/ipv4/conf/pod0/rp_filter
+            echo 1 > /proc/sys/net/ipv4/ip_forward");
+        let shared = Mark {
+            value: MASK,
+            mask: MASK,
+        };
+        let mut many = example();
+        let routes = &mut many.families.get_mut(&Family::V4).unwrap().routes;
+        for n in 0..100_u8 {
+            let table = TableId(100_015 + u32::from(n));
+            routes.rules.insert(Rule {
+                mark: Some(shared),
+                from: Some(IpAddr::from([10, 244, 1, 100 + n])),
+                ..rule(2, RuleAction::Lookup(table))
+            });
+            let gateway = NextHop {
+                via: IpAddr::from([192, 0, 2, 100 + n]),
+                dev: "eth0".to_owned(),
+            };
+            let state = Table {
+                floor: true,
+                gateway: Some(gateway),
+            };
+            routes.tables.insert(table, state);
+        }
+        reach(&mut kernel, &many).await;
+        for n in [0, 57, 99] {
+            let way = sh(&format!(
+                "ip route get 198.51.100.10 from 10.244.1.{} iif pod0 mark {MASK:#x}",
+                100 + n
+            ));
+            assert!(way.contains(&format!("via 192.0.2.{}", 100 + n)), "{way}");
+        }
+        // Whose rule is lost does not leave at all.
+        sh("ip rule del from 10.244.1.157 pref 1002");
+        let lost = format!("ip route get 198.51.100.10 from 10.244.1.157 iif pod0 mark {MASK:#x}");
+        let lost = Command::new("sh").args(["-c", &lost]).output().unwrap();
+        assert!(!lost.status.success(), "{lost:?}");
+        reach(&mut kernel, &example()).await;
+    });
+}
