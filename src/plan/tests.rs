@@ -361,6 +361,26 @@ fn pods_of_gateways_beyond_the_marks_are_routed_by_their_address() {
 }
 
 #[test]
+fn a_gateway_with_a_new_address_is_routed_to_by_it_in_a_table_of_its_own() {
+    let settings = on("node1");
+    let first = make(&usual(), &settings);
+    let mut renumbered = usual();
+    let node2 = renumbered.nodes.get_mut(&node("node2")).unwrap();
+    node2.addresses[0] = ip("192.0.2.99");
+    let second = plan(&renumbered, &settings, &Family::ALL.into(), &first.slots);
+    let tables = |desired: &Desired| -> Vec<(TableId, IpAddr)> {
+        let tables = &desired.kernel.families[&Family::V4].routes.tables;
+        let via = |table: &Table| table.gateway.as_ref().unwrap().via;
+        tables.iter().map(|(id, table)| (*id, via(table))).collect()
+    };
+    assert_eq!(tables(&first), [(TableId(100_001), ip("192.0.2.12"))]);
+    assert_eq!(tables(&second), [(TableId(100_002), ip("192.0.2.99"))]);
+    // The old address is a pod's from now on, for all we know: it is excluded no more.
+    let excluded = &second.kernel.families[&Family::V4].firewall.excluded;
+    assert!(!excluded.iter().any(|net| net.contains(&ip("192.0.2.12"))));
+}
+
+#[test]
 fn without_a_gateway_the_service_may_choose_the_nodes_address() {
     for (value, released) in [
         (OnNoGateway::Reject, false),

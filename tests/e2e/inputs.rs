@@ -111,6 +111,16 @@ pub(crate) fn run(suite: &mut Suite, lab: &mut Lab) {
             leave_as(lab, &SHOP, &vips)
         },
     );
+    suite.row("a pod that has completed is no egress pod any more", || {
+        let pods = "/api/v1/namespaces/default/pods";
+        let phase = |phase: &str| json!({"status": {"phase": phase}});
+        lab.create_pod("job-1", 1, "shop")?;
+        settle(lab, &["job-1"], &vips)?;
+        lab.api()
+            .patch(&format!("{pods}/job-1/status"), &phase("Succeeded"))?;
+        settle_as_nodes(lab, &["job-1"])?;
+        lab.delete_pod("job-1")
+    });
     suite.row(
         "destinations that the operator excludes are not egress, and again are",
         || {
