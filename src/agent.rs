@@ -4,6 +4,8 @@
 //! next one. Doubt means full: at the start, after a failure, when others may have changed what is ours and every
 //! `RECONCILIATION_INTERVAL` the kernel is read back; in between the agent trusts what it has confirmed.
 
+mod lan;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
 use std::net::IpAddr;
@@ -15,6 +17,7 @@ use ipnet::IpNet;
 use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
+use crate::agent::lan::Lan;
 use crate::diff::diff;
 use crate::error::chain;
 use crate::kernel::{self, Kernel, StepError};
@@ -26,7 +29,7 @@ use crate::state::{Executor, Family, KernelState, RuleAction, Step, TableId};
 use crate::view::announcers::{Announcers, Resolved};
 use crate::view::watch::Cluster;
 use crate::view::{Link, NodeName, View};
-use crate::wire::{Oddity, Wanted, Wire};
+use crate::wire::Wire;
 
 /// First pause after a failed pass; it doubles up to [`LONGEST_PAUSE`].
 const SHORTEST_PAUSE: Duration = Duration::from_millis(500);
@@ -42,10 +45,7 @@ struct Agent<'a, K> {
     cluster: &'a Cluster,
     report: &'a Report,
     kernel: &'a mut K,
-    wire: Option<&'a Wire>,
-    /// What was heard on the wire and told to the operator.
-    odd: BTreeSet<Oddity>,
-    disagreements: BTreeMap<IpAddr, (NodeName, NodeName)>,
+    lan: Lan<'a>,
     announcers: Announcers,
     /// What the kernel holds as far as confirmed; `None` when in doubt.
     confirmed: Option<Confirmed>,
@@ -94,9 +94,7 @@ pub async fn run<K: Kernel>(
         cluster,
         report,
         kernel,
-        wire,
-        odd: BTreeSet::new(),
-        disagreements: BTreeMap::new(),
+        lan: Lan::new(settings, report, wire),
         announcers: Announcers::new(settings.grace),
         confirmed: None,
         last: None,
@@ -127,7 +125,7 @@ pub async fn run<K: Kernel>(
         tokio::select! {
             () = &mut shutdown => return,
             () = cluster.changed() => reason = "cluster",
-            () = heard(wire) => reason = "wire",
+            () = agent.lan.changed() => reason = "wire",
             () = agent.kernel.disturbed() => {
                 reason = "disturbed";
                 agent.confirmed = None;
@@ -181,7 +179,7 @@ impl<K: Kernel> Agent<'_, K> {
         }
         let (mut view, resolved) = self.look(started);
         view.links.clone_from(&confirmed.links);
-        self.listen(&view, &resolved);
+        self.lan.listen(&view, &resolved);
         let families: BTreeSet<Family> = confirmed.state.families.keys().copied().collect();
         let slots = match &self.last {
             Some(last) => last.slots.clone(),
@@ -214,11 +212,7 @@ impl<K: Kernel> Agent<'_, K> {
         };
         self.count(&steps, &failed);
         if failed.is_empty() {
-            // Looking for strays is no change; it comes with every look at the kernel.
-            if steps
-                .iter()
-                .any(|step| !matches!(step, Step::ForgetStrays(_)))
-            {
+            if steps.iter().any(Step::is_change) {
                 let ms = started.elapsed().as_millis();
                 info!(reason, steps = steps.len(), ms, "kernel changed");
             }
@@ -257,66 +251,17 @@ impl<K: Kernel> Agent<'_, K> {
 
     /// The cluster as objects and wire tell it.
     fn look(&mut self, now: Instant) -> (View, Resolved) {
-        let heard = self.wire.map(Wire::heard).unwrap_or_default();
         self.cluster
-            .view(&mut self.announcers, &heard, now.into_std())
-    }
-
-    /// Tells the wire what to listen for, and the operator what is strange there.
-    fn listen(&mut self, view: &View, resolved: &Resolved) {
-        let Some(wire) = self.wire else {
-            return;
-        };
-        let own = view.nodes.get(&self.settings.node_name);
-        let is_lan = |link: &&Link| {
-            let addresses = own.into_iter().flat_map(|node| &node.addresses);
-            { addresses }.any(|a| link.nets.iter().any(|net| net.contains(a)))
-        };
-        let found = || Some(view.links.iter().find(is_lan)?.name.clone());
-        let nodes = view.nodes.iter().flat_map(|(name, node)| {
-            let addresses = node.addresses.iter();
-            addresses.map(move |address| (*address, name.clone()))
-        });
-        let services = view.services.values();
-        wire.want(Wanted {
-            interface: self.settings.lan_interface.clone().or_else(found),
-            own: Some(self.settings.node_name.clone()),
-            nodes: nodes.collect(),
-            vips: services.flat_map(|s| s.vips.values().copied()).collect(),
-            unsettled: resolved.unsettled.clone(),
-            audit: self.settings.reconciliation_interval,
-        });
-        for oddity in wire.oddities().into_keys() {
-            if self.odd.insert(oddity.clone()) {
-                warn!("{oddity}");
-                let (vip, note) = (oddity.vip(), oddity.to_string());
-                let own = &self.settings.node_name;
-                let told = events::about_vip(vip, "StrangeClaim", &note, view, own);
-                self.report.tell(told, view);
-            }
-        }
-        for (vip, (object, voice)) in &resolved.disagreements {
-            if !self.disagreements.contains_key(vip) {
-                let note = format!(
-                    "ServiceL2Status says that {object} announces {vip}, but {voice} answers for it: \
-                     using the newer claim"
-                );
-                warn!("{note}");
-                let own = &self.settings.node_name;
-                let told = events::about_vip(*vip, "Disagreement", &note, view, own);
-                self.report.tell(told, view);
-            }
-        }
-        self.disagreements.clone_from(&resolved.disagreements);
+            .view(&mut self.announcers, &self.lan.heard(), now.into_std())
     }
 
     fn count(&self, steps: &[Step], failed: &[StepError]) {
         let counters = &self.report.counters;
         if failed.is_empty() {
-            let result = if steps.is_empty() {
-                "unchanged"
-            } else {
+            let result = if steps.iter().any(Step::is_change) {
                 "changed"
+            } else {
+                "unchanged"
             };
             counters
                 .passes
@@ -340,14 +285,6 @@ fn executor(step: &Step) -> &'static str {
         Executor::Firewall => "firewall",
         Executor::Conntrack => "conntrack",
         Executor::Leftovers => "leftovers",
-    }
-}
-
-/// Waits until something new is heard; for ever where nobody listens.
-async fn heard(wire: Option<&Wire>) {
-    match wire {
-        Some(wire) => wire.changed().await,
-        None => std::future::pending().await,
     }
 }
 

@@ -514,6 +514,12 @@ impl Step {
         }
     }
 
+    /// Whether it changes more than what is in doubt: looking for strays comes with every look at the kernel.
+    #[must_use]
+    pub fn is_change(&self) -> bool {
+        !matches!(self, Step::ForgetStrays(_))
+    }
+
     /// Whether this step must not be tried when `failed` could not be done: it would open what the other should
     /// have closed. Blocking a pod is always safe. So is whatever comes after a missing gateway route, because
     /// the floor below it rejects.

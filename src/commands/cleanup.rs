@@ -79,7 +79,7 @@ async fn with(
     }
     let left = kernel.observe().await?.state;
     let steps = diff(&left, &nothing(&left, is_last));
-    let mut left = steps.iter().filter(|step| is_change(step)).peekable();
+    let mut left = steps.iter().filter(|step| step.is_change()).peekable();
     let is_clean = left.peek().is_none();
     for step in left {
         writeln!(out, "still to do: {step}")?;
@@ -113,11 +113,6 @@ fn nothing(observed: &KernelState, is_last: bool) -> KernelState {
         leftovers,
         doubt: false,
     }
-}
-
-/// Looking for stray connections is none.
-fn is_change(step: &Step) -> bool {
-    !matches!(step, Step::ForgetStrays(_))
 }
 
 /// Pods and networks go by the thousand: they are counted, or go with the firewall.

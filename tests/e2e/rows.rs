@@ -102,6 +102,10 @@ pub(crate) fn run(suite: &mut Suite, lab: &mut Lab) {
         "inside the cluster nothing changes: pods, ClusterIPs, nodes, own VIP",
         || before.is_as_now(lab, &vips),
     );
+    suite.row(
+        "downloads fit through a way to the pod that is narrower than the LAN",
+        || narrow_way(lab, &vips),
+    );
     suite.row("inbound to the VIP works", || inbound_to_vip(lab, &vips));
     suite.row(
         "inbound to a VIP and a NodePort of policy Local keeps the client's address",
@@ -479,6 +483,38 @@ impl Inside {
         }
         Ok(())
     }
+}
+
+/// On the last piece to the pod, or between nodes as in a tunnel, packets have less room than on the LAN: the pod's
+/// node and the gateway must be able to say so to the server.
+fn narrow_way(lab: &Lab, vips: &[IpAddr]) -> Result<()> {
+    let gateway = lab.wait_for_announcer(vips[0], None)?;
+    let elsewhere = lab.node_numbers().find(|number| *number != gateway);
+    let elsewhere = elsewhere.context("one node only")?;
+    // In this order: a server that has learned the size for the VIP needs no second word.
+    let mut ways = vec![(elsewhere, "dev pod", 1400), (gateway, "via ", 1300)];
+    if !lab.node(1).sh("nft list tables")?.contains("inet metaleg") {
+        // The iptables backend cannot send what the pod's node has to say over the gateway.
+        ways.remove(0);
+    }
+    for (number, routes, mtu) in ways {
+        let set = |mtu: &str| {
+            lab.node(number).sh(&format!(
+                "for ip in 'ip -4' 'ip -6'; do $ip route show | grep -E '^(10.244|fd00:10:244).* {routes}' | \
+                 sed 's/ mtu [0-9]*//' | while read route; do $ip route change $route {mtu}; done; done"
+            ))
+        };
+        set(&format!("mtu {mtu}"))?;
+        let pod = SHOP[elsewhere - 1];
+        for family in Family::BOTH {
+            let mut stream = lab.open_stream(pod, Outside::Far, family)?;
+            stream
+                .download(2000, STREAM_PATIENCE)
+                .with_context(|| format!("{pod} by {family}, narrow: {routes}"))?;
+        }
+        set("")?;
+    }
+    Ok(())
 }
 
 fn inbound_to_vip(lab: &Lab, vips: &[IpAddr]) -> Result<()> {

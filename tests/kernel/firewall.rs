@@ -180,7 +180,7 @@ fn damages_of_nftables() -> Vec<String> {
     ]
     .map(|command| format!("nft '{command}'"))
     .into();
-    for chain in ["marking", "guard", "translation", "leak"] {
+    for chain in ["marking", "errors", "guard", "translation", "leak"] {
         damages.push(format!(
             "nft flush chain inet metaleg {chain}; nft delete chain inet metaleg {chain}"
         ));

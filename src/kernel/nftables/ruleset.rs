@@ -20,7 +20,7 @@ pub(crate) struct Rule {
 /// Where a chain hooks into the way of packets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Hook {
-    /// `filter` or `nat`.
+    /// `filter`, `nat` or `route`.
     pub(crate) kind: &'static str,
     /// Name of the hook.
     pub(crate) name: &'static str,
@@ -44,6 +44,13 @@ const MARKING: Hook = Hook {
     name: "prerouting",
     number: 0,
     priority: -95,
+};
+/// Where packets of this node itself are routed again when their mark changes.
+const ERRORS: Hook = Hook {
+    kind: "route",
+    name: "output",
+    number: 3,
+    priority: -150,
 };
 /// Before the filters of others (0), which may accept and so end only their own chain.
 const GUARD: Hook = Hook {
@@ -88,19 +95,31 @@ pub(crate) fn chains(families: &[Family], mask: u32, slots: u32) -> Vec<Chain> {
         // pods are looked up: untracked and INVALID packets have no direction, and must not slip through.
         rule("reply", "ct direction reply return"),
     ];
+    let mut errors = Vec::new();
     let mut guard = Vec::new();
+    let mut guard_excluded = Vec::new();
+    let mut guard_pods = Vec::new();
     let mut translation = Vec::new();
     let mut leak = vec![rule("reply", "ct direction reply return")];
     for family in families {
-        let (ip, n, icmp) = match family {
-            Family::V4 => ("ip", 4, "icmp type admin-prohibited"),
-            Family::V6 => ("ip6", 6, "icmpv6 type admin-prohibited"),
+        let (ip, n, icmp, l4) = match family {
+            Family::V4 => ("ip", 4, "icmp", "icmp"),
+            Family::V6 => ("ip6", 6, "icmpv6", "ipv6-icmp"),
         };
         let rule = |name: &str, text: String| rule(&format!("{name}-{n}"), &text);
         let excluded = rule("excluded", format!("{ip} daddr @excluded{n} return"));
         marking.extend([
             excluded.clone(),
             rule("mark", format!("{ip} saddr vmap @slot{n}")),
+        ]);
+        // This node's own word about a connection, such as that a packet is too large for the way to the pod, makes
+        // sense to the server only from the VIP: it takes the way of the pod's packets.
+        errors.extend([
+            excluded.clone(),
+            rule(
+                "error",
+                format!("meta l4proto {l4} ct state related ct original {ip} saddr vmap @slot{n}"),
+            ),
         ]);
         guard.extend([
             // A VIP moves before routes and objects do. A packet of an outside server that arrives here before
@@ -112,8 +131,9 @@ pub(crate) fn chains(families: &[Family], mask: u32, slots: u32) -> Vec<Chain> {
             ),
             // Translated by a node that was the gateway and is none any more.
             rule("from-vip", format!("{ip} saddr @vips{n} counter drop")),
-            excluded.clone(),
-            rule("reply", format!("{ip} saddr @pods{n} ct direction reply return")),
+        ]);
+        guard_excluded.push(excluded.clone());
+        guard_pods.extend([
             // A connection that cannot go on ends at once instead of hanging.
             rule(
                 "reset",
@@ -122,7 +142,7 @@ pub(crate) fn chains(families: &[Family], mask: u32, slots: u32) -> Vec<Chain> {
             // Says why, unlike port-unreachable.
             rule(
                 "reject",
-                format!("{ip} saddr @blocked{n} counter reject with {icmp}"),
+                format!("{ip} saddr @blocked{n} counter reject with {icmp} type admin-prohibited"),
             ),
             // INVALID packets skip NAT.
             rule(
@@ -133,9 +153,7 @@ pub(crate) fn chains(families: &[Family], mask: u32, slots: u32) -> Vec<Chain> {
             // CNI plugin would give it this node's address.
             rule(
                 "unknown",
-                format!(
-                    "{ip} saddr @remote{n} {ip} saddr != @pods{n} ct direction original counter drop"
-                ),
+                format!("{ip} saddr @remote{n} {ip} saddr != @pods{n} counter drop"),
             ),
         ]);
         translation.extend([
@@ -152,6 +170,11 @@ pub(crate) fn chains(families: &[Family], mask: u32, slots: u32) -> Vec<Chain> {
             excluded,
             rule("translated", format!("{ip} saddr @vips{n} return")),
             rule("marked", format!("{marked} {ip} saddr @pods{n} return")),
+            // On its way to the gateway.
+            rule(
+                "error",
+                format!("{ip} saddr != @pods{n} ct state related meta l4proto {l4} return"),
+            ),
             // Whoever gave it another source: a masquerade of others, or a connection that is older than what we
             // decided.
             rule(
@@ -161,6 +184,9 @@ pub(crate) fn chains(families: &[Family], mask: u32, slots: u32) -> Vec<Chain> {
             rule("untranslated", format!("{ip} saddr @pods{n} counter drop")),
         ]);
     }
+    guard.extend(guard_excluded);
+    guard.push(rule("reply", "ct direction reply return"));
+    guard.extend(guard_pods);
     let base = |name: &str, hook, rules| Chain {
         name: name.to_owned(),
         hook: Some(hook),
@@ -183,6 +209,7 @@ pub(crate) fn chains(families: &[Family], mask: u32, slots: u32) -> Vec<Chain> {
     let mut chains: Vec<Chain> = (1..=slots).map(slot).collect();
     chains.extend([
         base("marking", MARKING, marking),
+        base("errors", ERRORS, errors),
         base("guard", GUARD, guard),
         base("translation", TRANSLATION, translation),
         base("leak", LEAK, leak),

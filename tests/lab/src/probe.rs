@@ -69,12 +69,18 @@ async fn serve_tcp(name: &str, listener: tokio::net::TcpListener) {
         tokio::spawn(async move {
             let (reader, mut writer) = stream.split();
             let mut lines = tokio::io::BufReader::new(reader).lines();
+            let mut times = 1;
             loop {
-                if writer.write_all(line.as_bytes()).await.is_err() {
+                if writer
+                    .write_all(line.repeat(times).as_bytes())
+                    .await
+                    .is_err()
+                {
                     return;
                 }
                 match lines.next_line().await {
-                    Ok(Some(_)) => {}
+                    // A number asks for as many answers.
+                    Ok(Some(text)) => times = text.parse().unwrap_or(1),
                     Ok(None) | Err(_) => return,
                 }
             }
@@ -306,6 +312,17 @@ impl Stream {
             .write_all(b"?\n")
             .context("cannot send")?;
         self.read(limit)
+    }
+
+    /// Asks for many answers at once, so that packets of full size come back, and waits for all of them.
+    ///
+    /// # Errors
+    /// When the connection is broken or silent.
+    pub fn download(&mut self, answers: usize, limit: Duration) -> Result<()> {
+        let request = format!("{answers}\n");
+        let written = self.reader.get_mut().write_all(request.as_bytes());
+        written.context("cannot send")?;
+        (0..answers).try_for_each(|_| self.read(limit).map(drop))
     }
 
     fn read(&mut self, limit: Duration) -> Result<Seen> {

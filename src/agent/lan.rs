@@ -1,0 +1,100 @@
+//! The agent's side of the wire: what to listen for, and what of it the operator is told.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use tracing::warn;
+
+use crate::report::{Report, events};
+use crate::settings::Settings;
+use crate::view::announcers::Resolved;
+use crate::view::{Link, NodeName, View};
+use crate::wire::{Heard, Oddity, Wanted, Wire};
+
+/// The wire, and what was told of it.
+#[derive(Debug)]
+pub(super) struct Lan<'a> {
+    settings: &'a Settings,
+    report: &'a Report,
+    /// None where announcements are read from objects only.
+    wire: Option<&'a Wire>,
+    odd: BTreeSet<Oddity>,
+    disagreements: BTreeMap<IpAddr, (NodeName, NodeName)>,
+}
+
+impl<'a> Lan<'a> {
+    /// Nothing was told yet.
+    pub(super) fn new(settings: &'a Settings, report: &'a Report, wire: Option<&'a Wire>) -> Self {
+        Lan {
+            settings,
+            report,
+            wire,
+            odd: BTreeSet::new(),
+            disagreements: BTreeMap::new(),
+        }
+    }
+
+    /// Who announces what, as heard.
+    pub(super) fn heard(&self) -> BTreeMap<IpAddr, Heard> {
+        self.wire.map(Wire::heard).unwrap_or_default()
+    }
+
+    /// Waits until there is news; for ever where nobody listens.
+    pub(super) async fn changed(&self) {
+        match self.wire {
+            Some(wire) => wire.changed().await,
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Listens for what a view makes of interest, and tells the operator what is strange.
+    pub(super) fn listen(&mut self, view: &View, resolved: &Resolved) {
+        let Some(wire) = self.wire else {
+            return;
+        };
+        wire.want(self.wanted(view, resolved));
+        for oddity in wire.oddities().into_keys() {
+            if self.odd.insert(oddity.clone()) {
+                self.tell(oddity.vip(), "StrangeClaim", &oddity.to_string(), view);
+            }
+        }
+        for (vip, (object, voice)) in &resolved.disagreements {
+            if !self.disagreements.contains_key(vip) {
+                let note = format!(
+                    "ServiceL2Status says that {object} announces {vip}, but {voice} answers for it: \
+                     using the newer claim"
+                );
+                self.tell(*vip, "Disagreement", &note, view);
+            }
+        }
+        self.disagreements.clone_from(&resolved.disagreements);
+    }
+
+    fn wanted(&self, view: &View, resolved: &Resolved) -> Wanted {
+        let own = view.nodes.get(&self.settings.node_name);
+        let is_lan = |link: &&Link| {
+            let mut addresses = own.into_iter().flat_map(|node| &node.addresses);
+            addresses.any(|a| link.nets.iter().any(|net| net.contains(a)))
+        };
+        let found = || Some(view.links.iter().find(is_lan)?.name.clone());
+        let nodes = view.nodes.iter().flat_map(|(name, node)| {
+            let addresses = node.addresses.iter();
+            addresses.map(move |address| (*address, name.clone()))
+        });
+        let services = view.services.values();
+        Wanted {
+            interface: self.settings.lan_interface.clone().or_else(found),
+            own: Some(self.settings.node_name.clone()),
+            nodes: nodes.collect(),
+            vips: services.flat_map(|s| s.vips.values().copied()).collect(),
+            unsettled: resolved.unsettled.clone(),
+            audit: self.settings.reconciliation_interval,
+        }
+    }
+
+    fn tell(&self, vip: IpAddr, reason: &'static str, note: &str, view: &View) {
+        warn!("{note}");
+        let told = events::about_vip(vip, reason, note, view, &self.settings.node_name);
+        self.report.tell(told, view);
+    }
+}
