@@ -55,7 +55,12 @@ async fn show_plan(settings: &Settings, format: PlanFormat) -> Result<ExitCode> 
     let mut kernel = NodeKernel::open(settings).await?;
     let cluster = Arc::new(Cluster::default());
     let report = Report::new(cluster.clone());
-    let _watches = watch::start(&client, &settings.metallb_namespace, &cluster);
+    let _watches = watch::start(
+        &client,
+        &settings.node_name,
+        &settings.metallb_namespace,
+        &cluster,
+    );
     let text = commands::plan::run(settings, &cluster, &report, &mut kernel, format).await?;
     // A reader that goes away early is no failure.
     let _ = write!(std::io::stdout(), "{text}");
@@ -119,7 +124,12 @@ async fn run(settings: &Settings) -> Result<()> {
             _ = interrupt.recv() => {}
         }
     };
-    let _watches = watch::start(&client, &settings.metallb_namespace, &cluster);
+    let _watches = watch::start(
+        &client,
+        &settings.node_name,
+        &settings.metallb_namespace,
+        &cluster,
+    );
     let wire = match settings.wire {
         true => Some(Wire::start().context("cannot listen on the LAN")?),
         false => None,

@@ -187,6 +187,19 @@ fn owners<'a>(
     view: &'a View,
 ) -> BTreeMap<IpAddr, (&'a Key, &'a Option<NodeName>)> {
     let mut owners = BTreeMap::new();
+    // Slices are written over it: they know more.
+    for (service, facts) in &view.services {
+        let in_namespace = |key: &Key| key.namespace == service.namespace;
+        for (_, pod) in view
+            .pods
+            .iter()
+            .filter(|(key, pod)| in_namespace(key) && facts.selects(pod))
+        {
+            for address in &pod.addresses {
+                owners.insert(*address, (service, &None));
+            }
+        }
+    }
     for (key, slice) in &view.slices {
         for endpoint in &slice.endpoints {
             for written in &endpoint.addresses {

@@ -429,6 +429,7 @@ fn any_view() -> impl Strategy<Value = View> {
                 vips: address.map(|n| (Family::V4, vip(n))).into_iter().collect(),
                 hostname: None,
                 on_no_gateway: OnNoGateway::Reject,
+                selector: BTreeMap::new(),
             };
             if let (Some(announcer), Some(vip)) = (announcer, facts.vips.get(&Family::V4)) {
                 view.announcers.insert(*vip, node(announcer));
@@ -775,6 +776,7 @@ fn small() -> View {
         vips,
         hostname: None,
         on_no_gateway: OnNoGateway::Reject,
+        selector: BTreeMap::new(),
     };
     let endpoint = Endpoint {
         addresses: vec![pod(1, 11).to_string()],

@@ -19,7 +19,8 @@ use crate::state::{
     RuleAction, Skeleton, Table,
 };
 use crate::view::{
-    Endpoint, Key, Node, NodeName, ON_NO_GATEWAY_ANNOTATION, OnNoGateway, Service, Target, View,
+    Endpoint, Key, Node, NodeName, ON_NO_GATEWAY_ANNOTATION, OnNoGateway, Pod, Service, Target,
+    View,
 };
 
 /// Places of our rules, from `ROUTE_RULE_PRIORITY` on. The first one lets unmarked packets pass all others.
@@ -280,8 +281,12 @@ fn egress_pods<'a>(
         let endpoints = slices.entry(&slice.service).or_default();
         endpoints.extend(slice.endpoints.iter().map(|endpoint| (key, endpoint)));
     }
+    let mut own_pods: BTreeMap<&str, Vec<&Pod>> = BTreeMap::new();
+    for (key, pod) in &view.pods {
+        own_pods.entry(&key.namespace).or_default().push(pod);
+    }
     let mut pods: BTreeMap<IpAddr, EgressPod<'a>> = BTreeMap::new();
-    for (service, _) in services {
+    for (service, facts) in services {
         for (slice, endpoint) in slices.get(service).into_iter().flatten() {
             for written in &endpoint.addresses {
                 let checked =
@@ -308,6 +313,19 @@ fn egress_pods<'a>(
                         ignored.insert(subject, reason);
                     }
                 }
+            }
+        }
+        // A pod sends as soon as it has an address; slices name it 100 to 200 ms later.
+        let of_namespace = own_pods.get(service.namespace.as_str());
+        let selected = of_namespace
+            .into_iter()
+            .flatten()
+            .filter(|pod| facts.selects(pod));
+        for address in selected.flat_map(|pod| &pod.addresses) {
+            if Family::of(*address) == family && !node_addresses.contains_key(address) {
+                let local = true;
+                let pod = pods.entry(*address).or_insert(EgressPod { service, local });
+                pod.local |= pod.service == *service;
             }
         }
     }

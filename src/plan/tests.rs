@@ -6,7 +6,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::settings::FwMask;
 use crate::state::{Mark, TableId};
-use crate::view::{Link, Slice};
+use crate::view::{Link, Pod, Slice};
 
 fn key(name: &str) -> Key {
     Key {
@@ -42,6 +42,7 @@ fn service(created: i64) -> Service {
         .into(),
         hostname: None,
         on_no_gateway: OnNoGateway::Reject,
+        selector: BTreeMap::new(),
     }
 }
 
@@ -357,6 +358,75 @@ fn pods_of_gateways_beyond_the_marks_are_routed_by_their_address() {
         };
         let hop = state.routes.tables[&table].gateway.as_ref().unwrap();
         assert_eq!(hop.via, IpAddr::from([192, 0, 2, 10 + n]));
+    }
+}
+
+/// A pod of this node in a namespace, with label `app`.
+fn own_pod(namespace: &str, app: &str, addresses: &[&str]) -> (Key, Pod) {
+    let key = Key {
+        namespace: namespace.to_owned(),
+        name: format!("{app}-{}", addresses[0]),
+    };
+    let pod = Pod {
+        labels: [("app".to_owned(), app.to_owned())].into(),
+        addresses: addresses.iter().map(|address| ip(address)).collect(),
+    };
+    (key, pod)
+}
+
+fn selecting(created: i64, app: &str) -> Service {
+    Service {
+        selector: [("app".to_owned(), app.to_owned())].into(),
+        ..service(created)
+    }
+}
+
+#[test]
+fn a_pod_of_this_node_is_an_egress_pod_before_a_slice_names_it() {
+    let mut view = cluster().with_service("a", selecting(1, "a"), Some("node2"));
+    view.pods = [
+        own_pod("shop", "a", &["10.244.1.21", "fd00:10:244:1::21"]),
+        own_pod("shop", "b", &["10.244.1.22"]),
+        own_pod("other", "a", &["10.244.1.23"]),
+        // Never the node itself.
+        own_pod("shop", "a", &["192.0.2.11"]),
+    ]
+    .into();
+    let desired = make(&view, &on("node1"));
+    for (address, vip) in [
+        ("10.244.1.21", "192.0.2.200"),
+        ("fd00:10:244:1::21", "2001:db8:1::c8"),
+    ] {
+        let expected = PodState {
+            mark: Some(SLOT_1),
+            ..egress(vip)
+        };
+        assert_eq!(pod_of(&desired, address), Some(expected));
+    }
+    for address in ["10.244.1.22", "10.244.1.23", "192.0.2.11"] {
+        assert_eq!(pod_of(&desired, address), None, "{address}");
+    }
+    // Where it is not, nobody knows of it yet.
+    view.pods.clear();
+    assert_eq!(pod_of(&make(&view, &on("node2")), "10.244.1.21"), None);
+}
+
+#[test]
+fn the_older_service_has_a_pod_that_no_slice_names_yet() {
+    let mut younger = selecting(2, "a");
+    younger.vips.insert(Family::V4, ip("192.0.2.201"));
+    let mut view = cluster()
+        .with_service("old", selecting(1, "a"), Some("node2"))
+        .with_service("new", younger, Some("node2"));
+    view.pods = [own_pod("shop", "a", &["10.244.1.21"])].into();
+    for slices in [false, true] {
+        if slices {
+            // The slice of the younger one comes first.
+            view = view.with_slice("new-1", "new", vec![pod("10.244.1.21", "node1")]);
+        }
+        let desired = make(&view, &on("node1"));
+        let state = pod_of(&desired, "10.244.1.21").unwrap();
+        assert_eq!(state.vips, [ip("192.0.2.200")].into());
     }
 }
 

@@ -230,6 +230,7 @@ mod tests {
             vips: [(Family::V4, vip())].into(),
             hostname: None,
             on_no_gateway: OnNoGateway::Reject,
+            selector: BTreeMap::new(),
         };
         let facts = Node {
             ready: true,

@@ -81,6 +81,8 @@ pub struct Service {
     pub hostname: Option<String>,
     /// What its pods do while it has no gateway.
     pub on_no_gateway: OnNoGateway,
+    /// The labels that its pods have; empty: pods are in hand-made slices only.
+    pub selector: BTreeMap<String, String>,
 }
 
 /// What an endpoint says it stands for.
@@ -112,6 +114,15 @@ pub struct Slice {
     pub endpoints: Vec<Endpoint>,
 }
 
+/// A pod of this node that has an address and a network of its own.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Pod {
+    /// By which Services select it.
+    pub labels: BTreeMap<String, String>,
+    /// Its addresses.
+    pub addresses: BTreeSet<IpAddr>,
+}
+
 /// A node of the cluster.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Node {
@@ -139,6 +150,8 @@ pub struct View {
     pub services: BTreeMap<Key, Service>,
     /// Their EndpointSlices.
     pub slices: BTreeMap<Key, Slice>,
+    /// The pods of this node.
+    pub pods: BTreeMap<Key, Pod>,
     /// All nodes.
     pub nodes: BTreeMap<NodeName, Node>,
     /// Who announces each VIP.
@@ -196,7 +209,34 @@ impl Service {
                     "node-address" => OnNoGateway::NodeAddress,
                     other => OnNoGateway::Unknown(other.to_owned()),
                 }),
+            selector: spec.and_then(|s| s.selector.clone()).unwrap_or_default(),
         }
+    }
+}
+
+impl Service {
+    /// Whether a pod of the same namespace belongs to it.
+    #[must_use]
+    pub fn selects(&self, pod: &Pod) -> bool {
+        let has = |(key, value): (&String, &String)| pod.labels.get(key) == Some(value);
+        !self.selector.is_empty() && self.selector.iter().all(has)
+    }
+}
+
+impl Pod {
+    /// The facts of a Pod object; `None` while it has no address, when it has its node's, and when it has ended and
+    /// its address may be another pod's.
+    #[must_use]
+    pub fn of(object: &core::Pod) -> Option<Pod> {
+        let on_host = object.spec.as_ref()?.host_network.unwrap_or_default();
+        let status = object.status.as_ref()?;
+        let has_ended = matches!(status.phase.as_deref(), Some("Succeeded" | "Failed"));
+        let ips = status.pod_ips.as_deref().unwrap_or_default();
+        let addresses: BTreeSet<IpAddr> = ips.iter().filter_map(|ip| ip.ip.parse().ok()).collect();
+        (!on_host && !has_ended && !addresses.is_empty()).then(|| Pod {
+            labels: object.metadata.labels.clone().unwrap_or_default(),
+            addresses,
+        })
     }
 }
 
@@ -315,7 +355,7 @@ mod tests {
         let service = service(json!({
             "metadata": {"uid": "u", "creationTimestamp": "2026-01-01T00:00:00Z",
                          "annotations": {"metaleg.de/on-no-gateway": "node-address"}},
-            "spec": {"type": "LoadBalancer", "ipFamilies": ["IPv4", "IPv6"]},
+            "spec": {"type": "LoadBalancer", "ipFamilies": ["IPv4", "IPv6"], "selector": {"app": "a"}},
             "status": {"loadBalancer": {"ingress": [
                 {"hostname": "a.example"}, {"ip": "nonsense"}, {"ip": "192.0.2.201"},
                 {"ip": "192.0.2.200"}, {"ip": "2001:db8:1::c8"}
@@ -335,6 +375,7 @@ mod tests {
                 .into(),
                 hostname: Some("a.example".to_owned()),
                 on_no_gateway: OnNoGateway::NodeAddress,
+                selector: [("app".to_owned(), "a".to_owned())].into(),
             }
         );
     }
@@ -381,6 +422,39 @@ mod tests {
         )
         .unwrap();
         assert_eq!(Slice::of(&stray), None);
+    }
+
+    #[test]
+    fn a_pod_counts_from_its_address_to_its_end_and_not_on_the_host_network() {
+        let pod = |spec: serde_json::Value, status: serde_json::Value| {
+            let labels = json!({"app": "a", "tier": "x"});
+            let object = json!({"metadata": {"labels": labels}, "spec": spec, "status": status});
+            Pod::of(&serde_json::from_value(object).unwrap())
+        };
+        let spec = json!({"containers": []});
+        let ips = json!([{"ip": "10.244.1.2"}, {"ip": "fd00::2"}]);
+        assert_eq!(pod(spec.clone(), json!({"phase": "Pending"})), None);
+        assert_eq!(
+            pod(spec.clone(), json!({"phase": "Succeeded", "podIPs": ips})),
+            None
+        );
+        let on_host = json!({"containers": [], "hostNetwork": true});
+        assert_eq!(
+            pod(on_host, json!({"phase": "Running", "podIPs": ips})),
+            None
+        );
+        let pod = pod(spec, json!({"phase": "Pending", "podIPs": ips})).unwrap();
+        assert_eq!(pod.addresses.len(), 2);
+        for (selector, expected) in [
+            (json!({"app": "a"}), true),
+            (json!({"app": "a", "tier": "x"}), true),
+            (json!({"app": "b"}), false),
+            (json!({"app": "a", "more": "y"}), false),
+            (json!({}), false),
+        ] {
+            let service = service(json!({"metadata": {}, "spec": {"selector": selector}}));
+            assert_eq!(service.selects(&pod), expected, "{selector}");
+        }
     }
 
     #[test]

@@ -27,7 +27,7 @@ use crate::view::announcers::{Announcers, Claims, Resolved};
 use crate::view::l2status::{self, L2Status};
 use crate::view::pools;
 use crate::view::{
-    EGRESS_LABEL, EGRESS_VALUE, Key, Node, NodeName, Service, Slice, View, service_cidrs,
+    EGRESS_LABEL, EGRESS_VALUE, Key, Node, NodeName, Pod, Service, Slice, View, service_cidrs,
 };
 use crate::wire::Heard;
 
@@ -48,6 +48,8 @@ pub enum Watch {
     EndpointSlices,
     /// Nodes.
     Nodes,
+    /// Pods of this node.
+    Pods,
     /// MetalLB's ServiceL2Statuses.
     ServiceL2Statuses,
     /// ServiceCIDRs, where they are served.
@@ -74,6 +76,7 @@ impl fmt::Display for Watch {
             Watch::Services => "Services",
             Watch::EndpointSlices => "EndpointSlices",
             Watch::Nodes => "Nodes",
+            Watch::Pods => "Pods",
             Watch::ServiceL2Statuses => "ServiceL2Statuses",
             Watch::ServiceCidrs => "ServiceCIDRs",
             Watch::IpPools => "IPPools",
@@ -145,6 +148,7 @@ struct Index {
     services: Facts<Key, Service>,
     slices: Facts<Key, Slice>,
     nodes: Facts<NodeName, Node>,
+    pods: Facts<Key, Pod>,
     statuses: Facts<Key, L2Status>,
     service_cidrs: Facts<String, BTreeSet<IpNet>>,
     ip_pools: Facts<String, BTreeSet<IpNet>>,
@@ -189,6 +193,7 @@ impl Cluster {
         index.services.synced = true;
         index.slices.synced = true;
         index.nodes.synced = true;
+        index.pods.synced = true;
         index.statuses.synced = true;
         index.service_cidrs.synced = true;
         index.ip_pools.synced = true;
@@ -211,6 +216,7 @@ impl Cluster {
             (Watch::Services, state(&index.services)),
             (Watch::EndpointSlices, state(&index.slices)),
             (Watch::Nodes, state(&index.nodes)),
+            (Watch::Pods, state(&index.pods)),
             (Watch::ServiceL2Statuses, state(&index.statuses)),
             (Watch::ServiceCidrs, state(&index.service_cidrs)),
             (Watch::IpPools, state(&index.ip_pools)),
@@ -244,6 +250,7 @@ impl Cluster {
             services: index.services.current.clone(),
             slices: index.slices.current.clone(),
             nodes: index.nodes.current.clone(),
+            pods: index.pods.current.clone(),
             announcers: resolved.announcers.clone(),
             service_cidrs: all(&index.service_cidrs),
             pod_pools: &all(&index.ip_pools) | &all(&index.cilium_nodes),
@@ -255,7 +262,12 @@ impl Cluster {
 
 /// Starts all watches; they run until the returned set is dropped.
 #[must_use]
-pub fn start(client: &Client, metallb_namespace: &str, cluster: &Arc<Cluster>) -> JoinSet<()> {
+pub fn start(
+    client: &Client,
+    node: &NodeName,
+    metallb_namespace: &str,
+    cluster: &Arc<Cluster>,
+) -> JoinSet<()> {
     let labelled = watcher::Config::default().labels(&format!("{EGRESS_LABEL}={EGRESS_VALUE}"));
     let all = watcher::Config::default();
     let mut watches = JoinSet::new();
@@ -285,6 +297,15 @@ pub fn start(client: &Client, metallb_namespace: &str, cluster: &Arc<Cluster>) -
         |index| &mut index.nodes,
         |node| NodeName(node.name_any()),
         guarded(|node| Some(Node::of(node))),
+    ));
+    watches.spawn(follow(
+        Watch::Pods,
+        Api::<DeserializeGuard<core::Pod>>::all(client.clone()),
+        watcher::Config::default().fields(&format!("spec.nodeName={node}")),
+        cluster.clone(),
+        |index| &mut index.pods,
+        key,
+        guarded(Pod::of),
     ));
     watches.spawn(follow(
         Watch::ServiceL2Statuses,

@@ -111,13 +111,21 @@ pub(crate) fn run(suite: &mut Suite, lab: &mut Lab) {
             leave_as(lab, &SHOP, &vips)
         },
     );
+    suite.row(
+        "a pod that no slice names yet never leaves as its node",
+        || new_pods(lab, &vips),
+    );
     suite.row("a pod that has completed is no egress pod any more", || {
         let pods = "/api/v1/namespaces/default/pods";
-        let phase = |phase: &str| json!({"status": {"phase": phase}});
+        // What a kubelet says of a pod whose containers have ended.
+        let not = |kind: &str| json!({"type": kind, "status": "False", "reason": "PodCompleted"});
+        let completed = json!({"status": {
+            "phase": "Succeeded", "conditions": [not("Ready"), not("ContainersReady")]
+        }});
         lab.create_pod("job-1", 1, "shop")?;
         settle(lab, &["job-1"], &vips)?;
         lab.api()
-            .patch(&format!("{pods}/job-1/status"), &phase("Succeeded"))?;
+            .patch(&format!("{pods}/job-1/status"), &completed)?;
         settle_as_nodes(lab, &["job-1"])?;
         lab.delete_pod("job-1")
     });
@@ -180,6 +188,36 @@ fn crd_comes_late(lab: &mut Lab) -> Result<()> {
         &crd,
     )?;
     lab.wait_for_agents()
+}
+
+/// Slices come late: without the controller that writes them, what is known is known from the pods themselves.
+fn new_pods(lab: &mut Lab, vips: &[IpAddr]) -> Result<()> {
+    let controller = "kube-controller-manager";
+    let gateway = lab.wait_for_announcer(vips[0], None)?;
+    lab.kill(controller)?;
+    for number in lab.node_numbers() {
+        let pod = format!("early-{number}");
+        lab.create_pod(&pod, number, "shop")?;
+        for family in Family::BOTH {
+            let vip = vip_of(vips, family)?;
+            let dial = || lab.source_seen(&pod, Outside::Far, family, Protocol::Tcp);
+            if number == gateway {
+                eventually(SOON, &format!("{pod} leaves as {vip}"), || {
+                    Ok((dial()?.address() == Some(vip)).then_some(()))
+                })?;
+            } else {
+                // Its gateway does not know it yet, and drops what it sends rather than to lend it its address.
+                eventually(SOON, &format!("{pod} does not leave"), || {
+                    Ok(dial()?.address().is_none().then_some(()))
+                })?;
+            }
+        }
+    }
+    lab.restart(controller)?;
+    let pods = ["early-1", "early-2", "early-3"];
+    settle(lab, &pods, vips)?;
+    leave_as(lab, &pods, vips)?;
+    pods.iter().try_for_each(|pod| lab.delete_pod(pod))
 }
 
 fn single_stack(lab: &mut Lab) -> Result<()> {
