@@ -17,6 +17,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
 
 use ipnet::IpNet;
+use tracing::debug;
 
 use crate::error::chain;
 use crate::kernel::conntrack::{ConntrackError, Keep};
@@ -265,7 +266,12 @@ impl Kernel for NodeKernel {
         };
         self.leftovers = Some(leftovers.clone());
         let mut collisions = routes.collisions;
-        for rival in rivals::find(&self.firewall, &self.families).await? {
+        // Only told, so that a failure to see them stops nothing.
+        let rivals = rivals::find(&self.firewall, &self.families).await;
+        for rival in rivals.unwrap_or_else(|error| {
+            debug!("cannot look for NAT of others: {}", chain(&error));
+            BTreeSet::new()
+        }) {
             collisions.insert(match self.firewall {
                 Backend::Nftables(_) => format!("{rival} may translate packets before we do"),
                 Backend::Iptables(_) => format!(
