@@ -149,15 +149,13 @@ async fn hear(
 ) -> Option<std::io::Error> {
     let mut tick = tokio::time::interval(PAUSE);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    let mut looked: Option<Instant> = None;
     let mut nodes = changes.borrow().nodes.clone();
+    // At the start, when nodes change, and when somebody unknown claims a VIP.
+    let mut look = true;
     loop {
         let now = Instant::now();
-        // At the start, and when somebody unknown claims a VIP.
-        let is_waiting = shared.hearing().is_waiting();
-        let is_due = looked.is_none_or(|at| is_waiting && now.duration_since(at) >= PAUSE);
-        if is_due {
-            looked = Some(now);
+        if look || shared.hearing().is_waiting() {
+            look = false;
             match table(neighbours).await {
                 Ok(table) => {
                     if shared.hearing().neighbours(&table, socket.mac(), now) {
@@ -174,33 +172,36 @@ async fn hear(
                 return Some(error);
             }
         }
-        tokio::select! {
-            claim = socket.next() => match claim {
-                Ok(claim) => {
-                    if shared.hearing().claim(claim, Instant::now()) {
-                        debug!(interface, "{} is announced by {}", claim.address, claim.mac);
-                        shared.changed.notify_one();
+        // Claims are taken as they come; all else has its time.
+        loop {
+            tokio::select! {
+                claim = socket.next() => match claim {
+                    Ok(claim) => {
+                        if shared.hearing().claim(claim, Instant::now()) {
+                            debug!(interface, "{} is claimed by {}", claim.address, claim.mac);
+                            shared.changed.notify_one();
+                        }
                     }
+                    Err(error) => return Some(error),
+                },
+                changed = changes.changed() => {
+                    if changed.is_err() {
+                        return None;
+                    }
+                    let wanted = changes.borrow_and_update().clone();
+                    let same = wanted.interface.as_deref() == Some(interface);
+                    if wanted.nodes != nodes {
+                        nodes.clone_from(&wanted.nodes);
+                        look = true;
+                    }
+                    shared.hearing().want(wanted, Instant::now());
+                    if !same {
+                        return None;
+                    }
+                    break;
                 }
-                Err(error) => return Some(error),
-            },
-            changed = changes.changed() => {
-                if changed.is_err() {
-                    return None;
-                }
-                let wanted = changes.borrow_and_update().clone();
-                let same = wanted.interface.as_deref() == Some(interface);
-                // New nodes may be in the neighbour table already.
-                if wanted.nodes != nodes {
-                    nodes.clone_from(&wanted.nodes);
-                    looked = None;
-                }
-                shared.hearing().want(wanted, Instant::now());
-                if !same {
-                    return None;
-                }
+                _ = tick.tick() => break,
             }
-            _ = tick.tick() => {}
         }
     }
 }
