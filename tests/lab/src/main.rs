@@ -132,9 +132,7 @@ fn stay(lab: &Lab) -> Result<()> {
             host.pid()
         );
     }
-    say!(
-        "  there, look at    ip rule; ip route show table 100001; ipset list; iptables-save -t nat"
-    );
+    say!("  there, look at    ip rule; ip route show table 100001; nft list table inet metaleg");
     say!("  logs              {}/logs", lab.directory().display());
     loop {
         std::thread::sleep(Duration::from_secs(3600));
