@@ -9,7 +9,9 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 use netlink_packet_core::{NLM_F_ACK, Nla};
-use netlink_packet_netfilter::conntrack::{ConntrackAttribute, ConntrackMessage, IPTuple, Tuple};
+use netlink_packet_netfilter::conntrack::{
+    ConntrackAttribute, ConntrackMessage, IPTuple, ProtoTuple, Protocol, Tuple,
+};
 use netlink_packet_netfilter::{NetfilterMessageInner, NetfilterProtoFamily};
 
 use crate::kernel::netlink::{Netfilter, NetlinkError, message};
@@ -46,45 +48,77 @@ pub(crate) enum Keep {
     WithSource(IpAddr),
 }
 
-/// Forgets connections that `pods` opened to destinations outside `excluded`; returns how many.
-pub(crate) async fn forget(
+/// Replies that may still come to a pod's own address when their connection is forgotten: from the node that was its
+/// gateway, or from a server that has seen the pod itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Late {
+    /// TCP or UDP, as a number of IP.
+    pub(crate) protocol: u8,
+    /// Address and port that they come from.
+    pub(crate) outside: (IpAddr, u16),
+    /// Address and port that they go to.
+    pub(crate) pod: (IpAddr, u16),
+}
+
+/// Connections to forget.
+#[derive(Debug, Default)]
+pub(crate) struct Found {
+    entries: Vec<(Family, Entry)>,
+    /// What may still come of them.
+    pub(crate) late: Vec<Late>,
+}
+
+/// Finds the connections that `pods` opened to destinations outside `excluded`.
+pub(crate) async fn find(
     pods: BTreeMap<IpAddr, Keep>,
     excluded: BTreeSet<IpNet>,
-) -> Result<usize, ConntrackError> {
+) -> Result<Found, ConntrackError> {
     // Blocking: a dump of a large table takes milliseconds that the agent's other tasks must not wait for.
     tokio::task::spawn_blocking(move || {
-        let mut count = 0;
+        let mut all = Found::default();
         for family in Family::ALL {
             if pods.keys().any(|pod| Family::of(*pod) == family) {
-                count += forget_family(family, &pods, &excluded)?;
+                let found = find_family(family, &pods, &excluded)?;
+                all.entries.extend(found.entries);
+                all.late.extend(found.late);
             }
         }
-        Ok(count)
+        Ok(all)
     })
     .await?
 }
 
-fn forget_family(
+fn find_family(
     family: Family,
     pods: &BTreeMap<IpAddr, Keep>,
     excluded: &BTreeSet<IpNet>,
-) -> Result<usize, ConntrackError> {
-    let netfilter = Netfilter::open()?;
+) -> Result<Found, ConntrackError> {
     let get = NetfilterMessageInner::Conntrack(ConntrackMessage::Get(Vec::new()));
-    let entries: Vec<Entry> =
-        netfilter.dump(proto(family), &get, |entries: &mut Vec<Entry>, answer| {
-            if let NetfilterMessageInner::Conntrack(ConntrackMessage::New(attributes)) =
-                answer.decode()?
-                && is_to_forget(&attributes, pods, excluded)
-            {
-                entries.push(identity(attributes));
-            }
-            Ok(())
-        })?;
-    for batch in entries.chunks(DELETES_AT_ONCE) {
-        delete(&netfilter, family, batch)?;
+    Ok(Netfilter::open()?.dump(proto(family), &get, |found: &mut Found, answer| {
+        if let NetfilterMessageInner::Conntrack(ConntrackMessage::New(attributes)) =
+            answer.decode()?
+            && is_to_forget(&attributes, pods, excluded)
+        {
+            found.late.extend(late(&attributes));
+            found.entries.push((family, identity(attributes)));
+        }
+        Ok(())
+    })?)
+}
+
+/// Forgets them.
+pub(crate) async fn forget(found: Found) -> Result<(), ConntrackError> {
+    if found.entries.is_empty() {
+        return Ok(());
     }
-    Ok(entries.len())
+    tokio::task::spawn_blocking(move || {
+        let netfilter = Netfilter::open()?;
+        for batch in found.entries.chunks(DELETES_AT_ONCE) {
+            delete(&netfilter, batch)?;
+        }
+        Ok(())
+    })
+    .await?
 }
 
 /// Whether a connection is one to forget: opened by one of the pods, not with the source that it should have,
@@ -95,14 +129,8 @@ fn is_to_forget(
     pods: &BTreeMap<IpAddr, Keep>,
     excluded: &BTreeSet<IpNet>,
 ) -> bool {
-    let original = attributes.iter().find_map(|attribute| match attribute {
-        ConntrackAttribute::CtaTupleOrig(tuple) => ends(tuple),
-        _ => None,
-    });
-    let reply = attributes.iter().find_map(|attribute| match attribute {
-        ConntrackAttribute::CtaTupleReply(tuple) => ends(tuple),
-        _ => None,
-    });
+    let original = original(attributes).and_then(ends);
+    let reply = reply(attributes).and_then(ends);
     let (Some((pod, _)), Some((outside, source))) = (original, reply) else {
         return false;
     };
@@ -113,6 +141,48 @@ fn is_to_forget(
         Some(Keep::WithSource(wanted)) => source == *wanted,
     };
     !is_kept && !excluded.iter().any(|net| net.contains(&outside))
+}
+
+/// What may still come of a connection that is forgotten; `None` where replies do not come to the pod's own address.
+fn late(attributes: &[ConntrackAttribute]) -> Option<Late> {
+    let (sender, _) = original(attributes).and_then(ends)?;
+    let tuple = reply(attributes)?;
+    let (outside, pod) = ends(tuple)?;
+    let parts = tuple.iter().find_map(|part| match part {
+        Tuple::Proto(parts) => Some(parts),
+        _ => None,
+    })?;
+    let (mut protocol, mut from, mut to) = (None, None, None);
+    for part in parts {
+        match part {
+            ProtoTuple::Protocol(Protocol::Tcp) => protocol = Some(6),
+            ProtoTuple::Protocol(Protocol::Udp) => protocol = Some(17),
+            ProtoTuple::SourcePort(port) => from = Some(*port),
+            ProtoTuple::DestinationPort(port) => to = Some(*port),
+            _ => {}
+        }
+    }
+    // Others begin no connection with a reply.
+    let protocol = protocol.filter(|_| pod == sender)?;
+    Some(Late {
+        protocol,
+        outside: (outside, from?),
+        pod: (pod, to?),
+    })
+}
+
+fn original(attributes: &[ConntrackAttribute]) -> Option<&[Tuple]> {
+    attributes.iter().find_map(|attribute| match attribute {
+        ConntrackAttribute::CtaTupleOrig(tuple) => Some(tuple.as_slice()),
+        _ => None,
+    })
+}
+
+fn reply(attributes: &[ConntrackAttribute]) -> Option<&[Tuple]> {
+    attributes.iter().find_map(|attribute| match attribute {
+        ConntrackAttribute::CtaTupleReply(tuple) => Some(tuple.as_slice()),
+        _ => None,
+    })
 }
 
 /// Source and destination.
@@ -141,11 +211,11 @@ fn identity(attributes: Vec<ConntrackAttribute>) -> Entry {
     attributes.into_iter().filter(identifies).collect()
 }
 
-fn delete(netfilter: &Netfilter, family: Family, entries: &[Entry]) -> Result<(), ConntrackError> {
+fn delete(netfilter: &Netfilter, entries: &[(Family, Entry)]) -> Result<(), ConntrackError> {
     let mut batch = Vec::new();
-    for entry in entries {
+    for (family, entry) in entries {
         let delete = NetfilterMessageInner::Conntrack(ConntrackMessage::Delete(entry.clone()));
-        batch.extend(message(proto(family), NLM_F_ACK, 0, delete));
+        batch.extend(message(proto(*family), NLM_F_ACK, 0, delete));
     }
     netfilter.send(&batch)?;
     let mut missing = entries.len();

@@ -15,12 +15,13 @@ mod tool;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
+use std::net::IpAddr;
 
 use ipnet::IpNet;
 use tracing::debug;
 
 use crate::error::chain;
-use crate::kernel::conntrack::{ConntrackError, Keep};
+use crate::kernel::conntrack::{ConntrackError, Keep, Late};
 use crate::kernel::disturbance::{Disturbances, Watched};
 use crate::kernel::iptables::Iptables;
 use crate::kernel::netlink::NetlinkError;
@@ -117,7 +118,15 @@ trait Firewall {
 
     /// Executes firewall steps in order, and adds those that fail to `failed`.
     async fn apply(&mut self, steps: &[&Step], failed: &mut Vec<StepError>);
+
+    /// Keeps late replies of connections that are about to be forgotten from beginning connections of their own: the
+    /// pod's next packet would be taken for an answer to one that came from outside, and leave with the pod's address.
+    async fn expect_late(&mut self, replies: &[Late]) -> Result<(), Error>;
 }
+
+/// How long late replies are expected: until the node that was the gateway, or the server, has learned of the change;
+/// seconds at most, where both are alive.
+const LATE_SECONDS: u32 = 60;
 
 /// The steps that rely on none that failed; the others join these.
 fn tryable<'a>(steps: &[&'a Step], failed: &mut Vec<StepError>) -> Vec<&'a Step> {
@@ -159,6 +168,13 @@ impl Firewall for Backend {
         match self {
             Backend::Nftables(nftables) => nftables.apply(steps, failed).await,
             Backend::Iptables(iptables) => iptables.apply(steps, failed).await,
+        }
+    }
+
+    async fn expect_late(&mut self, replies: &[Late]) -> Result<(), Error> {
+        match self {
+            Backend::Nftables(nftables) => nftables.expect_late(replies).await,
+            Backend::Iptables(iptables) => iptables.expect_late(replies).await,
         }
     }
 }
@@ -244,6 +260,43 @@ impl NodeKernel {
         leftovers::remove(leftover, &self.families, self.mask, &self.routes).await
     }
 
+    /// One look at the connections for all pods of a batch.
+    async fn forget(&mut self, steps: &[&Step], excluded: &BTreeSet<IpNet>) -> Vec<StepError> {
+        let mut pods = BTreeMap::new();
+        for step in steps {
+            match step {
+                Step::ForgetConnections(pod) => drop(pods.insert(*pod, Keep::Nothing)),
+                Step::ForgetStrays(sources) => {
+                    for (pod, source) in sources {
+                        pods.entry(*pod).or_insert(Keep::WithSource(*source));
+                    }
+                }
+                _ => {}
+            }
+        }
+        let Err(error) = self.forget_connections(pods, excluded).await else {
+            return Vec::new();
+        };
+        let text = chain(&error);
+        let failure = |step: &&Step| StepError {
+            step: (*step).clone(),
+            source: Error::Batch(text.clone()),
+        };
+        steps.iter().map(failure).collect()
+    }
+
+    async fn forget_connections(
+        &mut self,
+        pods: BTreeMap<IpAddr, Keep>,
+        excluded: &BTreeSet<IpNet>,
+    ) -> Result<(), Error> {
+        let found = conntrack::find(pods, excluded.clone()).await?;
+        if !found.late.is_empty() {
+            self.firewall.expect_late(&found.late).await?;
+        }
+        Ok(conntrack::forget(found).await?)
+    }
+
     /// What was found, for the log.
     #[must_use]
     pub fn describe(&self) -> &str {
@@ -308,7 +361,7 @@ impl Kernel for NodeKernel {
                 Executor::Firewall => self.firewall.apply(&batch, &mut failed).await,
                 Executor::Conntrack => {
                     let batch = tryable(&batch, &mut failed);
-                    failed.extend(forget(&batch, excluded).await);
+                    failed.extend(self.forget(&batch, excluded).await);
                 }
                 Executor::Leftovers => {
                     for step in tryable(&batch, &mut failed) {
@@ -326,29 +379,3 @@ impl Kernel for NodeKernel {
     }
 }
 
-/// One look at the connections for all pods of a batch.
-async fn forget(steps: &[&Step], excluded: &BTreeSet<IpNet>) -> Vec<StepError> {
-    let mut pods = BTreeMap::new();
-    for step in steps {
-        match step {
-            Step::ForgetConnections(pod) => drop(pods.insert(*pod, Keep::Nothing)),
-            Step::ForgetStrays(sources) => {
-                for (pod, source) in sources {
-                    pods.entry(*pod).or_insert(Keep::WithSource(*source));
-                }
-            }
-            _ => {}
-        }
-    }
-    match conntrack::forget(pods, excluded.clone()).await {
-        Ok(_) => Vec::new(),
-        Err(error) => {
-            let text = error.to_string();
-            let failure = |step: &&Step| StepError {
-                step: (*step).clone(),
-                source: Error::Batch(text.clone()),
-            };
-            steps.iter().map(failure).collect()
-        }
-    }
-}

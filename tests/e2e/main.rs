@@ -5,6 +5,7 @@
 
 mod announcers;
 mod bad_input;
+mod continuity;
 mod inputs;
 mod rows;
 
@@ -102,6 +103,11 @@ fn main() -> ExitCode {
         let grace = vec![("ANNOUNCER_GRACE_PERIOD", announcers::GRACE)];
         let options = lab(KubeProxy::Iptables, grace);
         in_lab(&mut suite, "announcers", options, announcers::run);
+    }
+    if is_wanted("continuity") {
+        say!("continuity");
+        let options = lab(KubeProxy::Iptables, Vec::new());
+        in_lab(&mut suite, "continuity", options, continuity::run);
     }
     if is_wanted("inputs") {
         say!("inputs");

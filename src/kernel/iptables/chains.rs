@@ -50,6 +50,7 @@ pub(super) fn chains(family: Family, mask: u32) -> Vec<Chain> {
     let (pods, excluded) = (set(StaticSet::Pods), set(StaticSet::Excluded));
     let (vips, blocked) = (set(StaticSet::Vips), set(StaticSet::Blocked));
     let (remote, marks) = (set(StaticSet::Remote), set(StaticSet::Mark));
+    let late = set(StaticSet::Late);
     let (everything, prohibited) = match family {
         Family::V4 => ("0.0.0.0/0", "icmp-admin-prohibited"),
         Family::V6 => ("::/0", "icmp6-adm-prohibited"),
@@ -124,6 +125,14 @@ pub(super) fn chains(family: Family, mask: u32) -> Vec<Chain> {
             jump: jump("METALEG-GUARD", ""),
             first: false,
             rules: vec![
+                // The pod's node has just forgotten their connection: as the beginning of one from outside they
+                // would make the pod's next packet an answer, which leaves as it is.
+                Rule::new(
+                    "late",
+                    &format!(
+                        "-m conntrack --ctstate NEW -m set --match-set {late} dst,dst,src -j DROP"
+                    ),
+                ),
                 // A VIP moves before routes and objects do. A packet of an outside server that arrives here
                 // before the pod's own next packet would make a connection entry that clashes with the pod's; and
                 // an INVALID one would be routed, and answered with an error that the server believes.

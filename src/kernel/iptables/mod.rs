@@ -23,8 +23,9 @@ use self::chains::{
 pub(crate) use self::mode::Variant;
 use self::mode::detect;
 use self::sets::{
-    StaticSet, create_vip, destroy, ipset, member_line, parse_sets, vip_of_set, vip_set,
+    StaticSet, create_vip, destroy, ipset, late_line, member_line, parse_sets, vip_of_set, vip_set,
 };
+use crate::kernel::conntrack::Late;
 use crate::kernel::tool::{ToolError, run};
 use crate::kernel::{Error, Firewall, StepError, tryable};
 use crate::state::{Family, FirewallState, Step};
@@ -277,6 +278,10 @@ impl Firewall for Iptables {
                 }
             }
         }
+    }
+
+    async fn expect_late(&mut self, replies: &[Late]) -> Result<(), Error> {
+        Ok(ipset(replies.iter().map(late_line).collect()).await?)
     }
 }
 

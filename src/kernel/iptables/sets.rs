@@ -6,6 +6,8 @@ use std::time::Duration;
 
 use ipnet::IpNet;
 
+use crate::kernel::LATE_SECONDS;
+use crate::kernel::conntrack::Late;
 use crate::kernel::tool::{ToolError, run};
 use crate::state::{Family, Step};
 
@@ -34,10 +36,12 @@ pub(super) enum StaticSet {
     Gateway,
     /// Pods without a way out.
     Blocked,
+    /// Replies of forgotten connections: the kernel removes them by itself, and nobody reads them.
+    Late,
 }
 
 impl StaticSet {
-    pub(super) const ALL: [StaticSet; 7] = [
+    pub(super) const ALL: [StaticSet; 8] = [
         StaticSet::Excluded,
         StaticSet::Remote,
         StaticSet::Vips,
@@ -45,6 +49,7 @@ impl StaticSet {
         StaticSet::Mark,
         StaticSet::Gateway,
         StaticSet::Blocked,
+        StaticSet::Late,
     ];
 
     pub(super) fn name(self, family: Family) -> String {
@@ -56,6 +61,7 @@ impl StaticSet {
             StaticSet::Mark => "MARK",
             StaticSet::Gateway => "GATEWAY",
             StaticSet::Blocked => "BLOCKED",
+            StaticSet::Late => "LATE",
         };
         let number = match family {
             Family::V4 => 4,
@@ -67,13 +73,15 @@ impl StaticSet {
     pub(super) fn create(self, family: Family) -> String {
         let kind = match self {
             StaticSet::Excluded | StaticSet::Remote => "hash:net",
+            StaticSet::Late => "hash:ip,port,ip",
             _ => "hash:ip",
         };
         let extension = match self {
-            StaticSet::Mark => " skbinfo",
-            _ => "",
+            StaticSet::Mark => " skbinfo".to_owned(),
+            StaticSet::Late => format!(" timeout {LATE_SECONDS}"),
+            _ => String::new(),
         };
-        create(&self.name(family), kind, family, extension)
+        create(&self.name(family), kind, family, &extension)
     }
 }
 
@@ -168,6 +176,13 @@ pub(super) fn member_line(step: &Step) -> Option<String> {
         StaticSet::Excluded | StaticSet::Remote => Some(format!("{verb} {set_name} {member}")),
         _ => Some(format!("{verb} {set_name} {}", member.addr())),
     }
+}
+
+/// The `ipset restore` line that expects late replies.
+pub(super) fn late_line(late: &Late) -> String {
+    let set = StaticSet::Late.name(Family::of(late.pod.0));
+    let ((pod, port), (outside, _)) = (late.pod, late.outside);
+    format!("add {set} {pod},{}:{port},{outside}\n", late.protocol)
 }
 
 pub(super) async fn ipset(document: String) -> Result<(), ToolError> {

@@ -5,6 +5,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::{IpNet, Ipv4Subnets, Ipv6Subnets};
 
+use crate::kernel::LATE_SECONDS;
+use crate::kernel::conntrack::Late;
 use crate::kernel::nftables::ruleset::{mark_of_chain, slot_chain};
 use crate::state::{Family, FirewallState, PodState, Skeleton};
 
@@ -23,6 +25,8 @@ pub(crate) enum Kind {
     Gatewayed,
     /// Pods without a way out.
     Blocked,
+    /// Replies of forgotten connections: the kernel removes them by itself, and nobody reads them.
+    Late,
     /// Pod to the chain that marks its packets for its gateway.
     Slot,
     /// Pod to VIP.
@@ -30,13 +34,14 @@ pub(crate) enum Kind {
 }
 
 impl Kind {
-    pub(crate) const ALL: [Kind; 8] = [
+    pub(crate) const ALL: [Kind; 9] = [
         Kind::Excluded,
         Kind::Remote,
         Kind::Vips,
         Kind::Pods,
         Kind::Gatewayed,
         Kind::Blocked,
+        Kind::Late,
         Kind::Slot,
         Kind::Vip,
     ];
@@ -55,6 +60,7 @@ impl Kind {
             Kind::Pods => "pods",
             Kind::Gatewayed => "gatewayed",
             Kind::Blocked => "blocked",
+            Kind::Late => "late",
             Kind::Slot => "slot",
             Kind::Vip => "vip",
         };
@@ -78,12 +84,16 @@ impl Kind {
         let (word, kind) = match self {
             Kind::Slot => ("map", format!("{address} : verdict")),
             Kind::Vip => ("map", format!("{address} : {address}")),
+            Kind::Late => (
+                "set",
+                format!("{address} . inet_proto . inet_service . {address} . inet_service"),
+            ),
             _ => ("set", address.to_owned()),
         };
-        let flags = if self.of_networks() {
-            "    flags interval;\n"
-        } else {
-            ""
+        let flags = match self {
+            Kind::Excluded | Kind::Remote => "    flags interval;\n".to_owned(),
+            Kind::Late => format!("    flags timeout;\n    timeout {LATE_SECONDS}s;\n"),
+            _ => String::new(),
         };
         let elements: Vec<String> = elements
             .map(|(key, value)| match value {
@@ -197,6 +207,25 @@ pub(crate) fn state_of(elements: &Elements, mask: u32, skeleton: Skeleton) -> Fi
         remote_pods: keys(Kind::Remote).map(|(net, _)| *net).collect(),
         vips: keys(Kind::Vips).map(|(net, _)| net.addr()).collect(),
         pods,
+    }
+}
+
+/// The key of late replies: each part begins at a multiple of four bytes, as nft concatenates them.
+pub(crate) fn late_key(late: &Late) -> Vec<u8> {
+    let mut key = octets(late.outside.0);
+    key.extend([late.protocol, 0, 0, 0]);
+    for (port, address) in [(late.outside.1, Some(late.pod.0)), (late.pod.1, None)] {
+        key.extend(port.to_be_bytes());
+        key.extend([0; 2]);
+        key.extend(address.into_iter().flat_map(octets));
+    }
+    key
+}
+
+pub(crate) fn octets(address: IpAddr) -> Vec<u8> {
+    match address {
+        IpAddr::V4(v4) => v4.octets().to_vec(),
+        IpAddr::V6(v6) => v6.octets().to_vec(),
     }
 }
 

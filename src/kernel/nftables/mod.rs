@@ -21,10 +21,11 @@ use netlink_packet_netfilter::nftables::{
 use netlink_packet_netfilter::none::ControlMessage;
 use netlink_packet_netfilter::{NetfilterMessageInner, NetfilterProtoFamily};
 
-use self::elements::{Elements, Kind, Value};
+use self::elements::{Elements, Kind, Value, late_key, octets};
 pub(crate) use self::parse::{BaseChain, any_chain};
 use self::ruleset::{Chain, chains};
 pub(crate) use self::ruleset::{TABLE, TRANSLATION_PRIORITY};
+use crate::kernel::conntrack::Late;
 use crate::kernel::netlink::{Message, Netfilter, NetlinkError, message};
 use crate::kernel::tool::run;
 use crate::kernel::{Error, Firewall, StepError, tryable};
@@ -35,6 +36,7 @@ use crate::state::{Family, FirewallState, KernelState, Skeleton, Step};
 const SUBSYSTEM: u16 = 10;
 /// The length of an attribute is 16 bits: this many elements of at most 60 bytes fit into one.
 const ELEMENTS_AT_ONCE: usize = 1000;
+
 /// The nftables backend of one node.
 #[derive(Debug)]
 pub(crate) struct Nftables {
@@ -74,7 +76,7 @@ impl Nftables {
         let mut states = BTreeMap::new();
         for &family in &self.families {
             let mut elements = Elements::new();
-            for kind in Kind::ALL {
+            for kind in Kind::ALL.into_iter().filter(|kind| *kind != Kind::Late) {
                 if sets.contains(&kind.name(family)) {
                     elements.insert(kind, self.members(kind, family)?);
                 }
@@ -277,6 +279,43 @@ impl Firewall for Nftables {
             }
         }
     }
+
+    async fn expect_late(&mut self, replies: &[Late]) -> Result<(), Error> {
+        let (v4, v6): (Vec<Late>, Vec<Late>) =
+            replies.iter().partition(|late| late.pod.0.is_ipv4());
+        let mut messages = late_messages(Family::V4, &v4);
+        messages.extend(late_messages(Family::V6, &v6));
+        Ok(self.netfilter.commit(&transaction(&messages))?)
+    }
+}
+
+/// The messages that add late replies to a family's set.
+fn late_messages(family: Family, replies: &[Late]) -> Vec<u8> {
+    let mut messages = Vec::new();
+    for part in replies.chunks(ELEMENTS_AT_ONCE) {
+        let key = |late| SetElementAttribute::Key(DataAttribute::Value(late_key(late)));
+        let elements = part.iter().map(|late| ListAttribute::Element(vec![key(late)]));
+        messages.extend(add(&Kind::Late.name(family), elements.collect()));
+    }
+    messages
+}
+
+fn add(set: &str, elements: Vec<ListAttribute<SetElementAttribute>>) -> Vec<u8> {
+    let message = in_set(set, elements);
+    inet(
+        NLM_F_CREATE | NLM_F_ACK,
+        NfTablesMessage::NewSetElement(message),
+    )
+}
+
+fn in_set(set: &str, elements: Vec<ListAttribute<SetElementAttribute>>) -> SetElementMessage {
+    SetElementMessage {
+        attributes: vec![
+            SetElementList::Table(TABLE.to_owned()),
+            SetElementList::Set(set.to_owned()),
+            SetElementList::Elements(elements),
+        ],
+    }
 }
 
 fn base_of(chain: &Chain) -> Option<BaseChain> {
@@ -287,13 +326,6 @@ fn base_of(chain: &Chain) -> Option<BaseChain> {
         priority: hook.priority,
         accepts: true,
     })
-}
-
-fn octets(address: IpAddr) -> Vec<u8> {
-    match address {
-        IpAddr::V4(v4) => v4.octets().to_vec(),
-        IpAddr::V6(v6) => v6.octets().to_vec(),
-    }
 }
 
 /// The whole table as `nft` takes it, replacing whatever there is.
@@ -357,19 +389,13 @@ impl Change {
                     list.extend(elements::after(net).map(|end| element(end, value, true)));
                 }
             }
-            let message = SetElementMessage {
-                attributes: vec![
-                    SetElementList::Table(TABLE.to_owned()),
-                    SetElementList::Set(kind.name(family)),
-                    SetElementList::Elements(list),
-                ],
-            };
+            let set = kind.name(family);
             messages.extend(match self {
-                Change::Add => inet(
-                    NLM_F_CREATE | NLM_F_ACK,
-                    NfTablesMessage::NewSetElement(message),
-                ),
-                Change::Delete => inet(NLM_F_ACK, NfTablesMessage::DeleteSetElement(message)),
+                Change::Add => add(&set, list),
+                Change::Delete => {
+                    let message = in_set(&set, list);
+                    inet(NLM_F_ACK, NfTablesMessage::DeleteSetElement(message))
+                }
             });
         }
         messages

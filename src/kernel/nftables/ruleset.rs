@@ -122,6 +122,14 @@ pub(crate) fn chains(families: &[Family], mask: u32, slots: u32) -> Vec<Chain> {
             ),
         ]);
         guard.extend([
+            // The pod's node has just forgotten their connection: as the beginning of one from outside they would
+            // make the pod's next packet an answer, which leaves as it is.
+            rule(
+                "late",
+                format!(
+                    "ct state new {ip} saddr . meta l4proto . th sport . {ip} daddr . th dport @late{n} counter drop"
+                ),
+            ),
             // A VIP moves before routes and objects do. A packet of an outside server that arrives here before
             // the pod's own next packet would make a connection entry that clashes with the pod's; and an
             // INVALID one would be routed, and answered with an error that the server believes.

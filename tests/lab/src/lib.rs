@@ -18,11 +18,13 @@
 
 pub mod api;
 pub mod binaries;
+pub mod capture;
 pub mod cluster;
 pub mod host;
 pub mod kubelet;
 pub mod net;
 pub mod probe;
+pub mod traffic;
 
 use std::fmt;
 use std::fs;
@@ -38,10 +40,12 @@ use tempfile::TempDir;
 
 use crate::api::Api;
 use crate::binaries::Binaries;
+use crate::capture::Capture;
 use crate::cluster::Cluster;
 use crate::host::Host;
 use crate::kubelet::Kubelet;
 use crate::probe::{PORT, Protocol, Seen, Server, Stream};
+use crate::traffic::Traffic;
 
 /// Writes a line for the person who watches.
 #[macro_export]
@@ -254,7 +258,7 @@ pub struct Lab {
     far_server: Host,
     _router: Host,
     control_plane: Host,
-    _lan: Host,
+    lan: Host,
     directory: TempDir,
     options: Options,
     next_pod: usize,
@@ -357,7 +361,7 @@ impl Lab {
             far_server,
             _router: router,
             control_plane,
-            _lan: lan,
+            lan,
             directory,
             options,
             next_pod: 1,
@@ -934,6 +938,26 @@ impl Lab {
             Ok(Dialer { pod, host })
         };
         pods.iter().map(dialer).collect()
+    }
+
+    /// Starts traffic from pods that goes on while other things happen to the lab.
+    ///
+    /// # Errors
+    /// When there is no such pod.
+    pub fn traffic(&self, pods: &[&str]) -> Result<Traffic> {
+        let hosts: Result<Vec<_>> = pods
+            .iter()
+            .map(|name| Ok(((*name).to_owned(), self.pod(name)?.host.clone())))
+            .collect();
+        Traffic::start(&hosts?)
+    }
+
+    /// Counts the packets that nodes send to servers outside, from now on.
+    ///
+    /// # Errors
+    /// When it cannot listen on the LAN.
+    pub fn capture(&self) -> Result<Capture> {
+        Capture::start(&self.lan, self.options.nodes)
     }
 
     /// Tells every node that an outside host, which is no node, has an IPv4 address.

@@ -60,6 +60,9 @@ pub fn node_mac(number: usize) -> String {
     format!("02:00:00:00:00:{:02x}", 10 + number)
 }
 
+/// The addresses above have room for so many.
+pub(crate) const MOST_NODES: usize = 80;
+
 /// The same as bytes.
 pub(crate) fn node_mac_bytes(number: usize) -> [u8; 6] {
     let last = u8::try_from(10 + number).unwrap_or_default();

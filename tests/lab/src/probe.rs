@@ -139,7 +139,7 @@ impl Seen {
         matches!(self, Seen::Refused | Seen::Unreachable)
     }
 
-    fn from_line(line: &str) -> Seen {
+    pub(crate) fn from_line(line: &str) -> Seen {
         let mut words = line.split_whitespace();
         match (
             words.next(),
