@@ -95,7 +95,7 @@ pub async fn run<K: Kernel>(
         report,
         kernel,
         lan: Lan::new(settings, report, wire),
-        announcers: Announcers::new(settings.grace),
+        announcers: Announcers::new(settings.node_name.clone(), settings.grace),
         confirmed: None,
         last: None,
         collisions: BTreeSet::new(),
@@ -220,6 +220,7 @@ impl<K: Kernel> Agent<'_, K> {
                 confirmed.state.apply(step);
             }
             self.confirmed = Some(confirmed);
+            self.report.programmed(&view);
         }
         self.last = Some(desired);
         Ok(Pass {

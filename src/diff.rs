@@ -39,16 +39,18 @@ enum Phase {
     /// Before the connections are forgotten: one that is opened while its destination is still excluded is
     /// translated by others, and would stay so.
     OldExclusions,
-    /// After the pods are known: else packets of egress pods of other nodes would be dropped.
-    RemotePods,
+    /// After the pods are known or free: else packets of egress pods of other nodes, and of all pods of this one, would
+    /// be dropped.
+    PodNetworks,
     /// After everything that decides how connections are translated, and before a pod that is none any more
     /// loses the guard that drops its untranslated packets (25 packets leaked without, in an experiment).
     Connections,
     /// After the connections are forgotten: until then it is the reason to forget them, for a run that died.
     Gatewayships,
     Unblocks,
+    /// Before pods are no longer known or free, for the same reason.
+    OldPodNetworks,
     Unknowledge,
-    OldRemotePods,
     OldVips,
     OldSkeletons,
     /// When ours does all of the work. Chains of a backend come before their sets.
@@ -75,10 +77,14 @@ pub fn diff(observed: &KernelState, desired: &KernelState) -> Vec<Step> {
         firewall(family, &from.firewall, &to.firewall, &mut steps);
     }
     if observed.doubt && !desired.doubt {
-        let families = desired.families.values();
-        let pods = families.flat_map(|family| &family.firewall.pods);
+        let firewalls = || desired.families.values().map(|family| &family.firewall);
+        let pods = firewalls().flat_map(|firewall| &firewall.pods);
         let sources = pods.filter_map(|(pod, state)| Some((*pod, source(*pod, state)?)));
-        let step = Step::ForgetStrays(sources.collect());
+        let vips = firewalls().flat_map(|firewall| &firewall.vips).copied();
+        let step = Step::ForgetStrays {
+            sources: sources.collect(),
+            vips: vips.collect(),
+        };
         steps.push((Phase::Connections, step));
     }
     for leftover in observed.leftovers.difference(&desired.leftovers) {
@@ -162,7 +168,15 @@ fn firewall(family: Family, from: &FirewallState, to: &FirewallState, steps: &mu
         Step::AddRemotePods,
         Step::RemoveRemotePods,
     );
-    push(steps, Phase::RemotePods, Phase::OldRemotePods, remote_steps);
+    let local_steps = changes(
+        &from.local_pods,
+        &to.local_pods,
+        Step::AddLocalPods,
+        Step::RemoveLocalPods,
+    );
+    for pod_steps in [remote_steps, local_steps] {
+        push(steps, Phase::PodNetworks, Phase::OldPodNetworks, pod_steps);
+    }
     let none = PodState::default();
     let addresses: BTreeSet<_> = from.pods.keys().chain(to.pods.keys()).collect();
     for address in addresses {
@@ -176,6 +190,11 @@ fn pod(address: IpAddr, from: &PodState, to: &PodState, includes: bool, steps: &
     match (from.known, to.known) {
         (false, true) => steps.push((Phase::Knowledge, Step::Know(address))),
         (true, false) => steps.push((Phase::Unknowledge, Step::Unknow(address))),
+        _ => {}
+    }
+    match (from.free, to.free) {
+        (false, true) => steps.push((Phase::Knowledge, Step::Free(address))),
+        (true, false) => steps.push((Phase::Unknowledge, Step::Unfree(address))),
         _ => {}
     }
     for vip in to.vips.difference(&from.vips) {

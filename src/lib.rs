@@ -46,6 +46,7 @@
 //! *Excluded*: destinations that are not egress. *Egress pod*: a pod of a labelled Service.
 
 pub mod agent;
+pub mod client;
 pub mod commands;
 pub mod diff;
 mod error;

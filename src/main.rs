@@ -8,10 +8,12 @@ use std::sync::Arc;
 use anyhow::{Context, Result};
 
 use metaleg::agent;
+use metaleg::client;
 use metaleg::commands;
 use metaleg::kernel::NodeKernel;
 use metaleg::report::{self, Report, events, health, metrics};
 use metaleg::settings::{Action, LogFormat, PlanFormat, Settings, SettingsError};
+use metaleg::view::leases::BootId;
 use metaleg::view::watch::{self, Cluster};
 use metaleg::wire::Wire;
 use tokio::signal::unix::{SignalKind, signal};
@@ -51,7 +53,7 @@ fn main() -> ExitCode {
 }
 
 async fn show_plan(settings: &Settings, format: PlanFormat) -> Result<ExitCode> {
-    let (client, _) = client().await?;
+    let (client, _) = client::connect().await?;
     let mut kernel = NodeKernel::open(settings).await?;
     let cluster = Arc::new(Cluster::default());
     let report = Report::new(cluster.clone());
@@ -76,18 +78,8 @@ async fn clean_up(settings: &Settings) -> Result<ExitCode> {
     })
 }
 
-async fn client() -> Result<(kube::Client, String)> {
-    let config = kube::Config::infer().await.context(
-        "no way to the API server: neither a ServiceAccount of a pod nor a kubeconfig is here",
-    )?;
-    let server = config.cluster_url.to_string();
-    let client =
-        kube::Client::try_from(config).context("cannot make a client of the API server")?;
-    Ok((client, server))
-}
-
 async fn run(settings: &Settings) -> Result<()> {
-    let (client, server) = client().await?;
+    let (client, server) = client::connect().await?;
     let mut kernel = NodeKernel::open(settings).await?;
     let cluster = Arc::new(Cluster::default());
     let (events, told) = tokio::sync::mpsc::unbounded_channel();
@@ -96,7 +88,17 @@ async fn run(settings: &Settings) -> Result<()> {
         settings.node_name.clone(),
         told,
     ));
-    let report = Arc::new(Report::new(cluster.clone()).with_events(events));
+    let boot = BootId::of_this_node().context("cannot read which boot of the node this is")?;
+    let (report, lease) = Report::new(cluster.clone())
+        .with_events(events)
+        .with_lease(
+            client.clone(),
+            &settings.metallb_namespace,
+            settings.node_name.clone(),
+            boot,
+        );
+    tokio::spawn(lease);
+    let report = Arc::new(report);
     if let Some(address) = settings.health_address {
         let listener = report::listen(address)
             .await

@@ -116,7 +116,7 @@ pub const DEFINITIONS: &[Definition] = &[
     Definition {
         name: "STRICT_START",
         default: "false",
-        help: "Hold back the first packets of pods that are not classified yet: only `false` in this version",
+        help: "Drop what a pod of this node sends to outside until it is known whether it is an egress pod",
     },
     Definition {
         name: "METRICS_BIND_ADDRESS",
@@ -244,6 +244,8 @@ pub struct Settings {
     pub reconciliation_interval: Duration,
     /// Route only pods of this node.
     pub filter_endpoints_for_node: bool,
+    /// Drop what pods of this node send before they are classified.
+    pub strict_start: bool,
     /// Drop what unknown pods of other nodes send through this node.
     pub guard_transit: bool,
     /// Listen on the LAN for announcements.
@@ -377,7 +379,6 @@ impl Settings {
         one_of(&value("ROUTE_BACKEND"), &["netlink"])?;
         let sources = value("ANNOUNCER_SOURCES");
         let wire = one_of(&sources, &["status,wire", "status"])? == "status,wire";
-        one_of(&value("STRICT_START"), &["false"])?;
 
         let mask = mask(&value("FIREWALL_MASK"))?;
         let (_, lan_interface) = value("LAN_INTERFACE");
@@ -398,6 +399,7 @@ impl Settings {
                 Duration::from_secs(1),
             )?,
             filter_endpoints_for_node: boolean(&value("FILTER_ENDPOINTS_FOR_NODE"))?,
+            strict_start: boolean(&value("STRICT_START"))?,
             guard_transit: boolean(&value("GUARD_TRANSIT"))?,
             wire,
             grace: duration(&value("ANNOUNCER_GRACE_PERIOD"), Duration::ZERO)?,

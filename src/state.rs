@@ -188,6 +188,8 @@ pub struct PodState {
     pub gatewayed: bool,
     /// It has no way out: rejected.
     pub blocked: bool,
+    /// Known to be no egress pod; told only where pods wait for that.
+    pub free: bool,
 }
 
 /// Firewall of one family.
@@ -199,9 +201,11 @@ pub struct FirewallState {
     pub excluded: BTreeSet<IpNet>,
     /// Pod networks of the other nodes: what comes from there to outside must be known here.
     pub remote_pods: BTreeSet<IpNet>,
+    /// Pod networks of this node whose pods wait until they are classified.
+    pub local_pods: BTreeSet<IpNet>,
     /// All egress VIPs; each has its translation and is guarded.
     pub vips: BTreeSet<IpAddr>,
-    /// Egress pods by address, on every node of the cluster.
+    /// Pods by address: egress pods of every node of the cluster, and the free ones of this node.
     pub pods: BTreeMap<IpAddr, PodState>,
 }
 
@@ -314,6 +318,12 @@ impl KernelState {
             Step::RemoveRemotePods(net) => {
                 self.firewall(net.addr()).remote_pods.remove(net);
             }
+            Step::AddLocalPods(net) => {
+                self.firewall(net.addr()).local_pods.insert(*net);
+            }
+            Step::RemoveLocalPods(net) => {
+                self.firewall(net.addr()).local_pods.remove(net);
+            }
             Step::Know(pod) => self.pod(*pod, |p| p.known = true),
             Step::Unknow(pod) => self.pod(*pod, |p| p.known = false),
             Step::Translate { pod, vip } => self.pod(*pod, |p| {
@@ -328,8 +338,10 @@ impl KernelState {
             Step::Ungateway(pod) => self.pod(*pod, |p| p.gatewayed = false),
             Step::Block(pod) => self.pod(*pod, |p| p.blocked = true),
             Step::Unblock(pod) => self.pod(*pod, |p| p.blocked = false),
+            Step::Free(pod) => self.pod(*pod, |p| p.free = true),
+            Step::Unfree(pod) => self.pod(*pod, |p| p.free = false),
             Step::ForgetConnections(_) => {}
-            Step::ForgetStrays(_) => self.doubt = false,
+            Step::ForgetStrays { .. } => self.doubt = false,
             Step::RemoveLeftover(leftover) => {
                 self.leftovers.remove(leftover);
             }
@@ -398,6 +410,11 @@ pub enum Step {
     /// Lift that.
     RemoveRemotePods(IpNet),
 
+    /// Packets from this network to outside must be of pods that are classified.
+    AddLocalPods(IpNet),
+    /// Lift that.
+    RemoveLocalPods(IpNet),
+
     /// Make a pod an egress pod: what is not translated is dropped.
     Know(IpAddr),
     /// It is none any more.
@@ -433,12 +450,22 @@ pub enum Step {
     Block(IpAddr),
     /// Lift that.
     Unblock(IpAddr),
+    /// Let a pod that is no egress pod go its way.
+    Free(IpAddr),
+    /// It is not known to be one any more.
+    Unfree(IpAddr),
 
     /// Forget the connections that a pod opened to outside: their address translation is decided anew.
     ForgetConnections(IpAddr),
 
-    /// Forget the connections that pods opened to outside with another source than the one given for each.
-    ForgetStrays(BTreeMap<IpAddr, IpAddr>),
+    /// Forget what came about under other rules than the present ones.
+    ForgetStrays {
+        /// Connections that these pods opened to outside with another source than the one given for each.
+        sources: BTreeMap<IpAddr, IpAddr>,
+        /// Connections from outside to these VIPs that nobody has answered: a server's packet to a pod's connection makes
+        /// one on a node that has no guard yet, and it takes the pod's port.
+        vips: BTreeSet<IpAddr>,
+    },
 
     /// Remove what another backend or an earlier release left.
     RemoveLeftover(Leftover),
@@ -462,10 +489,11 @@ impl Step {
     #[must_use]
     pub fn executor(&self) -> Executor {
         use Step::{
-            AddFloor, AddRemotePods, AddRule, AddVip, Block, Exclude, ForgetConnections,
-            ForgetStrays, Gateway, Include, InstallFirewall, Know, Mark, RemoveFirewall,
-            RemoveFloor, RemoveGateway, RemoveLeftover, RemoveRemotePods, RemoveRule, RemoveVip,
-            SetGateway, Translate, Unblock, Ungateway, Unknow, Unmark, Untranslate,
+            AddFloor, AddLocalPods, AddRemotePods, AddRule, AddVip, Block, Exclude,
+            ForgetConnections, ForgetStrays, Free, Gateway, Include, InstallFirewall, Know, Mark,
+            RemoveFirewall, RemoveFloor, RemoveGateway, RemoveLeftover, RemoveLocalPods,
+            RemoveRemotePods, RemoveRule, RemoveVip, SetGateway, Translate, Unblock, Unfree,
+            Ungateway, Unknow, Unmark, Untranslate,
         };
         match self {
             AddRule(..) | RemoveRule(..) | AddFloor(..) | RemoveFloor(..) | SetGateway(..)
@@ -478,6 +506,8 @@ impl Step {
             | Include(_)
             | AddRemotePods(_)
             | RemoveRemotePods(_)
+            | AddLocalPods(_)
+            | RemoveLocalPods(_)
             | Know(_)
             | Unknow(_)
             | Translate { .. }
@@ -487,8 +517,10 @@ impl Step {
             | Gateway(_)
             | Ungateway(_)
             | Block(_)
-            | Unblock(_) => Executor::Firewall,
-            ForgetConnections(_) | ForgetStrays(_) => Executor::Conntrack,
+            | Unblock(_)
+            | Free(_)
+            | Unfree(_) => Executor::Firewall,
+            ForgetConnections(_) | ForgetStrays { .. } => Executor::Conntrack,
             RemoveLeftover(_) => Executor::Leftovers,
         }
     }
@@ -506,6 +538,8 @@ impl Step {
             | Step::Ungateway(pod)
             | Step::Block(pod)
             | Step::Unblock(pod)
+            | Step::Free(pod)
+            | Step::Unfree(pod)
             | Step::ForgetConnections(pod)
             | Step::Mark { pod, .. }
             | Step::Translate { pod, .. }
@@ -517,7 +551,7 @@ impl Step {
     /// Whether it changes more than what is in doubt: looking for strays comes with every look at the kernel.
     #[must_use]
     pub fn is_change(&self) -> bool {
-        !matches!(self, Step::ForgetStrays(_))
+        !matches!(self, Step::ForgetStrays { .. })
     }
 
     /// Whether this step must not be tried when `failed` could not be done: it would open what the other should
@@ -571,6 +605,8 @@ impl fmt::Display for Step {
             Step::Include(net) => write!(f, "include {net}"),
             Step::AddRemotePods(net) => write!(f, "add remote pod network {net}"),
             Step::RemoveRemotePods(net) => write!(f, "remove remote pod network {net}"),
+            Step::AddLocalPods(net) => write!(f, "add local pod network {net}"),
+            Step::RemoveLocalPods(net) => write!(f, "remove local pod network {net}"),
             Step::Know(pod) => write!(f, "know pod {pod}"),
             Step::Unknow(pod) => write!(f, "no longer know pod {pod}"),
             Step::Translate { pod, vip } => write!(f, "translate pod {pod} to {vip}"),
@@ -581,11 +617,14 @@ impl fmt::Display for Step {
             Step::Ungateway(pod) => write!(f, "no longer be the gateway of pod {pod}"),
             Step::Block(pod) => write!(f, "block pod {pod}"),
             Step::Unblock(pod) => write!(f, "unblock pod {pod}"),
+            Step::Free(pod) => write!(f, "free pod {pod}"),
+            Step::Unfree(pod) => write!(f, "no longer free pod {pod}"),
             Step::ForgetConnections(pod) => write!(f, "forget the connections of pod {pod}"),
-            Step::ForgetStrays(pods) => write!(
+            Step::ForgetStrays { sources, vips } => write!(
                 f,
-                "forget connections of {} pods that have another source than theirs",
-                pods.len()
+                "forget connections of {} pods that have another source than theirs, and unanswered ones to {} VIPs",
+                sources.len(),
+                vips.len()
             ),
             Step::RemoveLeftover(leftover) => write!(f, "remove {leftover}"),
         }

@@ -99,7 +99,7 @@ pub async fn run(
         return Err(Error::NotSynced(missing));
     }
     let observed = kernel.observe().await?;
-    let mut announcers = Announcers::new(settings.grace);
+    let mut announcers = Announcers::new(settings.node_name.clone(), settings.grace);
     let now = Instant::now();
     let silence = BTreeMap::new();
     let (view, _) = cluster.view(&mut announcers, &silence, now);
@@ -133,7 +133,7 @@ impl Shown {
         let owners = owners(desired, view);
         let mut pods = Vec::new();
         for (family, state) in &desired.kernel.families {
-            for (address, pod) in &state.firewall.pods {
+            for (address, pod) in state.firewall.pods.iter().filter(|(_, pod)| pod.known) {
                 let owner = owners.get(address);
                 pods.push(ShownPod {
                     address: *address,

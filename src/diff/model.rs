@@ -21,6 +21,7 @@ use crate::state::{
     Family, FamilyState, FirewallState, KernelState, PodState, RouteState, Rule, RuleAction,
     Skeleton, Step, Table,
 };
+use crate::view::leases::BootId;
 use crate::view::{Endpoint, Key, Link, Node, NodeName, OnNoGateway, Service, Slice, Target, View};
 
 // === the model ===
@@ -174,6 +175,9 @@ fn guard(firewall: &FirewallState, pod: &PodState, mark: u32, packet: &Packet) -
     if within(&firewall.remote_pods, source) && !pod.known {
         return Some(Fate::Dropped);
     }
+    if within(&firewall.local_pods, source) && !pod.known && !pod.free {
+        return Some(Fate::Dropped);
+    }
     None
 }
 
@@ -264,7 +268,7 @@ impl Host {
         }
         let is_forgotten = |c: &Connection| match step {
             Step::ForgetConnections(pod) => c.pod == *pod,
-            Step::ForgetStrays(sources) => sources.get(&c.pod).is_some_and(|s| *s != c.bound),
+            Step::ForgetStrays { sources, .. } => sources.get(&c.pod).is_some_and(|s| *s != c.bound),
             _ => false,
         };
         self.connections
@@ -412,6 +416,8 @@ fn any_view() -> impl Strategy<Value = View> {
                 addresses: address.into_iter().collect(),
                 pod_cidrs: pod_net.into_iter().collect(),
                 ready: true,
+                programmed: Some(BootId("first".to_owned())),
+                ..Node::default()
             };
             if there || n == 1 {
                 view.nodes.insert(node(n), facts);
@@ -791,6 +797,8 @@ fn small() -> View {
         addresses: vec![node_address(1)],
         pod_cidrs: [net("10.244.1.0/24")].into(),
         ready: true,
+        programmed: Some(BootId("first".to_owned())),
+        ..Node::default()
     };
     View {
         services: [(key(0), service)].into(),

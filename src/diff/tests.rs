@@ -233,13 +233,15 @@ fn a_table_has_its_floor_first_and_loses_it_last() {
 fn any_pod() -> impl Strategy<Value = PodState> {
     let vips = proptest::collection::btree_set((200..203_u8).prop_map(vip), 0..3);
     let mark = proptest::option::of((1..4_u32).prop_map(mark));
-    (any::<bool>(), vips, mark, any::<bool>(), any::<bool>()).prop_map(
-        |(known, vips, mark, gatewayed, blocked)| PodState {
+    let flags = any::<[bool; 4]>();
+    (vips, mark, flags).prop_map(
+        |(vips, mark, [known, gatewayed, blocked, free])| PodState {
             known,
             vips,
             mark,
             gatewayed,
             blocked,
+            free,
         },
     )
 }
@@ -259,6 +261,10 @@ fn wanted_pod() -> impl Strategy<Value = PodState> {
         (201..203_u8).prop_map(|last| PodState {
             vips: [vip(last)].into(),
             ..gatewayed()
+        }),
+        Just(PodState {
+            free: true,
+            ..PodState::default()
         }),
     ]
 }
@@ -303,8 +309,8 @@ fn any_state(
     let nets = || proptest::collection::btree_set(any_net(), 0..4);
     let pods = proptest::collection::btree_map((11..15_u8).prop_map(ip), pod, 0..5);
     let vips = proptest::collection::btree_set((200..204_u8).prop_map(vip), 0..4);
-    (skeleton, nets(), nets(), vips, pods, any_routes()).prop_map(
-        move |(skeleton, excluded, remote_pods, mut vips, mut pods, routes)| {
+    (skeleton, nets(), nets(), nets(), vips, pods, any_routes()).prop_map(
+        move |(skeleton, excluded, remote_pods, local_pods, mut vips, mut pods, routes)| {
             pods.retain(|_, pod| *pod != PodState::default());
             if all_vips {
                 vips.extend(pods.values().flat_map(|pod| pod.vips.iter().copied()));
@@ -313,6 +319,7 @@ fn any_state(
                 skeleton,
                 excluded,
                 remote_pods,
+                local_pods,
                 vips,
                 pods,
             };
@@ -388,13 +395,31 @@ proptest! {
     #[test]
     fn i1_a_pod_that_stays_an_egress_pod_is_protected_after_every_step(from in desired(), to in desired()) {
         let mut state = from.clone();
-        let stays: Vec<IpAddr> = pods(&from).keys().filter(|pod| pods(&to).contains_key(pod)).copied().collect();
+        let is_known = |state: &KernelState, pod: &IpAddr| pods(state).get(pod).is_some_and(|pod| pod.known);
+        let stays: Vec<IpAddr> = pods(&from).keys().filter(|pod| is_known(&from, pod) && is_known(&to, pod)).copied().collect();
         for step in diff(&from, &to) {
             state.apply(&step);
             for pod in &stays {
                 let now = &pods(&state)[pod];
                 prop_assert!(now.known, "{step}");
                 prop_assert!(now.blocked || now.mark.is_some() || !now.vips.is_empty(), "{step}");
+            }
+        }
+    }
+
+    #[test]
+    fn i4_a_classified_pod_never_waits_to_be_classified(from in desired(), to in desired()) {
+        let waits = |state: &KernelState, pod: &IpAddr| {
+            let firewall = &state.families[&Family::V4].firewall;
+            let is_classified = firewall.pods.get(pod).is_some_and(|pod| pod.known || pod.free);
+            !firewall.local_pods.is_empty() && !is_classified
+        };
+        let all: BTreeSet<IpAddr> = pods(&from).keys().chain(pods(&to).keys()).copied().collect();
+        let mut state = from.clone();
+        for step in diff(&from, &to) {
+            state.apply(&step);
+            for pod in all.iter().filter(|pod| !waits(&from, pod) && !waits(&to, pod)) {
+                prop_assert!(!waits(&state, pod), "{pod} waits after: {step}");
             }
         }
     }

@@ -10,7 +10,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use netlink_packet_core::{NLM_F_ACK, Nla};
 use netlink_packet_netfilter::conntrack::{
-    ConntrackAttribute, ConntrackMessage, IPTuple, ProtoTuple, Protocol, Tuple,
+    ConntrackAttribute, ConntrackMessage, IPTuple, ProtoTuple, Protocol, Status, Tuple,
 };
 use netlink_packet_netfilter::{NetfilterMessageInner, NetfilterProtoFamily};
 
@@ -48,6 +48,22 @@ pub(crate) enum Keep {
     WithSource(IpAddr),
 }
 
+/// Which connections are to be forgotten.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Which {
+    /// Those that pods opened to outside.
+    pub(crate) pods: BTreeMap<IpAddr, Keep>,
+    /// Those to VIPs that nobody has answered.
+    pub(crate) unanswered: BTreeSet<IpAddr>,
+}
+
+impl Which {
+    fn concerns(&self, family: Family) -> bool {
+        let mut addresses = self.pods.keys().chain(&self.unanswered);
+        addresses.any(|address| Family::of(*address) == family)
+    }
+}
+
 /// Replies that may still come to a pod's own address when their connection is forgotten: from the node that was its
 /// gateway, or from a server that has seen the pod itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -68,17 +84,17 @@ pub(crate) struct Found {
     pub(crate) late: Vec<Late>,
 }
 
-/// Finds the connections that `pods` opened to destinations outside `excluded`.
+/// Finds the connections to forget; those to destinations in `excluded` stay.
 pub(crate) async fn find(
-    pods: BTreeMap<IpAddr, Keep>,
+    which: Which,
     excluded: BTreeSet<IpNet>,
 ) -> Result<Found, ConntrackError> {
     // Blocking: a dump of a large table takes milliseconds that the agent's other tasks must not wait for.
     tokio::task::spawn_blocking(move || {
         let mut all = Found::default();
         for family in Family::ALL {
-            if pods.keys().any(|pod| Family::of(*pod) == family) {
-                let found = find_family(family, &pods, &excluded)?;
+            if which.concerns(family) {
+                let found = find_family(family, &which, &excluded)?;
                 all.entries.extend(found.entries);
                 all.late.extend(found.late);
             }
@@ -90,14 +106,15 @@ pub(crate) async fn find(
 
 fn find_family(
     family: Family,
-    pods: &BTreeMap<IpAddr, Keep>,
+    which: &Which,
     excluded: &BTreeSet<IpNet>,
 ) -> Result<Found, ConntrackError> {
     let get = NetfilterMessageInner::Conntrack(ConntrackMessage::Get(Vec::new()));
     Ok(Netfilter::open()?.dump(proto(family), &get, |found: &mut Found, answer| {
         if let NetfilterMessageInner::Conntrack(ConntrackMessage::New(attributes)) =
             answer.decode()?
-            && is_to_forget(&attributes, pods, excluded)
+            && (is_to_forget(&attributes, &which.pods, excluded)
+                || is_unanswered(&attributes, &which.unanswered))
         {
             found.late.extend(late(&attributes));
             found.entries.push((family, identity(attributes)));
@@ -141,6 +158,21 @@ fn is_to_forget(
         Some(Keep::WithSource(wanted)) => source == *wanted,
     };
     !is_kept && !excluded.iter().any(|net| net.contains(&outside))
+}
+
+/// Whether a connection is one to a VIP that nobody has answered, and that no Service has taken: that is its reply
+/// would come from the VIP itself.
+fn is_unanswered(attributes: &[ConntrackAttribute], vips: &BTreeSet<IpAddr>) -> bool {
+    let original = original(attributes).and_then(ends);
+    let reply = reply(attributes).and_then(ends);
+    let (Some((_, vip)), Some((answerer, _))) = (original, reply) else {
+        return false;
+    };
+    let is_answered = attributes.iter().any(|attribute| match attribute {
+        ConntrackAttribute::CtaStatus(status) => status.contains(Status::SeenReply),
+        _ => false,
+    });
+    vips.contains(&vip) && answerer == vip && !is_answered
 }
 
 /// What may still come of a connection that is forgotten; `None` where replies do not come to the pod's own address.
@@ -317,6 +349,47 @@ mod tests {
             let found =
                 [&all, &as_vip, &as_itself].map(|pods| is_to_forget(&entry, pods, &excluded));
             assert_eq!(found, expected, "{what}");
+        }
+    }
+
+    #[test]
+    fn only_connections_to_a_vip_that_nobody_answered_are_forgotten() {
+        let vips = ["192.0.2.200".parse().unwrap()].into();
+        for (what, original, reply, answered, expected) in [
+            (
+                "of a server, to a pod's connection",
+                ["198.51.100.10", "192.0.2.200"],
+                ["192.0.2.200", "198.51.100.10"],
+                false,
+                true,
+            ),
+            (
+                "to an address of the node itself",
+                ["198.51.100.10", "192.0.2.200"],
+                ["192.0.2.200", "198.51.100.10"],
+                true,
+                false,
+            ),
+            (
+                "to the Service",
+                ["198.51.100.10", "192.0.2.200"],
+                ["10.244.1.11", "198.51.100.10"],
+                false,
+                false,
+            ),
+            (
+                "to another address",
+                ["198.51.100.10", "192.0.2.11"],
+                ["192.0.2.11", "198.51.100.10"],
+                false,
+                false,
+            ),
+        ] {
+            let mut entry = entry(original, reply);
+            let seen = Status::Confirmed | Status::SeenReply;
+            let status = if answered { seen } else { Status::Confirmed };
+            entry.push(ConntrackAttribute::CtaStatus(status));
+            assert_eq!(is_unanswered(&entry, &vips), expected, "{what}");
         }
     }
 

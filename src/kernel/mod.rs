@@ -5,6 +5,8 @@
 mod conntrack;
 mod disturbance;
 mod iptables;
+#[cfg(feature = "kill-points")]
+mod kill_point;
 mod leftovers;
 mod netlink;
 mod nftables;
@@ -15,13 +17,12 @@ mod tool;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
-use std::net::IpAddr;
 
 use ipnet::IpNet;
 use tracing::debug;
 
 use crate::error::chain;
-use crate::kernel::conntrack::{ConntrackError, Keep, Late};
+use crate::kernel::conntrack::{ConntrackError, Keep, Late, Which};
 use crate::kernel::disturbance::{Disturbances, Watched};
 use crate::kernel::iptables::Iptables;
 use crate::kernel::netlink::NetlinkError;
@@ -109,6 +110,14 @@ pub trait Kernel: Send {
         steps: &[Step],
         excluded: &BTreeSet<IpNet>,
     ) -> impl Future<Output = Vec<StepError>> + Send;
+}
+
+/// Whether every step is to be executed by itself.
+fn is_one_by_one() -> bool {
+    #[cfg(feature = "kill-points")]
+    return kill_point::is_armed();
+    #[cfg(not(feature = "kill-points"))]
+    false
 }
 
 /// A backend that marks, translates, guards and rejects packets.
@@ -262,19 +271,20 @@ impl NodeKernel {
 
     /// One look at the connections for all pods of a batch.
     async fn forget(&mut self, steps: &[&Step], excluded: &BTreeSet<IpNet>) -> Vec<StepError> {
-        let mut pods = BTreeMap::new();
+        let mut which = Which::default();
         for step in steps {
             match step {
-                Step::ForgetConnections(pod) => drop(pods.insert(*pod, Keep::Nothing)),
-                Step::ForgetStrays(sources) => {
+                Step::ForgetConnections(pod) => drop(which.pods.insert(*pod, Keep::Nothing)),
+                Step::ForgetStrays { sources, vips } => {
                     for (pod, source) in sources {
-                        pods.entry(*pod).or_insert(Keep::WithSource(*source));
+                        which.pods.entry(*pod).or_insert(Keep::WithSource(*source));
                     }
+                    which.unanswered.extend(vips);
                 }
                 _ => {}
             }
         }
-        let Err(error) = self.forget_connections(pods, excluded).await else {
+        let Err(error) = self.forget_connections(which, excluded).await else {
             return Vec::new();
         };
         let text = chain(&error);
@@ -287,10 +297,10 @@ impl NodeKernel {
 
     async fn forget_connections(
         &mut self,
-        pods: BTreeMap<IpAddr, Keep>,
+        which: Which,
         excluded: &BTreeSet<IpNet>,
     ) -> Result<(), Error> {
-        let found = conntrack::find(pods, excluded.clone()).await?;
+        let found = conntrack::find(which, excluded.clone()).await?;
         if !found.late.is_empty() {
             self.firewall.expect_late(&found.late).await?;
         }
@@ -353,7 +363,9 @@ impl Kernel for NodeKernel {
 
     async fn apply(&mut self, steps: &[Step], excluded: &BTreeSet<IpNet>) -> Vec<StepError> {
         let mut failed = Vec::new();
-        for batch in steps.chunk_by(|a, b| a.executor() == b.executor()) {
+        for batch in steps.chunk_by(|a, b| !is_one_by_one() && a.executor() == b.executor()) {
+            #[cfg(feature = "kill-points")]
+            kill_point::before_step();
             let executor = batch[0].executor();
             let batch: Vec<&Step> = batch.iter().collect();
             match executor {

@@ -92,6 +92,7 @@ mod tests {
             addresses: vec![IpAddr::from([192, 0, 2, 10 + last])],
             pod_cidrs: [format!("10.244.{last}.0/24").parse().unwrap()].into(),
             ready: true,
+            ..Node::default()
         };
         View {
             nodes: [2, 3]

@@ -78,6 +78,8 @@ pub enum Blocked {
     UnknownGateway(NodeName),
     /// The announcer has no InternalIP of this family.
     GatewayWithoutAddress(NodeName),
+    /// The agent of the announcer has not programmed it since it was booted.
+    GatewayNotProgrammed(NodeName),
     /// No interface of this node has a network that holds the gateway's address.
     GatewayOffLink(NodeName, IpAddr),
 }
@@ -229,6 +231,15 @@ fn plan_family(
         }
         states.insert(*address, pod_state(pod.local, egress, &slots, settings));
     }
+    if settings.strict_start {
+        let free = PodState {
+            free: true,
+            ..PodState::default()
+        };
+        for address in own_addresses(family, view) {
+            states.entry(address).or_insert_with(|| free.clone());
+        }
+    }
     for (key, egress) in &egress {
         let verdicts = desired.services.entry((*key).clone()).or_default();
         verdicts.insert(family, verdict(egress));
@@ -238,6 +249,7 @@ fn plan_family(
         firewall: FirewallState {
             skeleton: Skeleton::Intact,
             remote_pods: remote_pods(family, view, settings),
+            local_pods: local_pods(family, view, settings),
             vips: egress
                 .values()
                 .filter_map(|e| e.vip.as_ref().ok().copied())
@@ -403,6 +415,9 @@ fn gateway<'a>(vip: IpAddr, view: &'a View, settings: &Settings) -> Result<Gatew
     if *node == settings.node_name {
         return Ok(Gateway { node, hop: None });
     }
+    if !facts.is_programmed() {
+        return Err(Blocked::GatewayNotProgrammed(node.clone()));
+    }
     let via =
         Node::address(facts, family).ok_or_else(|| Blocked::GatewayWithoutAddress(node.clone()))?;
     let dev = view
@@ -539,6 +554,23 @@ fn remote_pods(family: Family, view: &View, settings: &Settings) -> BTreeSet<IpN
         .collect()
 }
 
+/// The networks that pods of this node have their addresses of, if they are to wait until they are classified.
+fn local_pods(family: Family, view: &View, settings: &Settings) -> BTreeSet<IpNet> {
+    if !settings.strict_start {
+        return BTreeSet::new();
+    }
+    let own = view.nodes.get(&settings.node_name);
+    let nets = own.into_iter().flat_map(|node| &node.pod_cidrs);
+    let nets = nets.chain(&view.pod_pools).copied();
+    nets.filter(|net| Family::of_net(*net) == family).collect()
+}
+
+/// The addresses of this node's pods.
+fn own_addresses(family: Family, view: &View) -> impl Iterator<Item = IpAddr> {
+    let addresses = view.pods.values().flat_map(|pod| &pod.addresses).copied();
+    addresses.filter(move |address| Family::of(*address) == family)
+}
+
 impl fmt::Display for Verdict {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -559,6 +591,7 @@ impl Blocked {
             Blocked::NoAnnouncer => "NoAnnouncer",
             Blocked::UnknownGateway(_) => "UnknownGateway",
             Blocked::GatewayWithoutAddress(_) => "GatewayWithoutAddress",
+            Blocked::GatewayNotProgrammed(_) => "GatewayNotProgrammed",
             Blocked::GatewayOffLink(..) => "GatewayOffLink",
         }
     }
@@ -583,6 +616,10 @@ impl fmt::Display for Blocked {
                     "announced by {node}, which has no InternalIP of this family"
                 )
             }
+            Blocked::GatewayNotProgrammed(node) => write!(
+                f,
+                "announced by {node}, which no agent has programmed since it was booted"
+            ),
             Blocked::GatewayOffLink(node, address) => write!(
                 f,
                 "announced by {node}, whose address {address} is in no network of this node's interfaces"

@@ -6,6 +6,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::settings::FwMask;
 use crate::state::{Mark, TableId};
+use crate::view::leases::BootId;
 use crate::view::{Link, Pod, Slice};
 
 fn key(name: &str) -> Key {
@@ -69,6 +70,8 @@ fn cluster() -> View {
             ]
             .into(),
             ready: true,
+            programmed: Some(BootId("first".to_owned())),
+            ..Node::default()
         };
         (node(&format!("node{n}")), facts)
     });
@@ -265,7 +268,7 @@ fn a_host_name_is_no_source_address() {
 #[test]
 fn without_a_usable_gateway_local_pods_are_blocked_and_those_of_other_nodes_are_left_to_them() {
     type Break = fn(&mut View);
-    let cases: [(Break, Blocked); 4] = [
+    let cases: [(Break, Blocked); 6] = [
         (|view| view.announcers.clear(), Blocked::NoAnnouncer),
         (
             |view| drop(view.nodes.remove(&node("node2"))),
@@ -280,6 +283,17 @@ fn without_a_usable_gateway_local_pods_are_blocked_and_those_of_other_nodes_are_
                     .clear()
             },
             Blocked::GatewayWithoutAddress(node("node2")),
+        ),
+        (
+            |view| view.nodes.get_mut(&node("node2")).unwrap().programmed = None,
+            Blocked::GatewayNotProgrammed(node("node2")),
+        ),
+        (
+            |view| {
+                let rebooted = Some(BootId("second".to_owned()));
+                view.nodes.get_mut(&node("node2")).unwrap().boot = rebooted;
+            },
+            Blocked::GatewayNotProgrammed(node("node2")),
         ),
         (
             |view| view.links.truncate(1),
@@ -325,6 +339,8 @@ fn pods_of_gateways_beyond_the_marks_are_routed_by_their_address() {
             addresses: vec![IpAddr::from([192, 0, 2, 10 + n])],
             pod_cidrs: BTreeSet::new(),
             ready: true,
+            programmed: Some(BootId("first".to_owned())),
+            ..Node::default()
         };
         view.nodes.insert(node(&format!("node{n}")), facts);
         let mut facts = service(i64::from(n));
@@ -598,6 +614,47 @@ fn without_the_filter_pods_of_other_nodes_are_routed_too() {
             .mark,
         Some(SLOT_1)
     );
+}
+
+#[test]
+fn with_a_strict_start_every_pod_of_this_node_waits_until_it_is_classified() {
+    let mut view = usual();
+    let other = Pod {
+        labels: BTreeMap::new(),
+        addresses: [ip("10.244.1.12"), ip("fd00:10:244:1::c")].into(),
+    };
+    let shop = Pod {
+        labels: BTreeMap::new(),
+        addresses: [ip("10.244.1.11")].into(),
+    };
+    view.pods = [(key("other"), other), (key("pod"), shop)].into();
+    let free = PodState {
+        free: true,
+        ..PodState::default()
+    };
+    let strict = Settings {
+        strict_start: true,
+        ..on("node1")
+    };
+    let desired = make(&view, &strict);
+    for address in ["10.244.1.12", "fd00:10:244:1::c"] {
+        assert_eq!(pod_of(&desired, address), Some(free.clone()));
+    }
+    assert!(!pod_of(&desired, "10.244.1.11").unwrap().free);
+    let nets = |desired: &Desired, family| {
+        let firewall = &desired.kernel.families[&family].firewall;
+        firewall.local_pods.clone()
+    };
+    let own: IpNet = "10.244.1.0/24".parse().unwrap();
+    assert_eq!(nets(&desired, Family::V4), [own].into());
+    // Calico gives addresses of its own pools.
+    let pool: IpNet = "10.99.0.0/16".parse().unwrap();
+    view.pod_pools = [pool].into();
+    assert_eq!(nets(&make(&view, &strict), Family::V4), [own, pool].into());
+
+    let desired = make(&view, &on("node1"));
+    assert_eq!(pod_of(&desired, "10.244.1.12"), None);
+    assert_eq!(nets(&desired, Family::V4), BTreeSet::new());
 }
 
 #[test]

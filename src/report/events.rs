@@ -129,10 +129,12 @@ fn of_verdict(
 
 /// Whether nodes may come to different verdicts.
 fn is_of_the_node(verdict: &Verdict) -> bool {
+    let (Verdict::Blocked(reason) | Verdict::Released(reason)) = verdict else {
+        return false;
+    };
     matches!(
-        verdict,
-        Verdict::Blocked(Blocked::GatewayOffLink(..))
-            | Verdict::Released(Blocked::GatewayOffLink(..))
+        reason,
+        Blocked::GatewayOffLink(..) | Blocked::GatewayNotProgrammed(_)
     )
 }
 

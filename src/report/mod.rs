@@ -2,24 +2,29 @@
 
 pub mod events;
 pub mod health;
+mod lease;
 pub mod metrics;
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
+use std::future::Future;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use axum::Router;
+use kube::Client;
 use tokio::net::TcpListener;
 use tokio::sync::mpsc::UnboundedSender;
 
 use crate::plan::{Desired, Verdict};
 use crate::report::events::Told;
+use crate::report::lease::Holder;
 use crate::report::metrics::Counters;
 use crate::state::Family;
-use crate::view::View;
+use crate::view::leases::BootId;
 use crate::view::watch::Cluster;
+use crate::view::{NodeName, View};
 
 /// A pass that takes longer hangs: every tool it runs has a deadline far below.
 const PASS_HANGS_AFTER: Duration = Duration::from_secs(300);
@@ -33,12 +38,16 @@ pub struct Report {
     state: Mutex<State>,
     /// Where Events go, with the UID of the Service; none in commands and tests.
     events: Option<UnboundedSender<(Told, String)>>,
+    /// The Lease that tells other nodes of this one; none in commands and tests.
+    lease: Option<Holder>,
 }
 
 #[derive(Debug, Default)]
 struct State {
     pass_started: Option<Instant>,
     outcome: Outcome,
+    /// The node is programmed, and the other nodes do not know.
+    is_untold: bool,
     summary: Summary,
 }
 
@@ -84,7 +93,9 @@ impl Summary {
             }
         }
         for (family, state) in &desired.kernel.families {
-            summary.pods.insert(*family, state.firewall.pods.len());
+            let pods = state.firewall.pods.values();
+            let egress = pods.filter(|pod| pod.known).count();
+            summary.pods.insert(*family, egress);
         }
         summary
     }
@@ -99,6 +110,7 @@ impl Report {
             counters: Counters::default(),
             state: Mutex::default(),
             events: None,
+            lease: None,
         }
     }
 
@@ -107,6 +119,28 @@ impl Report {
     pub fn with_events(mut self, events: UnboundedSender<(Told, String)>) -> Report {
         self.events = Some(events);
         self
+    }
+
+    /// The same, with a Lease for this node; the task that writes it ends with the report.
+    #[must_use]
+    pub fn with_lease(
+        mut self,
+        client: Client,
+        namespace: &str,
+        node: NodeName,
+        boot: BootId,
+    ) -> (Report, impl Future<Output = ()> + Send + use<>) {
+        let (holder, writer) = lease::hold(client, namespace, node, boot);
+        self.lease = Some(holder);
+        (self, writer)
+    }
+
+    /// The kernel is what it should be: tells the other nodes, if they do not know yet.
+    pub fn programmed(&self, view: &View) {
+        if let Some(lease) = &self.lease {
+            let is_known = lease.programmed(view);
+            self.state().is_untold = !is_known;
+        }
     }
 
     /// Publishes Events about Services of a view.
@@ -166,7 +200,11 @@ impl Report {
         if let Some(watches) = self.not_synced() {
             return Some(format!("waiting for watches: {watches}"));
         }
-        match &self.state().outcome {
+        let state = self.state();
+        match &state.outcome {
+            Outcome::Done if state.is_untold => Some(
+                "the Lease that tells the other nodes of this one is not written yet".to_owned(),
+            ),
             Outcome::None => Some("the kernel has not been programmed yet".to_owned()),
             Outcome::Done => None,
             Outcome::Failed(why) => Some(format!("the last pass failed: {why}")),

@@ -33,7 +33,7 @@ pub struct Claims<'a> {
 /// What comes of it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Resolved {
-    /// The announcer of each VIP that has one.
+    /// The node that pods of each VIP leave through: its announcer, or the one before while that is not programmed.
     pub announcers: BTreeMap<IpAddr, NodeName>,
     /// VIPs to be asked for on the LAN.
     pub unsettled: BTreeSet<IpAddr>,
@@ -46,6 +46,7 @@ pub struct Resolved {
 /// Remembers what was known of each VIP.
 #[derive(Debug)]
 pub struct Announcers {
+    own: NodeName,
     grace: Duration,
     known: BTreeMap<IpAddr, Known>,
 }
@@ -60,13 +61,18 @@ struct Known {
     evidence: Option<Instant>,
     /// Since when object and wire differ.
     differ: Option<Instant>,
+    /// The last announcer that was programmed.
+    gateway: Option<NodeName>,
+    /// Since when the announcer is one that is not programmed.
+    waiting: Option<Instant>,
 }
 
 impl Announcers {
-    /// Knows none yet.
+    /// Knows none yet. A node that is programmed by whoever asks is `own`.
     #[must_use]
-    pub fn new(grace: Duration) -> Announcers {
+    pub fn new(own: NodeName, grace: Duration) -> Announcers {
         Announcers {
+            own,
             grace,
             known: BTreeMap::new(),
         }
@@ -76,6 +82,7 @@ impl Announcers {
     /// `now` on.
     pub fn adopt(&mut self, vip: IpAddr, node: NodeName, now: Instant) {
         let known = self.known.entry(vip).or_default();
+        known.gateway.get_or_insert(node.clone());
         known.last.get_or_insert((node, now));
         known.evidence.get_or_insert(now);
     }
@@ -109,6 +116,11 @@ impl Announcers {
                 (now, self.grace),
                 &mut resolved,
             );
+            let held = known.hold(&self.own, claims.nodes, (now, self.grace));
+            if let Some((node, end)) = held {
+                resolved.ends = resolved.ends.into_iter().chain(end).min();
+                resolved.announcers.insert(vip, node);
+            }
         }
         resolved
     }
@@ -180,10 +192,33 @@ impl Known {
         if !is_settled {
             resolved.unsettled.insert(vip);
         }
-        if let Some(node) = announcer {
-            resolved.announcers.insert(vip, node.clone());
-        }
         resolved.ends = resolved.ends.into_iter().chain(ends).min();
+    }
+
+    /// Which node to leave through, and when that changes by itself. Where the announcer is not programmed, what is sent
+    /// there would leave with its address. The gateway before it still translates, so that connections are only silent
+    /// until the announcer is programmed; after the grace period they are told that there is no way.
+    fn hold(
+        &mut self,
+        own: &NodeName,
+        nodes: &BTreeMap<NodeName, Node>,
+        (now, grace): (Instant, Duration),
+    ) -> Option<(NodeName, Option<Instant>)> {
+        let (announcer, _) = self.last.as_ref()?;
+        let is_programmed =
+            |node: &NodeName| node == own || nodes.get(node).is_some_and(Node::is_programmed);
+        if is_programmed(announcer) {
+            self.waiting = None;
+            self.gateway = Some(announcer.clone());
+            return Some((announcer.clone(), None));
+        }
+        let end = *self.waiting.get_or_insert(now) + grace;
+        match &self.gateway {
+            Some(gateway) if now < end && is_programmed(gateway) => {
+                Some((gateway.clone(), Some(end)))
+            }
+            _ => Some((announcer.clone(), None)),
+        }
     }
 }
 
@@ -192,6 +227,7 @@ mod tests {
     use super::*;
     use crate::state::Family;
     use crate::view::OnNoGateway;
+    use crate::view::leases::BootId;
 
     const GRACE: Duration = Duration::from_secs(30);
 
@@ -234,10 +270,11 @@ mod tests {
         };
         let facts = Node {
             ready: true,
+            programmed: Some(BootId("first".to_owned())),
             ..Node::default()
         };
         Case {
-            announcers: Announcers::new(GRACE),
+            announcers: Announcers::new(node(9), GRACE),
             start: Instant::now(),
             services: [(key("a"), service)].into(),
             statuses: BTreeMap::new(),
@@ -407,6 +444,33 @@ mod tests {
         assert_eq!(case.at(29), (Some(node(3)), true));
         case.status("s", 1, 1);
         assert_eq!(case.at(29), (Some(node(1)), false));
+    }
+
+    #[test]
+    fn the_gateway_before_serves_while_the_announcer_is_not_programmed() {
+        let boot = |id: &str| Some(BootId(id.to_owned()));
+        let mut case = case();
+        case.status("s", 1, 5);
+        assert_eq!(case.at(0).0, Some(node(1)));
+        // Rebooted: its Lease tells of the boot before.
+        case.nodes.entry(node(2)).or_default().boot = boot("second");
+        case.status("s", 2, 6);
+        let end = Some(case.start + Duration::from_secs(40));
+        for seconds in [10, 39] {
+            let resolved = case.resolve(seconds);
+            assert_eq!(resolved.announcers.get(&vip()), Some(&node(1)));
+            assert_eq!(resolved.ends, end);
+        }
+        case.nodes.entry(node(2)).or_default().programmed = boot("second");
+        assert_eq!(case.at(39).0, Some(node(2)));
+        // The plan says why nothing is routed there when it takes too long, or nobody was there before.
+        case.nodes.entry(node(3)).or_default().programmed = None;
+        case.status("s", 3, 7);
+        assert_eq!(case.at(50).0, Some(node(2)));
+        assert_eq!(case.at(80).0, Some(node(3)));
+        // The node that asks programs itself.
+        case.status("s", 9, 8);
+        assert_eq!(case.at(90).0, Some(node(9)));
     }
 
     #[test]

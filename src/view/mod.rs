@@ -5,6 +5,7 @@
 
 pub mod announcers;
 pub mod l2status;
+pub mod leases;
 pub mod pools;
 pub mod watch;
 
@@ -18,6 +19,7 @@ use k8s_openapi::api::discovery::v1 as discovery;
 use k8s_openapi::api::networking::v1 as networking;
 
 use crate::state::Family;
+use crate::view::leases::BootId;
 
 /// Label that opts a Service in, when its value is [`EGRESS_VALUE`].
 pub const EGRESS_LABEL: &str = "metaleg.de/rewriteSrcIP";
@@ -132,6 +134,12 @@ pub struct Node {
     pub pod_cidrs: BTreeSet<IpNet>,
     /// Whether its kubelet says that it is well.
     pub ready: bool,
+    /// By which its object is told from another one of the same name.
+    pub uid: String,
+    /// Its present boot, if its kubelet tells.
+    pub boot: Option<BootId>,
+    /// The boot in which its agent has programmed it, as its Lease says: not in the Node's own object.
+    pub programmed: Option<BootId>,
 }
 
 /// An interface of this node with the networks that are directly reachable on it.
@@ -154,7 +162,7 @@ pub struct View {
     pub pods: BTreeMap<Key, Pod>,
     /// All nodes.
     pub nodes: BTreeMap<NodeName, Node>,
-    /// Who announces each VIP.
+    /// The node that pods of each VIP leave through: the one that announces it, as a rule.
     pub announcers: BTreeMap<IpAddr, NodeName>,
     /// The networks of ClusterIPs, as far as the API server tells.
     pub service_cidrs: BTreeSet<IpNet>,
@@ -316,7 +324,21 @@ impl Node {
             addresses,
             pod_cidrs,
             ready: conditions.unwrap_or_default().iter().any(is_ready),
+            uid: object.metadata.uid.clone().unwrap_or_default(),
+            boot: object
+                .status
+                .as_ref()
+                .and_then(|status| status.node_info.as_ref())
+                .map(|info| BootId(info.boot_id.clone()))
+                .filter(|boot| !boot.0.is_empty()),
+            programmed: None,
         }
+    }
+
+    /// Whether its agent has programmed it since it was booted: others' pods may be routed there.
+    #[must_use]
+    pub fn is_programmed(&self) -> bool {
+        self.programmed.is_some() && (self.boot.is_none() || self.boot == self.programmed)
     }
 
     /// The node's address in a family.

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use futures::StreamExt;
 use ipnet::IpNet;
+use k8s_openapi::api::coordination::v1 as coordination;
 use k8s_openapi::api::core::v1 as core;
 use k8s_openapi::api::discovery::v1 as discovery;
 use k8s_openapi::api::networking::v1 as networking;
@@ -25,6 +26,7 @@ use tracing::{info, warn};
 use crate::error::chain;
 use crate::view::announcers::{Announcers, Claims, Resolved};
 use crate::view::l2status::{self, L2Status};
+use crate::view::leases::{self, BootId, LEASE_LABEL, LEASE_VALUE};
 use crate::view::pools;
 use crate::view::{
     EGRESS_LABEL, EGRESS_VALUE, Key, Node, NodeName, Pod, Service, Slice, View, service_cidrs,
@@ -52,6 +54,8 @@ pub enum Watch {
     Pods,
     /// MetalLB's ServiceL2Statuses.
     ServiceL2Statuses,
+    /// Leases of the nodes' agents.
+    Leases,
     /// ServiceCIDRs, where they are served.
     ServiceCidrs,
     /// Calico's IPPools, where Calico is.
@@ -78,6 +82,7 @@ impl fmt::Display for Watch {
             Watch::Nodes => "Nodes",
             Watch::Pods => "Pods",
             Watch::ServiceL2Statuses => "ServiceL2Statuses",
+            Watch::Leases => "Leases",
             Watch::ServiceCidrs => "ServiceCIDRs",
             Watch::IpPools => "IPPools",
             Watch::CiliumNodes => "CiliumNodes",
@@ -150,11 +155,25 @@ struct Index {
     nodes: Facts<NodeName, Node>,
     pods: Facts<Key, Pod>,
     statuses: Facts<Key, L2Status>,
+    leases: Facts<Key, (NodeName, BootId)>,
     service_cidrs: Facts<String, BTreeSet<IpNet>>,
     ip_pools: Facts<String, BTreeSet<IpNet>>,
     cilium_nodes: Facts<String, BTreeSet<IpNet>>,
     /// The API server does not answer: said once, not once for each watch.
     away: bool,
+}
+
+impl Index {
+    /// The nodes, with what their agents say of them.
+    fn nodes(&self) -> BTreeMap<NodeName, Node> {
+        let mut nodes = self.nodes.current.clone();
+        for (node, boot) in self.leases.current.values() {
+            if let Some(node) = nodes.get_mut(node) {
+                node.programmed = Some(boot.clone());
+            }
+        }
+        nodes
+    }
 }
 
 /// How far a watch has come.
@@ -195,6 +214,7 @@ impl Cluster {
         index.nodes.synced = true;
         index.pods.synced = true;
         index.statuses.synced = true;
+        index.leases.synced = true;
         index.service_cidrs.synced = true;
         index.ip_pools.synced = true;
         index.cilium_nodes.synced = true;
@@ -218,6 +238,7 @@ impl Cluster {
             (Watch::Nodes, state(&index.nodes)),
             (Watch::Pods, state(&index.pods)),
             (Watch::ServiceL2Statuses, state(&index.statuses)),
+            (Watch::Leases, state(&index.leases)),
             (Watch::ServiceCidrs, state(&index.service_cidrs)),
             (Watch::IpPools, state(&index.ip_pools)),
             (Watch::CiliumNodes, state(&index.cilium_nodes)),
@@ -235,11 +256,12 @@ impl Cluster {
         now: Instant,
     ) -> (View, Resolved) {
         let index = self.index();
+        let nodes = index.nodes();
         let claims = Claims {
             services: &index.services.current,
             statuses: &index.statuses.current,
             heard,
-            nodes: &index.nodes.current,
+            nodes: &nodes,
             away: index.away,
         };
         let resolved = announcers.resolve(claims, now);
@@ -247,9 +269,9 @@ impl Cluster {
             facts.current.values().flatten().copied().collect()
         };
         let view = View {
+            nodes,
             services: index.services.current.clone(),
             slices: index.slices.current.clone(),
-            nodes: index.nodes.current.clone(),
             pods: index.pods.current.clone(),
             announcers: resolved.announcers.clone(),
             service_cidrs: all(&index.service_cidrs),
@@ -321,6 +343,15 @@ pub fn start(
         |status| Ok(L2Status::of(status)),
     ));
     watches.spawn(follow(
+        Watch::Leases,
+        Api::<DeserializeGuard<coordination::Lease>>::namespaced(client.clone(), metallb_namespace),
+        watcher::Config::default().labels(&format!("{LEASE_LABEL}={LEASE_VALUE}")),
+        cluster.clone(),
+        |index| &mut index.leases,
+        key,
+        guarded(leases::programmed),
+    ));
+    watches.spawn(follow(
         Watch::ServiceCidrs,
         Api::<DeserializeGuard<networking::ServiceCIDR>>::all(client.clone()),
         all,
@@ -382,7 +413,7 @@ async fn follow<O, K, F>(
     let mut events = watcher::watcher(api, config).boxed();
     let mut pause = SHORTEST_PAUSE;
     while let Some(event) = events.next().await {
-        let failed = event.is_err();
+        let mut failed = event.is_err();
         let changed = {
             let mut index = cluster.index();
             match event {
@@ -402,12 +433,17 @@ async fn follow<O, K, F>(
                 }
                 Err(error) => {
                     let failure = describe(watch, &error);
-                    if let Failure::Away(text) = &failure
-                        && !std::mem::replace(&mut index.away, true)
-                    {
-                        warn!(
-                            "the API server does not answer, keeping the data plane and retrying: {text}"
-                        );
+                    match &failure {
+                        Failure::Away(text) => {
+                            if !std::mem::replace(&mut index.away, true) {
+                                warn!(
+                                    "the API server does not answer, keeping the data plane and retrying: {text}"
+                                );
+                            }
+                        }
+                        // As after every restart of the API server: the watcher lists again, and need not wait.
+                        Failure::Expired => failed = false,
+                        Failure::NotServed | Failure::Refused(_) => {}
                     }
                     fail(watch, failure, facts(&mut index))
                 }
@@ -465,6 +501,8 @@ fn take<O, K: Ord + fmt::Debug, F: PartialEq + Clone>(
 enum Failure {
     /// No answer at all.
     Away(String),
+    /// What has changed since the last answer is not known any more.
+    Expired,
     /// The kind is not served, and need not be.
     NotServed,
     /// An answer that does not help.
@@ -479,9 +517,11 @@ fn describe(watch: Watch, error: &watcher::Error) -> Failure {
             kube::Error::Api(status) => status.code,
             other => return Failure::Away(chain(other)),
         },
+        watcher::Error::WatchError(status) => status.code,
         _ => 0,
     };
     match (watch, status) {
+        (_, 410) => Failure::Expired,
         // Served since Kubernetes 1.33; without it the exclusion of pods and nodes does the work, because
         // packets to a ClusterIP are looked at after kube-proxy has chosen the pod.
         (watch, 404) if watch.is_optional() => Failure::NotServed,
@@ -498,6 +538,7 @@ fn fail<K, F>(watch: Watch, failure: Failure, facts: &mut Facts<K, F>) -> bool {
     facts.failures += 1;
     let text = match failure {
         Failure::Away(text) => format!("the API server does not answer: {text}"),
+        Failure::Expired => return false,
         Failure::NotServed => {
             facts.failure = Some("not served by this API server".to_owned());
             return !std::mem::replace(&mut facts.synced, true);

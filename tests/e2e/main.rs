@@ -104,10 +104,24 @@ fn main() -> ExitCode {
         let options = lab(KubeProxy::Iptables, grace);
         in_lab(&mut suite, "announcers", options, announcers::run);
     }
-    if is_wanted("continuity") {
-        say!("continuity");
-        let options = lab(KubeProxy::Iptables, Vec::new());
-        in_lab(&mut suite, "continuity", options, continuity::run);
+    for backend in ["nftables", "iptables"] {
+        let name = format!("moves, backend {backend}");
+        if is_wanted(&name) {
+            say!("{name}");
+            let options = Options {
+                nodes: 4,
+                ..lab(KubeProxy::Iptables, vec![("FIREWALL_BACKEND", backend)])
+            };
+            in_lab(&mut suite, &name, options, continuity::moves);
+        }
+    }
+    if is_wanted("deaths") {
+        say!("deaths");
+        let options = Options {
+            nodes: 4,
+            ..lab(KubeProxy::Iptables, Vec::new())
+        };
+        in_lab(&mut suite, "deaths", options, continuity::deaths);
     }
     if is_wanted("inputs") {
         say!("inputs");

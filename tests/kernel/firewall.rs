@@ -314,7 +314,7 @@ fn a_step_that_fails_costs_only_the_steps_that_rely_on_it() {
             vips: [ip("192.0.2.200")].into(),
             mark: Some(mark),
             gatewayed: true,
-            blocked: false,
+            ..PodState::default()
         };
         assert_eq!(pods[&good], complete);
     });

@@ -214,6 +214,10 @@ fn example() -> KernelState {
                 vips: BTreeSet::new(),
                 ..translated
             },
+            PodState {
+                free: true,
+                ..PodState::default()
+            },
         ];
         let pods = (11..)
             .zip(states)
@@ -257,6 +261,7 @@ fn example() -> KernelState {
                 skeleton: Skeleton::Intact,
                 excluded: nets.into(),
                 remote_pods: [nets[0]].into(),
+                local_pods: [nets[0]].into(),
                 vips,
                 pods: pods.collect(),
             },

@@ -50,7 +50,11 @@ pub(super) fn chains(family: Family, mask: u32) -> Vec<Chain> {
     let (pods, excluded) = (set(StaticSet::Pods), set(StaticSet::Excluded));
     let (vips, blocked) = (set(StaticSet::Vips), set(StaticSet::Blocked));
     let (remote, marks) = (set(StaticSet::Remote), set(StaticSet::Mark));
-    let late = set(StaticSet::Late);
+    let (local, free, late) = (
+        set(StaticSet::Local),
+        set(StaticSet::Free),
+        set(StaticSet::Late),
+    );
     let (everything, prohibited) = match family {
         Family::V4 => ("0.0.0.0/0", "icmp-admin-prohibited"),
         Family::V6 => ("::/0", "icmp6-adm-prohibited"),
@@ -175,6 +179,14 @@ pub(super) fn chains(family: Family, mask: u32) -> Vec<Chain> {
                     "unknown",
                     &format!(
                         "-m set --match-set {remote} src -m set ! --match-set {pods} src -j DROP"
+                    ),
+                ),
+                // Dropped, not rejected: it is known in a moment, and until then senders try again.
+                Rule::new(
+                    "unclassified",
+                    &format!(
+                        "-m set --match-set {local} src -m set ! --match-set {pods} src \
+                         -m set ! --match-set {free} src -j DROP"
                     ),
                 ),
             ],

@@ -39,6 +39,9 @@ pub(super) fn state(family: Family, mask: u32, lines: &[Line], sets: &Sets) -> F
     for pod in addresses(StaticSet::Blocked) {
         pods.entry(pod).or_default().blocked = true;
     }
+    for pod in addresses(StaticSet::Free) {
+        pods.entry(pod).or_default().free = true;
+    }
     for (pod, rest) in members(StaticSet::Mark) {
         if let (Ok(pod), Some(mark)) = (pod.parse(), skbmark(rest)) {
             pods.entry(pod).or_default().mark = Some(mark);
@@ -61,6 +64,7 @@ pub(super) fn state(family: Family, mask: u32, lines: &[Line], sets: &Sets) -> F
         skeleton,
         excluded: nets(StaticSet::Excluded),
         remote_pods: nets(StaticSet::Remote),
+        local_pods: nets(StaticSet::Local),
         vips: with_set
             .into_iter()
             .filter(|vip| guarded.contains(vip) && with_rule.contains(vip))

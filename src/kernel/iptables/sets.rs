@@ -26,6 +26,10 @@ pub(super) enum StaticSet {
     Excluded,
     /// Pod networks of other nodes.
     Remote,
+    /// Pod networks of this node whose pods wait to be classified.
+    Local,
+    /// Pods of this node that are no egress pods.
+    Free,
     /// VIPs to guard.
     Vips,
     /// Egress pods.
@@ -41,9 +45,11 @@ pub(super) enum StaticSet {
 }
 
 impl StaticSet {
-    pub(super) const ALL: [StaticSet; 8] = [
+    pub(super) const ALL: [StaticSet; 10] = [
         StaticSet::Excluded,
         StaticSet::Remote,
+        StaticSet::Local,
+        StaticSet::Free,
         StaticSet::Vips,
         StaticSet::Pods,
         StaticSet::Mark,
@@ -56,6 +62,8 @@ impl StaticSet {
         let what = match self {
             StaticSet::Excluded => "EXCLUDED",
             StaticSet::Remote => "REMOTE",
+            StaticSet::Local => "LOCAL",
+            StaticSet::Free => "FREE",
             StaticSet::Vips => "VIPS",
             StaticSet::Pods => "PODS",
             StaticSet::Mark => "MARK",
@@ -72,7 +80,7 @@ impl StaticSet {
 
     pub(super) fn create(self, family: Family) -> String {
         let kind = match self {
-            StaticSet::Excluded | StaticSet::Remote => "hash:net",
+            StaticSet::Excluded | StaticSet::Remote | StaticSet::Local => "hash:net",
             StaticSet::Late => "hash:ip,port,ip",
             _ => "hash:ip",
         };
@@ -156,6 +164,10 @@ pub(super) fn member_line(step: &Step) -> Option<String> {
         Step::Include(net) => ("del", StaticSet::Excluded, *net),
         Step::AddRemotePods(net) => ("add", StaticSet::Remote, *net),
         Step::RemoveRemotePods(net) => ("del", StaticSet::Remote, *net),
+        Step::AddLocalPods(net) => ("add", StaticSet::Local, *net),
+        Step::RemoveLocalPods(net) => ("del", StaticSet::Local, *net),
+        Step::Free(pod) => ("add", StaticSet::Free, IpNet::from(*pod)),
+        Step::Unfree(pod) => ("del", StaticSet::Free, IpNet::from(*pod)),
         Step::Know(pod) => ("add", StaticSet::Pods, IpNet::from(*pod)),
         Step::Unknow(pod) => ("del", StaticSet::Pods, IpNet::from(*pod)),
         Step::Unmark(pod) => ("del", StaticSet::Mark, IpNet::from(*pod)),
@@ -173,7 +185,9 @@ pub(super) fn member_line(step: &Step) -> Option<String> {
     };
     let set_name = set.name(Family::of_net(member));
     match set {
-        StaticSet::Excluded | StaticSet::Remote => Some(format!("{verb} {set_name} {member}")),
+        StaticSet::Excluded | StaticSet::Remote | StaticSet::Local => {
+            Some(format!("{verb} {set_name} {member}"))
+        }
         _ => Some(format!("{verb} {set_name} {}", member.addr())),
     }
 }

@@ -17,6 +17,10 @@ pub(crate) enum Kind {
     Excluded,
     /// Pod networks of other nodes.
     Remote,
+    /// Pod networks of this node whose pods wait to be classified.
+    Local,
+    /// Pods of this node that are no egress pods.
+    Free,
     /// VIPs to guard.
     Vips,
     /// Egress pods.
@@ -34,9 +38,11 @@ pub(crate) enum Kind {
 }
 
 impl Kind {
-    pub(crate) const ALL: [Kind; 9] = [
+    pub(crate) const ALL: [Kind; 11] = [
         Kind::Excluded,
         Kind::Remote,
+        Kind::Local,
+        Kind::Free,
         Kind::Vips,
         Kind::Pods,
         Kind::Gatewayed,
@@ -48,7 +54,7 @@ impl Kind {
 
     /// Whether its keys are networks.
     pub(crate) fn of_networks(self) -> bool {
-        matches!(self, Kind::Excluded | Kind::Remote)
+        matches!(self, Kind::Excluded | Kind::Remote | Kind::Local)
     }
 
     /// The name of the family's set.
@@ -56,6 +62,8 @@ impl Kind {
         let name = match self {
             Kind::Excluded => "excluded",
             Kind::Remote => "remote",
+            Kind::Local => "local",
+            Kind::Free => "free",
             Kind::Vips => "vips",
             Kind::Pods => "pods",
             Kind::Gatewayed => "gatewayed",
@@ -91,7 +99,7 @@ impl Kind {
             _ => ("set", address.to_owned()),
         };
         let flags = match self {
-            Kind::Excluded | Kind::Remote => "    flags interval;\n".to_owned(),
+            _ if self.of_networks() => "    flags interval;\n".to_owned(),
             Kind::Late => format!("    flags timeout;\n    timeout {LATE_SECONDS}s;\n"),
             _ => String::new(),
         };
@@ -143,6 +151,9 @@ pub(crate) fn of_pod(address: IpAddr, pod: &PodState, elements: &mut Elements) {
     if pod.blocked {
         put(Kind::Blocked, Value::None);
     }
+    if pod.free {
+        put(Kind::Free, Value::None);
+    }
     if let Some(mark) = pod.mark {
         put(Kind::Slot, Value::Chain(slot_chain(mark)));
     }
@@ -161,6 +172,7 @@ pub(crate) fn of_networks(state: &FirewallState, elements: &mut Elements) {
     };
     elements.insert(Kind::Excluded, disjoint(&state.excluded));
     elements.insert(Kind::Remote, disjoint(&state.remote_pods));
+    elements.insert(Kind::Local, disjoint(&state.local_pods));
     let vips = state
         .vips
         .iter()
@@ -191,6 +203,9 @@ pub(crate) fn state_of(elements: &Elements, mask: u32, skeleton: Skeleton) -> Fi
     for (net, _) in keys(Kind::Blocked) {
         pods.entry(net.addr()).or_default().blocked = true;
     }
+    for (net, _) in keys(Kind::Free) {
+        pods.entry(net.addr()).or_default().free = true;
+    }
     for (net, value) in keys(Kind::Slot) {
         if let Value::Chain(chain) = value {
             pods.entry(net.addr()).or_default().mark = mark_of_chain(chain, mask);
@@ -205,6 +220,7 @@ pub(crate) fn state_of(elements: &Elements, mask: u32, skeleton: Skeleton) -> Fi
         skeleton,
         excluded: keys(Kind::Excluded).map(|(net, _)| *net).collect(),
         remote_pods: keys(Kind::Remote).map(|(net, _)| *net).collect(),
+        local_pods: keys(Kind::Local).map(|(net, _)| *net).collect(),
         vips: keys(Kind::Vips).map(|(net, _)| net.addr()).collect(),
         pods,
     }
@@ -388,10 +404,18 @@ mod tests {
             skeleton: Skeleton::Intact,
             excluded: ["10.244.0.0/16".parse().unwrap()].into(),
             remote_pods: ["10.244.2.0/24".parse().unwrap()].into(),
+            local_pods: ["10.244.1.0/24".parse().unwrap()].into(),
             vips: [ip("192.0.2.200")].into(),
             pods: [
                 (ip("10.244.1.11"), pod.clone()),
                 (ip("10.244.1.12"), marked),
+                (
+                    ip("10.244.1.14"),
+                    PodState {
+                        free: true,
+                        ..PodState::default()
+                    },
+                ),
                 (
                     ip("10.244.1.13"),
                     PodState {

@@ -163,6 +163,13 @@ pub(crate) fn chains(families: &[Family], mask: u32, slots: u32) -> Vec<Chain> {
                 "unknown",
                 format!("{ip} saddr @remote{n} {ip} saddr != @pods{n} counter drop"),
             ),
+            // Dropped, not rejected: it is known in a moment, and until then senders try again.
+            rule(
+                "unclassified",
+                format!(
+                    "{ip} saddr @local{n} {ip} saddr != @pods{n} {ip} saddr != @free{n} counter drop"
+                ),
+            ),
         ]);
         translation.extend([
             rule("other", format!("{ip} saddr != @pods{n} return")),

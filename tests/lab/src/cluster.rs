@@ -447,9 +447,15 @@ pub fn create_node(api: &Api, name: &str, number: usize) -> Result<()> {
     let status = json!({"status": {
         "addresses": addresses, "capacity": room, "allocatable": room,
         "conditions": [{"type": "Ready", "status": "True", "reason": "Lab", "message": ""}],
-        "nodeInfo": {"bootID": name},
+        "nodeInfo": {"bootID": boot_id(name, 1)},
     }});
     api.patch(&format!("/api/v1/nodes/{name}/status"), &status)
+}
+
+/// What tells a boot of a node from the ones before.
+#[must_use]
+pub fn boot_id(node: &str, boot: usize) -> String {
+    format!("{node}-boot-{boot}")
 }
 
 /// Creates a pod object that runs and is ready.

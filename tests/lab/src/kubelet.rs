@@ -2,7 +2,7 @@
 //! controller creates from the manifest and the scheduler binds, with their env, args, capabilities, volumes
 //! and ServiceAccount token. What is tested is the manifest.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -22,6 +22,8 @@ use crate::{net, say};
 
 /// How often the kubelet looks for work: also the resolution of the readiness that it reports.
 const ROUND: Duration = Duration::from_millis(100);
+/// Directory of a file for each node that says after how many steps the agent dies.
+pub(crate) const KILL_POINTS: &str = "kill-points";
 /// Pause before a container that ended is started again.
 const RESTART_PAUSE: Duration = Duration::from_millis(500);
 
@@ -29,6 +31,8 @@ const RESTART_PAUSE: Duration = Duration::from_millis(500);
 #[derive(Debug, Default)]
 struct Shared {
     running: Mutex<BTreeMap<String, Container>>,
+    /// Nodes on which nothing is started.
+    held: Mutex<BTreeSet<String>>,
     stop: AtomicBool,
 }
 
@@ -99,6 +103,23 @@ impl Kubelet {
             shared,
             thread: Some(thread),
         }
+    }
+
+    /// Kills what runs on a node, and starts nothing there until [`Kubelet::release`].
+    pub fn hold(&self, node: &str) {
+        let held = self.shared.held.lock();
+        held.unwrap_or_else(PoisonError::into_inner)
+            .insert(node.to_owned());
+        let running = self.shared.running.lock();
+        running
+            .unwrap_or_else(PoisonError::into_inner)
+            .retain(|_, container| container.node != node);
+    }
+
+    /// Lifts that.
+    pub fn release(&self, node: &str) {
+        let held = self.shared.held.lock();
+        held.unwrap_or_else(PoisonError::into_inner).remove(node);
     }
 
     /// How many containers run.
@@ -204,6 +225,13 @@ impl Worker {
         let Some(index) = self.nodes.iter().position(|node| node.name == node_name) else {
             return Ok(());
         };
+        let held = shared.held.lock();
+        if held
+            .unwrap_or_else(PoisonError::into_inner)
+            .contains(node_name)
+        {
+            return Ok(());
+        }
         let (node, addresses) = (&self.nodes[index], net::node(index + 1));
         let running = || {
             shared
@@ -317,10 +345,12 @@ impl Worker {
         let script = format!(
             "mount --bind /run {run}
              mount -t tmpfs tmpfs /run
+             mount --bind {kill_points} {kill_points}
              {mounts}
              {read_only}
              exec setpriv --pdeathsig KILL {privileges} -- \"$@\"",
             run = directory.join("host-run").display(),
+            kill_points = self.kill_points()?.display(),
         );
         let log = format!("agent-{}", node.name);
         let mut program = Program::new(&log, "unshare", &self.directory.join("logs"));
@@ -333,6 +363,8 @@ impl Worker {
             let value = value_of(variable, pod, addresses)?;
             program = program.args([format!("{name}={value}")]);
         }
+        let kill_point = self.kill_points()?.join(&node.name);
+        program = program.args([format!("METALEG_KILL_POINT={}", kill_point.display())]);
         program = program.args([
             "KUBERNETES_SERVICE_HOST=192.0.2.1",
             "KUBERNETES_SERVICE_PORT=6443",
@@ -348,6 +380,13 @@ impl Worker {
             program = program.args([self.binary.display().to_string()]);
         }
         node.start(&program.args(command).args(words(&spec["args"])))
+    }
+
+    /// Where a build for tests is told when to die: the one place that containers may write to.
+    fn kill_points(&self) -> Result<PathBuf> {
+        let path = self.directory.join(KILL_POINTS);
+        fs::create_dir_all(&path)?;
+        Ok(path)
     }
 
     /// The script that makes the container's mounts; what it does not mount is not there.

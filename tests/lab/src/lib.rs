@@ -262,6 +262,8 @@ pub struct Lab {
     directory: TempDir,
     options: Options,
     next_pod: usize,
+    /// How many boots the node with the most of them has had.
+    boots: usize,
 }
 
 /// Waits until `check` finds something.
@@ -317,7 +319,7 @@ impl Lab {
             &net::CONTROL_PLANE,
         )?;
         let (mut cluster, api) = {
-            let nodes = Lab::nodes(&lan, &options)?;
+            let nodes = Lab::nodes(&lan, &options, directory.path())?;
             let (mut cluster, api) = Cluster::start(&control_plane, &binaries, directory.path())?;
             for (number, node) in (1..).zip(&nodes) {
                 cluster::create_node(&api, &node.name, number)?;
@@ -365,10 +367,11 @@ impl Lab {
             directory,
             options,
             next_pod: 1,
+            boots: 1,
         })
     }
 
-    fn nodes(lan: &Host, options: &Options) -> Result<Vec<Host>> {
+    fn nodes(lan: &Host, options: &Options, directory: &Path) -> Result<Vec<Host>> {
         let mut nodes = Vec::new();
         for number in 1..=options.nodes {
             let node = Host::new(&format!("node{number}"))?;
@@ -376,6 +379,13 @@ impl Lab {
             net::default_route(&node)?;
             net::routes_to_pods(&node, options.nodes, Some(number))?;
             net::make_node(&node, number, options.masquerade)?;
+            // All nodes have one kernel: as on machines of their own, each has boots of its own.
+            let boot = boot_file(directory, number);
+            fs::write(&boot, cluster::boot_id(&node.name, 1))?;
+            let boot = boot.display();
+            node.sh(&format!(
+                "mount --bind {boot} /proc/sys/kernel/random/boot_id"
+            ))?;
             nodes.push(node);
         }
         Ok(nodes)
@@ -593,6 +603,49 @@ impl Lab {
         self.wait_for_agents()
     }
 
+    /// Sends a signal to all agents and goes on at once.
+    ///
+    /// # Errors
+    /// When one does not run.
+    pub fn signal_agents(&self, signal: Signal) -> Result<()> {
+        let kubelet = self.kubelet.as_ref().context("MetalEG is not installed")?;
+        let mut numbers = self.node_numbers();
+        numbers.try_for_each(|number| kubelet.signal(&format!("node{number}"), signal))
+    }
+
+    /// Lets the agents of all nodes die at a later time: each before it executes its next step but `steps`. Needs agents
+    /// that are built for it.
+    ///
+    /// # Errors
+    /// When the files cannot be written.
+    pub fn arm_kill_points(&self, steps: usize) -> Result<()> {
+        for number in self.node_numbers() {
+            fs::write(self.kill_point(number), steps.to_string())?;
+        }
+        Ok(())
+    }
+
+    /// Lets agents live that have not died; returns how many have.
+    ///
+    /// # Errors
+    /// When a file cannot be removed.
+    pub fn disarm_kill_points(&self) -> Result<usize> {
+        let mut died = 0;
+        for number in self.node_numbers() {
+            match fs::remove_file(self.kill_point(number)) {
+                Ok(()) => {}
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => died += 1,
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(died)
+    }
+
+    fn kill_point(&self, node: usize) -> PathBuf {
+        let directory = self.directory().join(kubelet::KILL_POINTS);
+        directory.join(format!("node{node}"))
+    }
+
     // === objects ===
 
     /// Starts a pod on a node, as a member of an `app`.
@@ -785,10 +838,11 @@ impl Lab {
 
     // === the wire ===
 
-    /// The node that answers for a VIP on the wire, if any.
+    /// The node that answers for a VIP on the wire, if any. Asked from a host that has nothing else to do with VIPs: what
+    /// servers and router know of them is not touched.
     ///
     /// # Errors
-    /// When the LAN server cannot be asked.
+    /// When it cannot be asked.
     pub fn announcer(&self, vip: IpAddr) -> Result<Option<usize>> {
         let look = format!(
             "ip neigh del {vip} dev eth0 2>/dev/null || true
@@ -803,7 +857,7 @@ impl Lab {
         );
         // Something must be sent for the kernel to ask who has the address.
         let target = SocketAddr::new(vip, 9);
-        let sent = self.lan_server.inside(move || {
+        let sent = self.control_plane.inside(move || {
             let any: IpAddr = if vip.is_ipv4() {
                 [0; 4].into()
             } else {
@@ -815,7 +869,7 @@ impl Lab {
         })?;
         // What matters is the question, not the datagram.
         let _ = sent.join();
-        let line = self.lan_server.sh(&look)?;
+        let line = self.control_plane.sh(&look)?;
         Ok(self
             .node_numbers()
             .find(|number| line.contains(&net::node_mac(*number))))
@@ -897,6 +951,63 @@ impl Lab {
             .find(|node| process.ends_with(&format!("-{}", node.name)));
         self.cluster
             .restart(process, node.unwrap_or(&self.control_plane))
+    }
+
+    /// A node loses power: its programs end, and nothing comes from it any more. Its pods are not touched: the caller
+    /// deletes them first.
+    ///
+    /// # Errors
+    /// When something of it does not run.
+    pub fn crash_node(&mut self, node: usize) -> Result<()> {
+        let name = format!("node{node}");
+        self.lan.sh(&format!("ip link set {name} down"))?;
+        self.cluster.kill(&format!("speaker-{name}"))?;
+        self.cluster.kill(&format!("kube-proxy-{name}"))?;
+        let kubelet = self.kubelet.as_ref().context("MetalEG is not installed")?;
+        kubelet.hold(&name);
+        Ok(())
+    }
+
+    /// A node comes back with another boot: its kernel is empty but for what its CNI plugin does, and all programs are
+    /// started but the agent.
+    ///
+    /// # Errors
+    /// When something of it cannot be started.
+    pub fn boot_node(&mut self, node: usize) -> Result<()> {
+        let name = format!("node{node}");
+        self.boots += 1;
+        let boot = cluster::boot_id(&name, self.boots);
+        net::empty_node(self.node(node))?;
+        net::program_node(self.node(node), node, self.options.masquerade)?;
+        fs::write(boot_file(self.directory.path(), node), &boot)?;
+        let status = json!({"status": {"nodeInfo": {"bootID": boot}}});
+        self.api
+            .patch(&format!("/api/v1/nodes/{name}/status"), &status)?;
+        self.lan.sh(&format!("ip link set {name} up"))?;
+        self.restart(&format!("kube-proxy-{name}"))?;
+        self.restart(&format!("speaker-{name}"))
+    }
+
+    /// Starts the agent of a node that was booted.
+    ///
+    /// # Errors
+    /// When MetalEG is not installed.
+    pub fn start_agent(&self, node: usize) -> Result<()> {
+        let kubelet = self.kubelet.as_ref().context("MetalEG is not installed")?;
+        kubelet.release(&format!("node{node}"));
+        Ok(())
+    }
+
+    /// Starts the API server again and waits until it answers: what is started while it does not may give up.
+    ///
+    /// # Errors
+    /// When it does not come up.
+    pub fn restart_api_server(&mut self) -> Result<()> {
+        self.restart("kube-apiserver")?;
+        eventually(SOON, "the API server answers", || {
+            self.api.get("/api/v1/namespaces/default").map(Some)
+        })?;
+        Ok(())
     }
 
     /// What an outside server sees when a pod opens a connection.
@@ -1012,6 +1123,11 @@ impl Lab {
             SocketAddr::new(to.address(family), PORT),
         )
     }
+}
+
+/// What stands for `/proc/sys/kernel/random/boot_id` of a node.
+fn boot_file(directory: &Path, node: usize) -> PathBuf {
+    directory.join(format!("boot-id-node{node}"))
 }
 
 /// The tools that the lab runs, with their Debian packages.

@@ -164,6 +164,38 @@ pub fn routes_to_pods(host: &Host, nodes: usize, own: Option<usize>) -> Result<(
 /// # Errors
 /// When a command fails.
 pub fn make_node(host: &Host, number: usize, masquerade: Masquerade) -> Result<()> {
+    host.sh(FORWARD)?;
+    program_node(host, number, masquerade)
+}
+
+/// Takes everything from a node that a reboot takes from its packet filter and its routing rules.
+///
+/// # Errors
+/// When a command fails.
+pub fn empty_node(host: &Host) -> Result<()> {
+    host.sh(
+        "nft flush ruleset
+         for tool in iptables-legacy ip6tables-legacy; do
+           for table in nat mangle filter; do $tool -t $table -F; $tool -t $table -X; done
+         done
+         ipset destroy || true
+         for family in -4 -6; do
+           ip $family rule | sed -n 's/^\\([1-9][0-9]*\\):.*/\\1/p' | while read place; do
+             [ $place -ge 32766 ] || ip $family rule del pref $place
+           done
+           ip $family route show table all | sed -n 's/.* table \\([0-9][0-9]*\\).*/\\1/p' | sort -u |
+             while read table; do ip $family route flush table $table; done
+         done
+         conntrack -F; conntrack -F -f ipv6",
+    )?;
+    Ok(())
+}
+
+/// What CNI plugin and kubelet put into a node's packet filter.
+///
+/// # Errors
+/// When a command fails.
+pub fn program_node(host: &Host, number: usize, masquerade: Masquerade) -> Result<()> {
     let [net4, net6] = pod_nets(number);
     let (all4, all6) = ("10.244.0.0/16", "fd00:10:244::/48");
     let mode = masquerade.iptables_mode();
@@ -184,8 +216,7 @@ pub fn make_node(host: &Host, number: usize, masquerade: Masquerade) -> Result<(
         ),
     };
     host.sh(&format!(
-        "{FORWARD}
-         {rules}
+        "{rules}
          iptables-{mode} -t mangle -N KUBE-IPTABLES-HINT
          ip6tables-{mode} -t mangle -N KUBE-IPTABLES-HINT"
     ))?;

@@ -27,8 +27,10 @@ const DIAL_PACE: Duration = Duration::from_millis(100);
 const DIAL_PATIENCE: Duration = Duration::from_millis(900);
 /// A datagram that is not answered by then is lost.
 const DATAGRAM_PATIENCE: Duration = Duration::from_millis(100);
-/// A flow that says nothing for so long hangs.
-pub const HANGS: Duration = Duration::from_secs(15);
+/// A flow that has come through within this time goes on.
+const ALIVE: Duration = Duration::from_secs(1);
+/// A flow that does not go on for so long hangs: after a silence of seven seconds TCP tries again in the thirteenth.
+const HANGS: Duration = Duration::from_secs(15);
 
 /// What a flow is made of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -266,16 +268,17 @@ impl Traffic {
         Ok(traffic)
     }
 
-    /// Waits until every flow has come through, or has come to its end.
+    /// Waits until every flow has come through within the last second, or has come to its end.
     ///
     /// # Errors
-    /// With the first flow that does not.
+    /// With the first flow that hangs.
     pub fn wait_for_signs_of_life(&self) -> Result<()> {
         crate::eventually(HANGS, "all traffic flows", || {
             for (pod, flow) in &self.flows {
                 let record = flow.record.lock().unwrap_or_else(PoisonError::into_inner);
-                if record.answers == 0 && record.broken.is_none() {
-                    bail!("{pod}: no answer, {:?} {}", flow.kind, flow.family);
+                let is_alive = record.answers > 0 && record.last.elapsed() < ALIVE;
+                if !is_alive && record.broken.is_none() {
+                    bail!("{:?} {} of {pod} hangs", flow.kind, flow.family);
                 }
             }
             Ok(Some(()))

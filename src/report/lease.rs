@@ -1,0 +1,112 @@
+//! Tells the other agents that this node is programmed, see [`crate::view::leases`].
+
+use std::future::Future;
+use std::time::Duration;
+
+use k8s_openapi::api::coordination::v1::Lease;
+use kube::api::{Patch, PatchParams};
+use kube::{Api, Client};
+use serde_json::json;
+use tokio::sync::watch;
+use tracing::{info, warn};
+
+use crate::error::chain;
+use crate::view::leases::{self, BOOT_ANNOTATION, BootId, LEASE_LABEL, LEASE_VALUE};
+use crate::view::{NodeName, View};
+
+/// First pause after a failure; it doubles up to [`LONGEST_PAUSE`].
+const SHORTEST_PAUSE: Duration = Duration::from_millis(200);
+/// A cause that was removed is noticed within this time.
+const LONGEST_PAUSE: Duration = Duration::from_secs(10);
+
+/// What a Lease says: the UID of the node's object, which owns it.
+type Owner = String;
+
+/// This node in this boot, and who tells of it.
+#[derive(Debug)]
+pub(super) struct Holder {
+    node: NodeName,
+    boot: BootId,
+    wanted: watch::Sender<Option<Owner>>,
+}
+
+impl Holder {
+    /// Whether the other agents can know that the node is programmed.
+    fn is_known(&self, view: &View) -> bool {
+        let node = view.nodes.get(&self.node);
+        node.is_some_and(|node| node.programmed.as_ref() == Some(&self.boot))
+    }
+
+    /// The node is programmed: says so where that is not known. Returns whether it is.
+    pub(super) fn programmed(&self, view: &View) -> bool {
+        let is_known = self.is_known(view);
+        if !is_known {
+            let node = view.nodes.get(&self.node);
+            let owner = node.map(|node| node.uid.clone()).unwrap_or_default();
+            self.wanted.send_replace(Some(owner));
+        }
+        is_known
+    }
+}
+
+/// A holder for this node, and the task that writes its Lease when it says so.
+pub(super) fn hold(
+    client: Client,
+    namespace: &str,
+    node: NodeName,
+    boot: BootId,
+) -> (Holder, impl Future<Output = ()> + Send + use<>) {
+    let (wanted, asked) = watch::channel(None);
+    let api = Api::namespaced(client, namespace);
+    let writer = write(api, node.clone(), boot.clone(), asked);
+    (Holder { node, boot, wanted }, writer)
+}
+
+async fn write(
+    api: Api<Lease>,
+    node: NodeName,
+    boot: BootId,
+    mut asked: watch::Receiver<Option<Owner>>,
+) {
+    let name = leases::name(&node);
+    let mut pause = SHORTEST_PAUSE;
+    while asked.changed().await.is_ok() {
+        let Some(owner) = asked.borrow_and_update().clone() else {
+            continue;
+        };
+        let lease = document(&name, &node, &boot, &owner);
+        let by_us = PatchParams::apply("metaleg-agent").force();
+        match api.patch(&name, &by_us, &Patch::Apply(&lease)).await {
+            Ok(_) => {
+                pause = SHORTEST_PAUSE;
+                info!(lease = name, "other nodes know that this one is programmed");
+            }
+            Err(error) => {
+                warn!(
+                    "cannot write Lease {name} of {}: until it is written, no other node routes its pods to this one: {}",
+                    api.resource_url(),
+                    chain(&error)
+                );
+                tokio::time::sleep(pause).await;
+                pause = LONGEST_PAUSE.min(pause * 2);
+                asked.mark_changed();
+            }
+        }
+    }
+}
+
+fn document(name: &str, node: &NodeName, boot: &BootId, owner: &Owner) -> serde_json::Value {
+    json!({
+        "apiVersion": "coordination.k8s.io/v1",
+        "kind": "Lease",
+        "metadata": {
+            "name": name,
+            "labels": {LEASE_LABEL: LEASE_VALUE, "app.kubernetes.io/component": "agent"},
+            "annotations": {BOOT_ANNOTATION: boot.0},
+            // Goes with the node.
+            "ownerReferences": [{"apiVersion": "v1", "kind": "Node", "name": node.0, "uid": owner}],
+        },
+        // No duration and no renewal: it does not say that an agent runs, but what a node's kernel holds.
+        "spec": {"holderIdentity": node.0},
+    })
+}

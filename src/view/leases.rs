@@ -1,0 +1,49 @@
+//! Which boot of a node its agent has programmed: Leases in MetalLB's namespace, one for each node.
+//!
+//! A node that was rebooted takes its VIPs back as soon as MetalLB's speaker runs there, perhaps before our agent, and a
+//! node may have no agent at all: what is routed there would leave with the node's address. So an agent says in its
+//! Lease in which boot it has programmed its node, and other agents route to a node whose kubelet reports the same one.
+//! What a stopped agent has programmed stays in force; its Lease does, too.
+
+use k8s_openapi::api::coordination::v1 as coordination;
+use kube::ResourceExt;
+
+use crate::view::NodeName;
+
+/// By which our Leases are found.
+pub const LEASE_LABEL: &str = "app.kubernetes.io/name";
+/// The value of it.
+pub const LEASE_VALUE: &str = "metaleg";
+/// Where the boot is written.
+pub const BOOT_ANNOTATION: &str = "metaleg.de/boot-id";
+
+/// What tells one boot of a node from all others: `/proc/sys/kernel/random/boot_id`, which a kubelet reports as
+/// `status.nodeInfo.bootID`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BootId(pub String);
+
+impl BootId {
+    /// The boot of this node.
+    ///
+    /// # Errors
+    /// When the kernel does not tell.
+    pub fn of_this_node() -> std::io::Result<BootId> {
+        let text = std::fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
+        Ok(BootId(text.trim().to_owned()))
+    }
+}
+
+/// The name of a node's Lease.
+#[must_use]
+pub fn name(node: &NodeName) -> String {
+    format!("metaleg-{node}")
+}
+
+/// The node that holds a Lease, and the boot in which its agent has programmed it.
+#[must_use]
+pub fn programmed(lease: &coordination::Lease) -> Option<(NodeName, BootId)> {
+    let node = NodeName(lease.spec.as_ref()?.holder_identity.clone()?);
+    let boot = lease.annotations().get(BOOT_ANNOTATION)?.clone();
+    // Nobody speaks for another node by mistake: a copied Lease has another name.
+    (lease.name_any() == name(&node)).then_some((node, BootId(boot)))
+}
