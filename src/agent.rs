@@ -180,6 +180,12 @@ impl<K: Kernel> Agent<'_, K> {
         let (mut view, resolved) = self.look(started);
         view.links.clone_from(&confirmed.links);
         self.lan.listen(&view, &resolved);
+        let mut interrupted = resolved.interrupted.clone();
+        if self.last.is_none() {
+            // Nobody listened before.
+            interrupted.extend(resolved.announcers.keys());
+        }
+        confirmed.state.interrupt(&interrupted);
         let families: BTreeSet<Family> = confirmed.state.families.keys().copied().collect();
         let slots = match &self.last {
             Some(last) => last.slots.clone(),

@@ -74,7 +74,13 @@ pub fn diff(observed: &KernelState, desired: &KernelState) -> Vec<Step> {
         let from = observed.families.get(&family).unwrap_or(&nothing);
         let to = desired.families.get(&family).unwrap_or(&nothing);
         routes(family, &from.routes, &to.routes, &mut steps);
-        firewall(family, &from.firewall, &to.firewall, &mut steps);
+        firewall(
+            family,
+            &from.firewall,
+            &to.firewall,
+            observed.doubt,
+            &mut steps,
+        );
     }
     if observed.doubt && !desired.doubt {
         let firewalls = || desired.families.values().map(|family| &family.firewall);
@@ -137,13 +143,19 @@ fn routes(family: Family, from: &RouteState, to: &RouteState, steps: &mut Steps)
     }
 }
 
-fn firewall(family: Family, from: &FirewallState, to: &FirewallState, steps: &mut Steps) {
+fn firewall(
+    family: Family,
+    from: &FirewallState,
+    to: &FirewallState,
+    doubt: bool,
+    steps: &mut Steps,
+) {
     if to.skeleton == Skeleton::Absent {
         if *from != FirewallState::default() {
             // Pods are let go one step after the other, as always: with everything gone at once, connections
             // would go on with the pod's own address.
             for (address, state) in &from.pods {
-                pod(*address, state, &PodState::default(), false, steps);
+                pod(*address, state, &PodState::default(), doubt, steps);
             }
             steps.push((Phase::OldSkeletons, Step::RemoveFirewall(family)));
         }
@@ -182,11 +194,13 @@ fn firewall(family: Family, from: &FirewallState, to: &FirewallState, steps: &mu
     for address in addresses {
         let old = from.pods.get(address).unwrap_or(&none);
         let new = to.pods.get(address).unwrap_or(&none);
-        pod(*address, old, new, includes, steps);
+        // A run that died may have unmarked a pod and not come to forget its connections.
+        let leaves = doubt && old.known && !new.known;
+        pod(*address, old, new, includes || leaves, steps);
     }
 }
 
-fn pod(address: IpAddr, from: &PodState, to: &PodState, includes: bool, steps: &mut Steps) {
+fn pod(address: IpAddr, from: &PodState, to: &PodState, must_forget: bool, steps: &mut Steps) {
     match (from.known, to.known) {
         (false, true) => steps.push((Phase::Knowledge, Step::Know(address))),
         (true, false) => steps.push((Phase::Unknowledge, Step::Unknow(address))),
@@ -224,12 +238,18 @@ fn pod(address: IpAddr, from: &PodState, to: &PodState, includes: bool, steps: &
         _ => {}
     }
     // An established connection keeps the translation that it was born with: with the node's address it would
-    // keep it for ever, with identity it would leak. A node that is gateway again must not meet the state of
-    // its first time: the windows in it are stale, and packets are INVALID.
-    let changed = translation(from) != translation(to) || from.gatewayed != to.gatewayed;
+    // keep it for ever, with identity it would leak. And a gateway that is none any more has no use for them.
+    let changed = translation(from) != translation(to);
     let uses_this_node = opens_connections_here(from) || opens_connections_here(to);
-    if uses_this_node && (changed || includes) {
+    let loses_another_nodes_pod = from.gatewayed && !to.gatewayed && to.mark.is_none();
+    if must_forget || (uses_this_node && changed) || loses_another_nodes_pod {
         steps.push((Phase::Connections, Step::ForgetConnections(address)));
+    } else if let (false, true, Some(source)) = (from.gatewayed, to.gatewayed, to.vips.first()) {
+        // What a node knows that is gateway again is old: by its windows, packets are INVALID. Forgetting it would do,
+        // but for connections on which only the server has something to say.
+        let (pod, source) = (address, *source);
+        let step = Step::ResumeConnections { pod, source };
+        steps.push((Phase::Connections, step));
     }
 }
 
@@ -287,5 +307,7 @@ fn push(steps: &mut Steps, add: Phase, remove: Phase, (adds, removes): (Vec<Step
 
 #[cfg(test)]
 mod model;
+#[cfg(test)]
+mod moves;
 #[cfg(test)]
 mod tests;

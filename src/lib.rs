@@ -12,7 +12,7 @@
 //! | I3 | never foreign: only objects that carry our name or protocol number are changed | `tests/kernel` |
 //! | I4 | hitless: a restarted agent adopts what is there and changes nothing | `tests/e2e`, `slots_are_kept…` in [`plan`] |
 //! | I5 | convergent: from any kernel state one pass reaches the desired one | `i5_…` in [`diff`], `damage_…` in `tests/kernel` |
-//! | I6 | continuous: connections survive a move of their VIP | `tests/e2e` |
+//! | I6 | continuous: connections survive a move of their VIP | `tests/e2e`, there also in packets and milliseconds |
 //! | I7 | quiet: work is proportional to the change | `i7_…` in [`diff`] |
 //!
 //! # Data flow
@@ -35,15 +35,17 @@
 //! * [`mod@diff`]: which steps, in which order. Pure.
 //! * [`kernel`]: reads and executes; knows nothing of Kubernetes.
 //! * [`agent`]: the loop; one task owns the kernel.
-//! * [`report`]: probes, metrics and Events.
+//! * [`report`]: probes, metrics, Events, and the Lease that tells other nodes of this one.
 //! * [`commands`]: what the operator can ask for beside the agent.
+//! * [`client`]: the way to the API server.
 //!
 //! # Words
 //!
 //! *VIP*: the address that MetalLB gives a Service. *Announcer*: the node that answers for it on the LAN.
 //! *Gateway*: the announcer, as the pods' way out. *Slot*: a gateway's mark and routing table on one node.
 //! *Claim*: somebody's word that it announces a VIP. *Leftover*: what another backend or an earlier release left.
-//! *Excluded*: destinations that are not egress. *Egress pod*: a pod of a labelled Service.
+//! *Excluded*: destinations that are not egress. *Egress pod*: a pod of a labelled Service. *Free pod*: one that is known
+//! not to be. *Programmed*: a node whose kernel its agent has made what it should be, since the node was booted.
 
 pub mod agent;
 pub mod client;

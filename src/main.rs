@@ -89,14 +89,12 @@ async fn run(settings: &Settings) -> Result<()> {
         told,
     ));
     let boot = BootId::of_this_node().context("cannot read which boot of the node this is")?;
-    let (report, lease) = Report::new(cluster.clone())
-        .with_events(events)
-        .with_lease(
-            client.clone(),
-            &settings.metallb_namespace,
-            settings.node_name.clone(),
-            boot,
-        );
+    let (report, lease) = Report::new(cluster.clone()).with_events(events).with_lease(
+        client.clone(),
+        &settings.metallb_namespace,
+        settings.node_name.clone(),
+        boot,
+    );
     tokio::spawn(lease);
     let report = Arc::new(report);
     if let Some(address) = settings.health_address {

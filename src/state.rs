@@ -340,11 +340,20 @@ impl KernelState {
             Step::Unblock(pod) => self.pod(*pod, |p| p.blocked = false),
             Step::Free(pod) => self.pod(*pod, |p| p.free = true),
             Step::Unfree(pod) => self.pod(*pod, |p| p.free = false),
-            Step::ForgetConnections(_) => {}
+            Step::ForgetConnections(_) | Step::ResumeConnections { .. } => {}
             Step::ForgetStrays { .. } => self.doubt = false,
             Step::RemoveLeftover(leftover) => {
                 self.leftovers.remove(leftover);
             }
+        }
+    }
+
+    /// Takes the node for no gateway of these VIPs, because for a while it may have been none: what it knows of their
+    /// pods' connections may be old, and to be the gateway again begins with taking them up anew.
+    pub fn interrupt(&mut self, vips: &BTreeSet<IpAddr>) {
+        let families = self.families.values_mut();
+        for pod in families.flat_map(|family| family.firewall.pods.values_mut()) {
+            pod.gatewayed &= pod.vips.is_disjoint(vips);
         }
     }
 
@@ -458,6 +467,15 @@ pub enum Step {
     /// Forget the connections that a pod opened to outside: their address translation is decided anew.
     ForgetConnections(IpAddr),
 
+    /// Take up the connections of a pod that this node is the gateway of, wherever they are by now, and forget those with
+    /// another source.
+    ResumeConnections {
+        /// Address of the pod.
+        pod: IpAddr,
+        /// The source that its packets leave with.
+        source: IpAddr,
+    },
+
     /// Forget what came about under other rules than the present ones.
     ForgetStrays {
         /// Connections that these pods opened to outside with another source than the one given for each.
@@ -492,8 +510,8 @@ impl Step {
             AddFloor, AddLocalPods, AddRemotePods, AddRule, AddVip, Block, Exclude,
             ForgetConnections, ForgetStrays, Free, Gateway, Include, InstallFirewall, Know, Mark,
             RemoveFirewall, RemoveFloor, RemoveGateway, RemoveLeftover, RemoveLocalPods,
-            RemoveRemotePods, RemoveRule, RemoveVip, SetGateway, Translate, Unblock, Unfree,
-            Ungateway, Unknow, Unmark, Untranslate,
+            RemoveRemotePods, RemoveRule, RemoveVip, ResumeConnections, SetGateway, Translate,
+            Unblock, Unfree, Ungateway, Unknow, Unmark, Untranslate,
         };
         match self {
             AddRule(..) | RemoveRule(..) | AddFloor(..) | RemoveFloor(..) | SetGateway(..)
@@ -520,7 +538,9 @@ impl Step {
             | Unblock(_)
             | Free(_)
             | Unfree(_) => Executor::Firewall,
-            ForgetConnections(_) | ForgetStrays { .. } => Executor::Conntrack,
+            ForgetConnections(_) | ResumeConnections { .. } | ForgetStrays { .. } => {
+                Executor::Conntrack
+            }
             RemoveLeftover(_) => Executor::Leftovers,
         }
     }
@@ -541,6 +561,7 @@ impl Step {
             | Step::Free(pod)
             | Step::Unfree(pod)
             | Step::ForgetConnections(pod)
+            | Step::ResumeConnections { pod, .. }
             | Step::Mark { pod, .. }
             | Step::Translate { pod, .. }
             | Step::Untranslate { pod, .. } => Some(*pod),
@@ -620,6 +641,9 @@ impl fmt::Display for Step {
             Step::Free(pod) => write!(f, "free pod {pod}"),
             Step::Unfree(pod) => write!(f, "no longer free pod {pod}"),
             Step::ForgetConnections(pod) => write!(f, "forget the connections of pod {pod}"),
+            Step::ResumeConnections { pod, source } => {
+                write!(f, "resume the connections of pod {pod} as {source}")
+            }
             Step::ForgetStrays { sources, vips } => write!(
                 f,
                 "forget connections of {} pods that have another source than theirs, and unanswered ones to {} VIPs",

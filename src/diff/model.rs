@@ -28,7 +28,7 @@ use crate::view::{Endpoint, Key, Link, Node, NodeName, OnNoGateway, Service, Sli
 
 /// What connection tracking says of a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Tracking {
+pub(super) enum Tracking {
     /// The first one of its connection: its translation is decided.
     New,
     /// In the original direction of a known connection, which leaves with this source; the sender's own address
@@ -42,19 +42,19 @@ enum Tracking {
 
 /// A packet on its way through the node.
 #[derive(Clone, Copy, Debug)]
-struct Packet {
+pub(super) struct Packet {
     /// The source as it arrives.
-    source: IpAddr,
+    pub(super) source: IpAddr,
     /// Sent by the node itself: passes neither `PREROUTING` nor `FORWARD`.
-    host: bool,
+    pub(super) host: bool,
     /// The destination, after DNAT if there was one.
-    destination: IpAddr,
-    tracking: Tracking,
+    pub(super) destination: IpAddr,
+    pub(super) tracking: Tracking,
 }
 
 /// What becomes of a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Fate {
+pub(super) enum Fate {
     /// Goes where the node's own routes say, with this source.
     Direct(IpAddr),
     /// Goes to a gateway.
@@ -76,7 +76,7 @@ enum Way {
     Unreachable,
 }
 
-fn fate(state: &FamilyState, packet: &Packet) -> Fate {
+pub(super) fn fate(state: &FamilyState, packet: &Packet) -> Fate {
     let firewall = &state.firewall;
     // Chains that are not whole may do anything; the least that they may do is nothing.
     let in_force = firewall.skeleton == Skeleton::Intact && !packet.host;
@@ -268,7 +268,9 @@ impl Host {
         }
         let is_forgotten = |c: &Connection| match step {
             Step::ForgetConnections(pod) => c.pod == *pod,
-            Step::ForgetStrays { sources, .. } => sources.get(&c.pod).is_some_and(|s| *s != c.bound),
+            Step::ForgetStrays { sources, .. } => {
+                sources.get(&c.pod).is_some_and(|s| *s != c.bound)
+            }
             _ => false,
         };
         self.connections

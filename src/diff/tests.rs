@@ -234,16 +234,14 @@ fn any_pod() -> impl Strategy<Value = PodState> {
     let vips = proptest::collection::btree_set((200..203_u8).prop_map(vip), 0..3);
     let mark = proptest::option::of((1..4_u32).prop_map(mark));
     let flags = any::<[bool; 4]>();
-    (vips, mark, flags).prop_map(
-        |(vips, mark, [known, gatewayed, blocked, free])| PodState {
-            known,
-            vips,
-            mark,
-            gatewayed,
-            blocked,
-            free,
-        },
-    )
+    (vips, mark, flags).prop_map(|(vips, mark, [known, gatewayed, blocked, free])| PodState {
+        known,
+        vips,
+        mark,
+        gatewayed,
+        blocked,
+        free,
+    })
 }
 
 /// What plans want of a pod: known, and with a way out or blocked.
@@ -403,6 +401,29 @@ proptest! {
                 let now = &pods(&state)[pod];
                 prop_assert!(now.known, "{step}");
                 prop_assert!(now.blocked || now.mark.is_some() || !now.vips.is_empty(), "{step}");
+            }
+        }
+    }
+
+    #[test]
+    fn i1_a_pod_is_forgotten_before_it_leaves_whenever_the_agent_dies(from in desired(), to in desired()) {
+        let is_known = |state: &KernelState, pod: &IpAddr| pods(state).get(pod).is_some_and(|pod| pod.known);
+        let leaving: Vec<IpAddr> = pods(&from)
+            .iter()
+            .filter(|(pod, state)| opens_connections_here(state) && is_known(&from, pod) && !is_known(&to, pod))
+            .map(|(pod, _)| *pod)
+            .collect();
+        let steps = diff(&from, &to);
+        for death in 0..=steps.len() {
+            let (done, _) = steps.split_at(death);
+            let mut state = from.clone();
+            done.iter().for_each(|step| state.apply(step));
+            state.doubt = true;
+            let all: Vec<Step> = done.iter().cloned().chain(diff(&state, &to)).collect();
+            for pod in &leaving {
+                let forgotten = all.iter().position(|step| *step == Step::ForgetConnections(*pod));
+                let unknown = all.iter().position(|step| *step == Step::Unknow(*pod));
+                prop_assert!(forgotten.is_some() && forgotten < unknown, "{pod}, death after {death} steps");
             }
         }
     }

@@ -8,21 +8,27 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use ipnet::IpNet;
-use netlink_packet_core::{NLM_F_ACK, Nla};
+use netlink_packet_core::{DefaultNla, NLM_F_ACK, Nla};
 use netlink_packet_netfilter::conntrack::{
-    ConntrackAttribute, ConntrackMessage, IPTuple, ProtoTuple, Protocol, Status, Tuple,
+    ConntrackAttribute, ConntrackMessage, IPTuple, ProtoInfo, ProtoInfoTCP, ProtoTuple, Protocol,
+    Status, Tuple,
 };
 use netlink_packet_netfilter::{NetfilterMessageInner, NetfilterProtoFamily};
 
-use crate::kernel::netlink::{Netfilter, NetlinkError, message};
+use crate::kernel::netlink::{Message, Netfilter, NetlinkError, message};
 use crate::state::Family;
 
 /// Attributes that tell apart entries with the same tuple (`CTA_ID`, `CTA_ZONE` of nfnetlink_conntrack.h).
 const CTA_ID: u16 = 12;
 const CTA_ZONE: u16 = 18;
-/// How many deletes are sent before their answers are read: each answer is below 100 bytes, so that these fit
+/// Where the flags of both directions are (nfnetlink_conntrack.h).
+const CTA_PROTOINFO_TCP_FLAGS_ORIGINAL: u16 = 4;
+const CTA_PROTOINFO_TCP_FLAGS_REPLY: u16 = 5;
+/// `IP_CT_TCP_FLAG_BE_LIBERAL` of nf_conntrack_tcp.h.
+const BE_LIBERAL: u8 = 8;
+/// How many requests are sent before their answers are read: each answer is below 100 bytes, so that these fit
 /// into the smallest default receive buffer.
-const DELETES_AT_ONCE: usize = 256;
+const ENTRIES_AT_ONCE: usize = 256;
 const ENOENT: i32 = 2;
 
 /// What can go wrong with connection tracking.
@@ -46,6 +52,8 @@ pub(crate) enum Keep {
     Nothing,
     /// Those that leave with this source.
     WithSource(IpAddr),
+    /// The same, and their windows are not looked at from now on: packets may have passed elsewhere.
+    Resumed(IpAddr),
 }
 
 /// Which connections are to be forgotten.
@@ -82,13 +90,12 @@ pub(crate) struct Found {
     entries: Vec<(Family, Entry)>,
     /// What may still come of them.
     pub(crate) late: Vec<Late>,
+    /// Connections that are kept and taken up anew.
+    resumed: Vec<(Family, Entry)>,
 }
 
 /// Finds the connections to forget; those to destinations in `excluded` stay.
-pub(crate) async fn find(
-    which: Which,
-    excluded: BTreeSet<IpNet>,
-) -> Result<Found, ConntrackError> {
+pub(crate) async fn find(which: Which, excluded: BTreeSet<IpNet>) -> Result<Found, ConntrackError> {
     // Blocking: a dump of a large table takes milliseconds that the agent's other tasks must not wait for.
     tokio::task::spawn_blocking(move || {
         let mut all = Found::default();
@@ -97,6 +104,7 @@ pub(crate) async fn find(
                 let found = find_family(family, &which, &excluded)?;
                 all.entries.extend(found.entries);
                 all.late.extend(found.late);
+                all.resumed.extend(found.resumed);
             }
         }
         Ok(all)
@@ -110,28 +118,34 @@ fn find_family(
     excluded: &BTreeSet<IpNet>,
 ) -> Result<Found, ConntrackError> {
     let get = NetfilterMessageInner::Conntrack(ConntrackMessage::Get(Vec::new()));
-    Ok(Netfilter::open()?.dump(proto(family), &get, |found: &mut Found, answer| {
-        if let NetfilterMessageInner::Conntrack(ConntrackMessage::New(attributes)) =
-            answer.decode()?
-            && (is_to_forget(&attributes, &which.pods, excluded)
-                || is_unanswered(&attributes, &which.unanswered))
-        {
-            found.late.extend(late(&attributes));
-            found.entries.push((family, identity(attributes)));
+    let take = |found: &mut Found, answer: Message<'_>| {
+        let NetfilterMessageInner::Conntrack(ConntrackMessage::New(entry)) = answer.decode()?
+        else {
+            return Ok(());
+        };
+        if is_to_forget(&entry, &which.pods, excluded) || is_unanswered(&entry, &which.unanswered) {
+            found.late.extend(late(&entry));
+            found.entries.push((family, identity(entry)));
+        } else if is_to_resume(&entry, &which.pods, excluded) {
+            found.resumed.push((family, resumption(entry)));
         }
         Ok(())
-    })?)
+    };
+    Ok(Netfilter::open()?.dump(proto(family), &get, take)?)
 }
 
-/// Forgets them.
+/// Forgets them, and takes up those that are kept.
 pub(crate) async fn forget(found: Found) -> Result<(), ConntrackError> {
-    if found.entries.is_empty() {
+    if found.entries.is_empty() && found.resumed.is_empty() {
         return Ok(());
     }
     tokio::task::spawn_blocking(move || {
         let netfilter = Netfilter::open()?;
-        for batch in found.entries.chunks(DELETES_AT_ONCE) {
-            delete(&netfilter, batch)?;
+        for batch in found.entries.chunks(ENTRIES_AT_ONCE) {
+            execute(&netfilter, batch, ConntrackMessage::Delete)?;
+        }
+        for batch in found.resumed.chunks(ENTRIES_AT_ONCE) {
+            execute(&netfilter, batch, ConntrackMessage::New)?;
         }
         Ok(())
     })
@@ -155,9 +169,31 @@ fn is_to_forget(
         None => true,
         Some(Keep::Nothing) => false,
         // Replies go to the source that the pod's packets leave with.
-        Some(Keep::WithSource(wanted)) => source == *wanted,
+        Some(Keep::WithSource(wanted) | Keep::Resumed(wanted)) => source == *wanted,
     };
     !is_kept && !excluded.iter().any(|net| net.contains(&outside))
+}
+
+/// Whether a connection is one of TCP to take up: of one of the pods that are resumed, with the right source. Those of
+/// other protocols have no windows.
+fn is_to_resume(
+    attributes: &[ConntrackAttribute],
+    pods: &BTreeMap<IpAddr, Keep>,
+    excluded: &BTreeSet<IpNet>,
+) -> bool {
+    let is_tcp = attributes.iter().any(|attribute| match attribute {
+        ConntrackAttribute::CtaProtoInfo(info) => {
+            info.iter().any(|info| matches!(info, ProtoInfo::TCP(_)))
+        }
+        _ => false,
+    });
+    let original = original(attributes).and_then(ends);
+    let reply = reply(attributes).and_then(ends);
+    let (Some((pod, _)), Some((outside, source)), true) = (original, reply, is_tcp) else {
+        return false;
+    };
+    pods.get(&pod) == Some(&Keep::Resumed(source))
+        && !excluded.iter().any(|net| net.contains(&outside))
 }
 
 /// Whether a connection is one to a VIP that nobody has answered, and that no Service has taken: that is its reply
@@ -243,11 +279,30 @@ fn identity(attributes: Vec<ConntrackAttribute>) -> Entry {
     attributes.into_iter().filter(identifies).collect()
 }
 
-fn delete(netfilter: &Netfilter, entries: &[(Family, Entry)]) -> Result<(), ConntrackError> {
+/// What takes a TCP connection up wherever it is by now.
+fn resumption(entry: Vec<ConntrackAttribute>) -> Entry {
+    // The value, and which bits of it count.
+    let liberal = |kind| ProtoInfoTCP::Other(DefaultNla::new(kind, vec![BE_LIBERAL; 2]));
+    let mut entry = identity(entry);
+    entry.retain(|attribute| attribute.kind() != CTA_ID);
+    let tcp = vec![
+        liberal(CTA_PROTOINFO_TCP_FLAGS_ORIGINAL),
+        liberal(CTA_PROTOINFO_TCP_FLAGS_REPLY),
+    ];
+    entry.push(ConntrackAttribute::CtaProtoInfo(vec![ProtoInfo::TCP(tcp)]));
+    entry
+}
+
+/// One request for each entry. Without `NLM_F_CREATE`, `New` changes what is there.
+fn execute(
+    netfilter: &Netfilter,
+    entries: &[(Family, Entry)],
+    request: fn(Entry) -> ConntrackMessage,
+) -> Result<(), ConntrackError> {
     let mut batch = Vec::new();
     for (family, entry) in entries {
-        let delete = NetfilterMessageInner::Conntrack(ConntrackMessage::Delete(entry.clone()));
-        batch.extend(message(proto(*family), NLM_F_ACK, 0, delete));
+        let request = NetfilterMessageInner::Conntrack(request(entry.clone()));
+        batch.extend(message(proto(*family), NLM_F_ACK, 0, request));
     }
     netfilter.send(&batch)?;
     let mut missing = entries.len();
@@ -279,8 +334,6 @@ fn proto(family: Family) -> NetfilterProtoFamily {
 
 #[cfg(test)]
 mod tests {
-    use netlink_packet_core::DefaultNla;
-
     use super::*;
 
     fn tuple(source: &str, destination: &str) -> Vec<Tuple> {

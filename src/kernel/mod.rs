@@ -275,6 +275,9 @@ impl NodeKernel {
         for step in steps {
             match step {
                 Step::ForgetConnections(pod) => drop(which.pods.insert(*pod, Keep::Nothing)),
+                Step::ResumeConnections { pod, source } => {
+                    drop(which.pods.insert(*pod, Keep::Resumed(*source)));
+                }
                 Step::ForgetStrays { sources, vips } => {
                     for (pod, source) in sources {
                         which.pods.entry(*pod).or_insert(Keep::WithSource(*source));
@@ -390,4 +393,3 @@ impl Kernel for NodeKernel {
         failed
     }
 }
-

@@ -39,6 +39,8 @@ pub struct Resolved {
     pub unsettled: BTreeSet<IpAddr>,
     /// VIPs of which object and wire have told different things for long: what the object says, and the wire.
     pub disagreements: BTreeMap<IpAddr, (NodeName, NodeName)>,
+    /// VIPs that another node announced for a while: a gateway that it is still or again was none meanwhile.
+    pub interrupted: BTreeSet<IpAddr>,
     /// When this changes by itself.
     pub ends: Option<Instant>,
 }
@@ -65,6 +67,8 @@ struct Known {
     gateway: Option<NodeName>,
     /// Since when the announcer is one that is not programmed.
     waiting: Option<Instant>,
+    /// How many claims of others were heard.
+    others: u64,
 }
 
 impl Announcers {
@@ -136,6 +140,10 @@ impl Known {
         (now, grace): (Instant, Duration),
         resolved: &mut Resolved,
     ) {
+        let others = heard.map_or(self.others, |heard| heard.others);
+        if std::mem::replace(&mut self.others, others) != others {
+            resolved.interrupted.insert(vip);
+        }
         // Of two, as at a move, the newer one.
         let newest = statuses.iter().max_by_key(|status| status.version);
         match (newest, &self.status) {
@@ -444,6 +452,19 @@ mod tests {
         assert_eq!(case.at(29), (Some(node(3)), true));
         case.status("s", 1, 1);
         assert_eq!(case.at(29), (Some(node(1)), false));
+    }
+
+    #[test]
+    fn a_claim_of_another_node_interrupts_even_when_it_is_not_believed() {
+        let mut case = case();
+        case.status("s", 1, 5);
+        case.hear(1, 0);
+        assert!(case.resolve(0).interrupted.is_empty());
+        case.heard.get_mut(&vip()).unwrap().others = 1;
+        let resolved = case.resolve(1);
+        assert_eq!(resolved.announcers.get(&vip()), Some(&node(1)));
+        assert_eq!(resolved.interrupted, [vip()].into());
+        assert!(case.resolve(2).interrupted.is_empty());
     }
 
     #[test]

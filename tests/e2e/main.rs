@@ -3,7 +3,6 @@
 //! One lab for each combination of kube-proxy and CNI masquerade, the rows in it one after the other. Arguments
 //! choose labs by a part of their name: `cargo test --test e2e -- legacy`.
 
-mod announcers;
 mod bad_input;
 mod continuity;
 mod inputs;
@@ -98,12 +97,6 @@ fn main() -> ExitCode {
         agent: AGENT.into(),
         settings,
     };
-    if is_wanted("announcers") {
-        say!("announcers");
-        let grace = vec![("ANNOUNCER_GRACE_PERIOD", announcers::GRACE)];
-        let options = lab(KubeProxy::Iptables, grace);
-        in_lab(&mut suite, "announcers", options, announcers::run);
-    }
     for backend in ["nftables", "iptables"] {
         let name = format!("moves, backend {backend}");
         if is_wanted(&name) {

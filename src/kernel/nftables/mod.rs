@@ -294,7 +294,9 @@ fn late_messages(family: Family, replies: &[Late]) -> Vec<u8> {
     let mut messages = Vec::new();
     for part in replies.chunks(ELEMENTS_AT_ONCE) {
         let key = |late| SetElementAttribute::Key(DataAttribute::Value(late_key(late)));
-        let elements = part.iter().map(|late| ListAttribute::Element(vec![key(late)]));
+        let elements = part
+            .iter()
+            .map(|late| ListAttribute::Element(vec![key(late)]));
         messages.extend(add(&Kind::Late.name(family), elements.collect()));
     }
     messages

@@ -45,7 +45,7 @@ use crate::cluster::Cluster;
 use crate::host::Host;
 use crate::kubelet::Kubelet;
 use crate::probe::{PORT, Protocol, Seen, Server, Stream};
-use crate::traffic::Traffic;
+use crate::traffic::{Beginning, Traffic};
 
 /// Writes a line for the person who watches.
 #[macro_export]
@@ -658,6 +658,29 @@ impl Lab {
         self.create_pod_numbered(n, name, node, app)
     }
 
+    /// Starts a pod that sends to outside before its object is there; returns that, and when the API server had taken
+    /// the pod's addresses.
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub fn create_pod_that_sends(
+        &mut self,
+        name: &str,
+        node: usize,
+        app: &str,
+        family: Family,
+    ) -> Result<(Beginning, Instant)> {
+        let n = self.next_pod;
+        self.next_pod += 1;
+        let host = Arc::new(Host::new(name)?);
+        net::connect_pod(self.node(node), node, &host, &format!("pod{n}"), n)?;
+        let beginning = Beginning::start(&host, family)?;
+        // Something is sent while nobody knows of it.
+        std::thread::sleep(Duration::from_millis(20));
+        self.announce_pod(n, name, node, app, host)?;
+        Ok((beginning, Instant::now()))
+    }
+
     /// Ends a pod, and starts another on the same node with the same addresses.
     ///
     /// # Errors
@@ -673,6 +696,18 @@ impl Lab {
     fn create_pod_numbered(&mut self, n: usize, name: &str, node: usize, app: &str) -> Result<()> {
         let host = Arc::new(Host::new(name)?);
         net::connect_pod(self.node(node), node, &host, &format!("pod{n}"), n)?;
+        self.announce_pod(n, name, node, app, host)
+    }
+
+    /// Tells the API server of a pod whose network is there.
+    fn announce_pod(
+        &mut self,
+        n: usize,
+        name: &str,
+        node: usize,
+        app: &str,
+        host: Arc<Host>,
+    ) -> Result<()> {
         let server = probe::serve(&host)?;
         let addresses = net::pod(node, n);
         let labels = json!({"app": app});
@@ -988,7 +1023,17 @@ impl Lab {
         self.restart(&format!("speaker-{name}"))
     }
 
-    /// Starts the agent of a node that was booted.
+    /// Kills the agent of a node, and starts no other before [`Lab::start_agent`].
+    ///
+    /// # Errors
+    /// When MetalEG is not installed.
+    pub fn stop_agent(&self, node: usize) -> Result<()> {
+        let kubelet = self.kubelet.as_ref().context("MetalEG is not installed")?;
+        kubelet.hold(&format!("node{node}"));
+        Ok(())
+    }
+
+    /// Starts the agent of a node that was booted, or whose agent was stopped.
     ///
     /// # Errors
     /// When MetalEG is not installed.

@@ -217,6 +217,79 @@ impl Flow {
     }
 }
 
+/// A pod that sends from the first moment on, before anybody knows of it.
+#[derive(Debug)]
+pub struct Beginning {
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+    answers: Arc<Mutex<Vec<(Instant, Seen)>>>,
+}
+
+impl Beginning {
+    /// Sends a datagram to a server outside every millisecond.
+    pub(crate) fn start(host: &Host, family: Family) -> Result<Beginning> {
+        let stop = Arc::new(AtomicBool::new(false));
+        let answers = Arc::new(Mutex::new(Vec::new()));
+        let thread = host.inside({
+            let (stop, answers) = (stop.clone(), answers.clone());
+            move || {
+                let any: IpAddr = match family {
+                    Family::V4 => [0; 4].into(),
+                    Family::V6 => [0_u16; 8].into(),
+                };
+                let Ok(socket) = std::net::UdpSocket::bind((any, 0)) else {
+                    return;
+                };
+                // Without it the thread would never end, which the lab's caller would see.
+                let _ = socket.set_read_timeout(Some(Duration::from_millis(1)));
+                let to = SocketAddr::new(Outside::Lan.address(family), PORT);
+                let mut buffer = [0; 64];
+                while !stop.load(Ordering::Relaxed) {
+                    // No route yet, and refusals: that is what is looked at.
+                    let _ = socket.send_to(b"?", to);
+                    if let Ok((length, _)) = socket.recv_from(&mut buffer) {
+                        let seen = Seen::from_line(&String::from_utf8_lossy(&buffer[..length]));
+                        let mut answers = answers.lock().unwrap_or_else(PoisonError::into_inner);
+                        answers.push((Instant::now(), seen));
+                    }
+                }
+            }
+        })?;
+        Ok(Beginning {
+            stop,
+            thread: Some(thread),
+            answers,
+        })
+    }
+
+    /// When the first answer came, if one has come.
+    #[must_use]
+    pub fn first_answer(&self) -> Option<Instant> {
+        let answers = self.answers.lock().unwrap_or_else(PoisonError::into_inner);
+        answers.first().map(|(at, _)| *at)
+    }
+
+    /// As whom the pod was seen so far.
+    #[must_use]
+    pub fn sources(&self) -> BTreeSet<IpAddr> {
+        let answers = self.answers.lock().unwrap_or_else(PoisonError::into_inner);
+        answers
+            .iter()
+            .filter_map(|(_, seen)| seen.address())
+            .collect()
+    }
+}
+
+impl Drop for Beginning {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            // A panic there was printed there.
+            let _ = thread.join();
+        }
+    }
+}
+
 /// The traffic of some pods; ends when it goes out of scope.
 #[derive(Debug)]
 pub struct Traffic {
