@@ -276,7 +276,7 @@ impl NodeKernel {
             match step {
                 Step::ForgetConnections(pod) => drop(which.pods.insert(*pod, Keep::Nothing)),
                 Step::ResumeConnections { pod, source } => {
-                    drop(which.pods.insert(*pod, Keep::Resumed(*source)));
+                    which.pods.insert(*pod, Keep::Resumed(*source));
                 }
                 Step::ForgetStrays { sources, vips } => {
                     for (pod, source) in sources {

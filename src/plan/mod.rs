@@ -542,16 +542,18 @@ fn to_gateway(slot: Slot, settings: &Settings) -> Rule {
     }
 }
 
-/// The pod networks of the other nodes, unless this node may be their router.
+/// The pod networks of the other nodes, unless this node may be their router. Neighbours are one network, as the
+/// kernel keeps them: others would be found changed at each look.
 fn remote_pods(family: Family, view: &View, settings: &Settings) -> BTreeSet<IpNet> {
     let others = view
         .nodes
         .iter()
         .filter(|(name, _)| settings.guard_transit && **name != settings.node_name);
-    others
+    let nets: Vec<IpNet> = others
         .flat_map(|(_, node)| node.pod_cidrs.iter().copied())
         .filter(|cidr| Family::of_net(*cidr) == family)
-        .collect()
+        .collect();
+    IpNet::aggregate(&nets).into_iter().collect()
 }
 
 /// The networks that pods of this node have their addresses of, if they are to wait until they are classified.
@@ -562,7 +564,8 @@ fn local_pods(family: Family, view: &View, settings: &Settings) -> BTreeSet<IpNe
     let own = view.nodes.get(&settings.node_name);
     let nets = own.into_iter().flat_map(|node| &node.pod_cidrs);
     let nets = nets.chain(&view.pod_pools).copied();
-    nets.filter(|net| Family::of_net(*net) == family).collect()
+    let nets: Vec<IpNet> = nets.filter(|net| Family::of_net(*net) == family).collect();
+    IpNet::aggregate(&nets).into_iter().collect()
 }
 
 /// The addresses of this node's pods.

@@ -665,11 +665,8 @@ fn only_other_nodes_pods_are_held_to_be_known_and_only_when_asked() {
             .remote_pods
             .clone()
     };
-    let others: BTreeSet<IpNet> = [
-        "10.244.2.0/24".parse().unwrap(),
-        "10.244.3.0/24".parse().unwrap(),
-    ]
-    .into();
+    // Those of two nodes, as the one network that they are to the kernel.
+    let others: BTreeSet<IpNet> = ["10.244.2.0/23".parse().unwrap()].into();
     assert_eq!(nets(&on("node1")), others);
     let router = Settings {
         guard_transit: false,

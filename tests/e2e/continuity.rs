@@ -623,6 +623,9 @@ fn kill_points(lab: &mut Lab, vips: &[IpAddr], table: &mut Table) -> Result<()> 
     let nodes = lab.node_numbers().count();
     lab.create_pod("lone", from % nodes + 1, "lone")?;
     let lone = lab.create_service(&ServiceSpec::new("lone"))?;
+    for vip in &lone {
+        lab.wait_for_announcer(*vip, None)?;
+    }
     let own: Vec<IpAddr> = Family::BOTH
         .map(|family| net::pick(&net::node(from % nodes + 1), family))
         .into();

@@ -10,6 +10,7 @@
 )]
 
 mod conntrack;
+mod crash;
 mod disturbance;
 mod firewall;
 mod routes;
@@ -92,6 +93,13 @@ impl Mode {
         }
     }
 
+    fn backend(self) -> FirewallBackend {
+        match self {
+            Mode::Own => FirewallBackend::Nftables,
+            Mode::Nft | Mode::Legacy => FirewallBackend::Iptables,
+        }
+    }
+
     /// `iptables-nft` or `iptables-legacy`, and the same for IPv6.
     fn tools(self) -> [String; 2] {
         ["iptables", "ip6tables"].map(|tool| format!("{tool}-{}", self.name()))
@@ -116,11 +124,7 @@ async fn open(mode: Mode) -> NodeKernel {
             "{tool} -t mangle -N KUBE-IPTABLES-HINT 2>/dev/null || true"
         ));
     }
-    let backend = match mode {
-        Mode::Own => FirewallBackend::Nftables,
-        Mode::Nft | Mode::Legacy => FirewallBackend::Iptables,
-    };
-    open_backend(backend).await
+    open_backend(mode.backend()).await
 }
 
 async fn open_backend(backend: FirewallBackend) -> NodeKernel {

@@ -165,12 +165,13 @@ pub(super) fn chains(family: Family, mask: u32) -> Vec<Chain> {
                         "-m set --match-set {pods} src -m conntrack --ctstate INVALID -j DROP"
                     ),
                 ),
-                // Of a connection that is older than what we decided: neither routed nor translated.
+                // Of a connection that is older than what we decided: neither routed nor translated. Not the first
+                // packet, whose turn is to come; `! --ctstate NEW` would pass all of a sender that nobody answers.
                 Rule::new(
                     "untranslated",
                     &format!(
                         "-m mark --mark 0x0/{mask:#x} -m set --match-set {pods} src \
-                         -m conntrack --ctdir ORIGINAL ! --ctstate NEW,SNAT -j DROP"
+                         -m conntrack --ctdir ORIGINAL --ctstatus CONFIRMED ! --ctstate SNAT -j DROP"
                     ),
                 ),
                 // Another node takes us for its pod's gateway, and we do not know the pod yet: the masquerade

@@ -1049,10 +1049,12 @@ impl Lab {
     /// When it does not come up.
     pub fn restart_api_server(&mut self) -> Result<()> {
         self.restart("kube-apiserver")?;
-        eventually(SOON, "the API server answers", || {
-            self.api.get("/api/v1/namespaces/default").map(Some)
-        })?;
-        Ok(())
+        eventually(SOON, "the API server answers, also for MetalLB", || {
+            let served = self.api.get("/apis/metallb.io/v1beta1")?;
+            let peers = served["resources"].as_array().into_iter().flatten();
+            let has_all = peers.into_iter().any(|kind| kind["name"] == "bgppeers");
+            Ok(has_all.then_some(()))
+        })
     }
 
     /// What an outside server sees when a pod opens a connection.
