@@ -25,22 +25,22 @@ test: packages lint test-fast test-kernel test-e2e ## Everything (root; builds K
 
 .PHONY: test-fast
 test-fast: ## Unit and property tests: neither root nor a cluster
-	$(CARGO) test --locked --workspace --lib --bins
+	$(CARGO) test --locked --workspace --all-features --lib --bins
 
 .PHONY: test-kernel
 test-kernel: packages ## The backends against the real kernel, in network namespaces (root)
-	$(CARGO) test --locked --package metaleg --test kernel
+	$(CARGO) test --locked --package metaleg --all-features --test kernel
 
 .PHONY: test-e2e
 test-e2e: packages ## The product on real clusters, told by what the other end sees (root)
 	$(CARGO) run --locked --quiet --package metaleg-lab -- build
 	$(CARGO) test --locked --package metaleg-lab --test lab
-	$(CARGO) test --locked --package metaleg --test e2e
+	$(CARGO) test --locked --package metaleg --all-features --test e2e
 
 .PHONY: lint
 lint: ## Formatting, clippy, licences and sources of dependencies
 	$(CARGO) fmt --all --check
-	$(CARGO) clippy --locked --workspace --all-targets -- --deny warnings
+	$(CARGO) clippy --locked --workspace --all-targets --all-features -- --deny warnings
 	@command -v cargo-deny >/dev/null || $(CARGO) install --locked --quiet cargo-deny@$(CARGO_DENY)
 	$(CARGO) deny --locked check licenses bans sources
 

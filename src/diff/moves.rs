@@ -317,7 +317,7 @@ impl Model {
             }
             Some(FromPod::At(n, source)) => {
                 let name = format!("{} gets the pod's packet as {source}", node(n));
-                all.push((name, self.from_pod(world, n, source)));
+                all.push((name, self.out(world, n, source)));
             }
         }
         match world.from_server {
@@ -378,7 +378,7 @@ impl Model {
     }
 
     /// A packet of the pod enters a node.
-    fn from_pod(&self, world: &World, n: usize, source: IpAddr) -> Result<World, Violation> {
+    fn out(&self, world: &World, n: usize, source: IpAddr) -> Result<World, Violation> {
         let mut next = world.clone();
         next.from_pod = None;
         let member = &mut next.members[n];
@@ -479,7 +479,7 @@ impl Model {
         now.from_pod = Some(FromPod::At(HOME, POD));
         now.open = false;
         while let Some(FromPod::At(n, source)) = now.from_pod {
-            now = self.from_pod(&now, n, source)?;
+            now = self.out(&now, n, source)?;
         }
         if !now.open {
             return Err("the pod's packets do not arrive");

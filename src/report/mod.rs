@@ -122,7 +122,6 @@ impl Report {
     }
 
     /// The same, with a Lease for this node; the task that writes it ends with the report.
-    #[must_use]
     pub fn with_lease(
         mut self,
         client: Client,

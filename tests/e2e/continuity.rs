@@ -19,10 +19,10 @@ use crate::rows::{settle, settle_as_nodes, vip_of};
 
 /// A pod of the egress Service on every node.
 const SHOP: [&str; 4] = ["shop-1", "shop-2", "shop-3", "shop-4"];
-/// How often a VIP is moved by intent.
-const MOVES: usize = 20;
+/// How often a VIP is moved by intent, with the backend that is the default, and with the other one.
+const MOVES: [usize; 2] = [20, 8];
 /// How often the announcer's speaker crashes, and comes back: each time the VIP moves twice.
-const CRASHES: usize = 3;
+const CRASHES: usize = 2;
 /// Between two events. A speaker that has lost a VIP and takes it over again within 6 s does not announce it at once but
 /// at its next round, up to 1.1 s later: with four nodes by turns that does not happen.
 const AFTERMATH: Duration = Duration::from_secs(2);
@@ -261,13 +261,22 @@ impl Seen {
     }
 }
 
-/// Moves by MetalLB.
-pub(crate) fn moves(suite: &mut Suite, lab: &mut Lab) {
+/// Moves by MetalLB, looked at closely.
+pub(crate) fn many_moves(suite: &mut Suite, lab: &mut Lab) {
+    moves(suite, lab, MOVES[0]);
+}
+
+/// Some moves by MetalLB.
+pub(crate) fn some_moves(suite: &mut Suite, lab: &mut Lab) {
+    moves(suite, lab, MOVES[1]);
+}
+
+fn moves(suite: &mut Suite, lab: &mut Lab, times: usize) {
     let mut table = Table::default();
     let vips = start(suite, lab);
     suite.row("graceful moves", || {
         let mut watch = Watch::start(lab, &SHOP, vips.clone(), &mut table)?;
-        for _ in 0..MOVES {
+        for _ in 0..times {
             let seen = watch.unbroken(lab, "graceful move", |lab| {
                 let from = lab.wait_for_announcer(vips[0], None)?;
                 let to = from % lab.node_numbers().count() + 1;
@@ -400,6 +409,17 @@ pub(crate) fn deaths(suite: &mut Suite, lab: &mut Lab) {
         },
     );
     suite.row(
+        "with a strict start no packet of a pod is wrong, not even the first",
+        || first_packets(lab, &vips),
+    );
+    if cfg!(feature = "kill-points") {
+        suite.row("agents die before any step of a change", || {
+            kill_points(lab, &vips, &mut table)
+        });
+    } else {
+        say!("  skipped: agents that die before any step need --features kill-points");
+    }
+    suite.row(
         "the API server and the announcer die together: the wire is enough",
         || {
             let mut watch = Watch::start(lab, &SHOP, vips.clone(), &mut table)?;
@@ -431,17 +451,6 @@ pub(crate) fn deaths(suite: &mut Suite, lab: &mut Lab) {
         "a gateway reboots, and its speaker is faster than its agent",
         || reboot(lab, &vips, &mut table),
     );
-    suite.row(
-        "with a strict start no packet of a pod is wrong, not even the first",
-        || first_packets(lab, &vips),
-    );
-    if cfg!(feature = "kill-points") {
-        suite.row("agents die before any step of a change", || {
-            kill_points(lab, &vips, &mut table)
-        });
-    } else {
-        say!("  skipped: agents that die before any step need --features kill-points");
-    }
     suite.row("connections that cannot go on end at once", || {
         endings(lab, &vips, &mut table)
     });

@@ -97,7 +97,11 @@ fn main() -> ExitCode {
         agent: AGENT.into(),
         settings,
     };
-    for backend in ["nftables", "iptables"] {
+    let both: [(_, Rows); 2] = [
+        ("nftables", continuity::many_moves),
+        ("iptables", continuity::some_moves),
+    ];
+    for (backend, rows) in both {
         let name = format!("moves, backend {backend}");
         if is_wanted(&name) {
             say!("{name}");
@@ -105,7 +109,7 @@ fn main() -> ExitCode {
                 nodes: 4,
                 ..lab(KubeProxy::Iptables, vec![("FIREWALL_BACKEND", backend)])
             };
-            in_lab(&mut suite, &name, options, continuity::moves);
+            in_lab(&mut suite, &name, options, rows);
         }
     }
     if is_wanted("deaths") {
@@ -130,7 +134,10 @@ fn main() -> ExitCode {
     }
 }
 
-fn in_lab(suite: &mut Suite, name: &str, options: Options, rows: fn(&mut Suite, &mut Lab)) {
+/// What a lab must show.
+type Rows = fn(&mut Suite, &mut Lab);
+
+fn in_lab(suite: &mut Suite, name: &str, options: Options, rows: Rows) {
     let started = Instant::now();
     let mut lab = match Lab::start(options) {
         Ok(lab) => lab,

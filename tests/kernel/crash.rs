@@ -265,7 +265,7 @@ async fn die_and_arrive(
     let mut said = format!("dead after {:?}", steps.last());
     let (mut next, mut found) = start(mode).await;
     assert_same(&found, &after(mode, from, steps), &said);
-    if steps.len() % 4 == 0 {
+    if steps.len().is_multiple_of(4) {
         let rest = diff(&found, to);
         let (done, _) = rest.split_at(steps.len() * 7 % (rest.len() + 1));
         apply(&mut next, done, to).await;
