@@ -31,19 +31,15 @@ pub(super) struct Holder {
 }
 
 impl Holder {
-    /// Whether the other agents can know that the node is programmed.
-    fn is_known(&self, view: &View) -> bool {
-        let node = view.nodes.get(&self.node);
-        node.is_some_and(|node| node.programmed.as_ref() == Some(&self.boot))
-    }
-
-    /// The node is programmed: says so where that is not known. Returns whether it is.
+    /// The node is programmed: says so where the other agents cannot know it. Returns whether they can.
     pub(super) fn programmed(&self, view: &View) -> bool {
-        let is_known = self.is_known(view);
+        // Without its object nobody routes to the node.
+        let Some(node) = view.nodes.get(&self.node) else {
+            return false;
+        };
+        let is_known = node.programmed.as_ref() == Some(&self.boot);
         if !is_known {
-            let node = view.nodes.get(&self.node);
-            let owner = node.map(|node| node.uid.clone()).unwrap_or_default();
-            self.wanted.send_replace(Some(owner));
+            self.wanted.send_replace(Some(node.uid.clone()));
         }
         is_known
     }

@@ -12,6 +12,13 @@ fn insert(source: &str, destination: &str, reply: [&str; 2], port: u16) -> Strin
     )
 }
 
+/// The sets that forgetting relies on.
+async fn install(kernel: &mut NodeKernel) {
+    let steps = Family::ALL.map(|family| Step::InstallFirewall(family, BTreeSet::new()));
+    let failed = kernel.apply(&steps, &BTreeSet::new()).await;
+    assert!(failed.is_empty(), "{failed:?}");
+}
+
 #[test]
 fn exactly_the_outside_connections_of_the_pods_are_forgotten() {
     in_namespace(|| async {
@@ -37,8 +44,18 @@ fn exactly_the_outside_connections_of_the_pods_are_forgotten() {
             Step::ForgetConnections(ip(pod6)),
         ];
         let excluded = ["10.244.0.0/16".parse().unwrap()].into();
+        install(&mut kernel).await;
         let failed = kernel.apply(&steps, &excluded).await;
         assert!(failed.is_empty(), "{failed:?}");
+        // Of those that are forgotten, only the replies to the second one come to the pod itself.
+        let late = sh(
+            "ipset list METALEG-LATE-4 | sed '1,/Members/d'; ipset list METALEG-LATE-6 | sed '1,/Members/d'",
+        );
+        assert!(
+            late.starts_with("10.244.1.11,udp:1002,198.51.100.10 timeout"),
+            "{late}"
+        );
+        assert_eq!(late.lines().count(), 1, "{late}");
         let left = sh("conntrack -L -f ipv4 2>/dev/null; conntrack -L -f ipv6 2>/dev/null");
         let left: Vec<bool> = (1001..=1007)
             .map(|port| left.contains(&format!("sport={port} ")))
@@ -71,6 +88,7 @@ fn thousands_of_connections_are_forgotten_at_once() {
             "the kernel keeps {} of the connections",
             count()
         );
+        install(&mut kernel).await;
         let started = Instant::now();
         let failed = kernel
             .apply(
