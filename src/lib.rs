@@ -12,7 +12,7 @@
 //! | I3 | never foreign: only objects that carry our name or protocol number are changed | `tests/kernel` |
 //! | I4 | hitless: a restarted agent adopts what is there and changes nothing | `tests/e2e`, `slots_are_kept…` in [`plan`] |
 //! | I5 | convergent: from any kernel state one pass reaches the desired one | `i5_…` in [`diff`], `damage_…` in `tests/kernel` |
-//! | I6 | continuous: connections survive a move of their VIP | `tests/e2e`, there also in packets and milliseconds |
+//! | I6 | continuous: connections survive a move of their VIP | `tests/e2e`, in packets and milliseconds; every order of events in [`diff`] |
 //! | I7 | quiet: work is proportional to the change | `i7_…` in [`diff`] |
 //!
 //! # Data flow

@@ -263,11 +263,12 @@ impl Host {
         let mut kernel = self.kernel();
         kernel.apply(step);
         self.state = v4(&kernel).clone();
-        if let Step::ForgetConnections(pod) = step {
+        if let Step::ForgetConnections(pod) | Step::ResumeConnections { pod, .. } = step {
             self.forgotten.insert(*pod);
         }
         let is_forgotten = |c: &Connection| match step {
             Step::ForgetConnections(pod) => c.pod == *pod,
+            Step::ResumeConnections { pod, source } => c.pod == *pod && c.bound != *source,
             Step::ForgetStrays { sources, .. } => {
                 sources.get(&c.pod).is_some_and(|s| *s != c.bound)
             }
