@@ -123,8 +123,10 @@ fn find_family(
         else {
             return Ok(());
         };
-        if is_to_forget(&entry, &which.pods, excluded) || is_unanswered(&entry, &which.unanswered) {
+        if is_to_forget(&entry, &which.pods, excluded) {
             found.late.extend(late(&entry));
+            found.entries.push((family, identity(entry)));
+        } else if is_unanswered(&entry, &which.unanswered) {
             found.entries.push((family, identity(entry)));
         } else if is_to_resume(&entry, &which.pods, excluded) {
             found.resumed.push((family, resumption(entry)));
