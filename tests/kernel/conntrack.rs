@@ -101,3 +101,38 @@ fn thousands_of_connections_are_forgotten_at_once() {
         assert_eq!(count(), 0);
     });
 }
+
+fn late_replies_are_expected_anew(mode: Mode) {
+    in_namespace(move || async move {
+        let mut kernel = open(mode).await;
+        install(&mut kernel).await;
+        sh("conntrack -L >/dev/null 2>&1; iptables-nft -A FORWARD -m conntrack --ctstate NEW");
+        let (pod, outside) = ("10.244.1.11", "198.51.100.10");
+        let mut left = Vec::new();
+        for pause in [2, 0] {
+            sh(&insert(pod, outside, [outside, pod], 1002));
+            let forget = [Step::ForgetConnections(ip(pod))];
+            let failed = kernel.apply(&forget, &BTreeSet::new()).await;
+            assert!(failed.is_empty(), "{failed:?}");
+            tokio::time::sleep(std::time::Duration::from_secs(pause)).await;
+            let listed = match mode {
+                Mode::Own => sh(
+                    "nft list set inet metaleg late4 | tr ' ' '\\n' | sed -n '/expires/{n;s/s.*//;p}'",
+                ),
+                _ => sh("ipset list METALEG-LATE-4 | sed -n 's/.* timeout \\([0-9]*\\)$/\\1/p'"),
+            };
+            left.push(listed.trim().parse::<u64>().unwrap());
+        }
+        assert!(left[1] > left[0], "seconds left: {left:?}");
+    });
+}
+
+#[test]
+fn own_late_replies_are_expected_anew() {
+    late_replies_are_expected_anew(Mode::Own);
+}
+
+#[test]
+fn nft_late_replies_are_expected_anew() {
+    late_replies_are_expected_anew(Mode::Nft);
+}

@@ -28,7 +28,7 @@ pub(crate) use self::ruleset::{TABLE, TRANSLATION_PRIORITY};
 use crate::kernel::conntrack::Late;
 use crate::kernel::netlink::{Message, Netfilter, NetlinkError, message};
 use crate::kernel::tool::run;
-use crate::kernel::{Error, Firewall, StepError, tryable};
+use crate::kernel::{Error, Firewall, LATE_SECONDS, StepError, tryable};
 use crate::settings::FwMask;
 use crate::state::{Family, FirewallState, KernelState, Skeleton, Step};
 
@@ -293,10 +293,14 @@ impl Firewall for Nftables {
 fn late_messages(family: Family, replies: &[Late]) -> Vec<u8> {
     let mut messages = Vec::new();
     for part in replies.chunks(ELEMENTS_AT_ONCE) {
-        let key = |late| SetElementAttribute::Key(DataAttribute::Value(late_key(late)));
-        let elements = part
-            .iter()
-            .map(|late| ListAttribute::Element(vec![key(late)]));
+        // The time is said again, so that it begins again for an element that is there (kernel 6.12 and newer).
+        let elements = part.iter().map(|late| {
+            ListAttribute::Element(vec![
+                SetElementAttribute::Key(DataAttribute::Value(late_key(late))),
+                SetElementAttribute::Timeout(u64::from(LATE_SECONDS) * 1000),
+                SetElementAttribute::Expiration(u64::from(LATE_SECONDS) * 1000),
+            ])
+        });
         messages.extend(add(&Kind::Late.name(family), elements.collect()));
     }
     messages
