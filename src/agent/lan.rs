@@ -81,12 +81,14 @@ impl<'a> Lan<'a> {
             let addresses = node.addresses.iter();
             addresses.map(move |address| (*address, name.clone()))
         });
-        let services = view.services.values();
+        let vips = view.services.values().flat_map(|s| s.vips.values());
         Wanted {
             interface: self.settings.lan_interface.clone().or_else(found),
             own: Some(self.settings.node_name.clone()),
             nodes: nodes.collect(),
-            vips: services.flat_map(|s| s.vips.values().copied()).collect(),
+            vips: vips
+                .map(|vip| (*vip, resolved.claimed.get(vip).cloned()))
+                .collect(),
             unsettled: resolved.unsettled.clone(),
             audit: self.settings.reconciliation_interval,
         }

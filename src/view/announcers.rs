@@ -35,6 +35,8 @@ pub struct Claims<'a> {
 pub struct Resolved {
     /// The node that pods of each VIP leave through: its announcer, or the one before while that is not programmed.
     pub announcers: BTreeMap<IpAddr, NodeName>,
+    /// The announcer of each VIP by the newest claim.
+    pub claimed: BTreeMap<IpAddr, NodeName>,
     /// VIPs to be asked for on the LAN.
     pub unsettled: BTreeSet<IpAddr>,
     /// VIPs of which object and wire have told different things for long: what the object says, and the wire.
@@ -188,6 +190,9 @@ impl Known {
             self.differ = None;
         }
         let announcer = self.last.as_ref().map(|(node, _)| node);
+        if let Some(node) = announcer {
+            resolved.claimed.insert(vip, node.clone());
+        }
         let is_usable = |node: &NodeName| claims.nodes.get(node).is_some_and(|node| node.ready);
         let is_doubled = statuses
             .iter()

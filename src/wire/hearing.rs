@@ -29,8 +29,8 @@ pub struct Wanted {
     pub own: Option<NodeName>,
     /// The nodes' addresses.
     pub nodes: BTreeMap<IpAddr, NodeName>,
-    /// Addresses whose announcer matters.
-    pub vips: BTreeSet<IpAddr>,
+    /// Addresses whose announcer matters, and who is taken for it.
+    pub vips: BTreeMap<IpAddr, Option<NodeName>>,
     /// Those of them that are asked for once a second: who announces them is in doubt.
     pub unsettled: BTreeSet<IpAddr>,
     /// The others are asked for so often.
@@ -118,24 +118,26 @@ pub(crate) struct Hearing {
 impl Hearing {
     /// Changes what to listen for; what was heard of it is kept.
     pub(crate) fn want(&mut self, wanted: Wanted, now: Instant) {
-        self.heard.retain(|vip, _| wanted.vips.contains(vip));
+        self.heard.retain(|vip, _| wanted.vips.contains_key(vip));
         self.waiting
-            .retain(|(claim, _)| wanted.vips.contains(&claim.address));
-        let addresses =
-            |address: &IpAddr| wanted.vips.contains(address) || wanted.nodes.contains_key(address);
-        self.asked.retain(|address, _| addresses(address));
+            .retain(|(claim, _)| wanted.vips.contains_key(&claim.address));
+        self.asked.retain(|address, _| {
+            wanted.vips.contains_key(address) || wanted.nodes.contains_key(address)
+        });
         // Nothing speaks against what is settled: no question before its time.
-        for vip in wanted.vips.difference(&wanted.unsettled) {
+        let vips = wanted.vips.keys();
+        for vip in vips.filter(|vip| !wanted.unsettled.contains(vip)) {
             self.asked.entry(*vip).or_insert(now);
         }
         self.odd
-            .retain(|oddity, _| wanted.vips.contains(&oddity.vip()));
+            .retain(|oddity, _| wanted.vips.contains_key(&oddity.vip()));
         let names: BTreeSet<&NodeName> = wanted.nodes.values().collect();
         self.nodes.retain(|_, node| names.contains(node));
         self.wanted = wanted;
     }
 
-    /// Takes a claim; returns whether there is news: of another announcer, or an oddity not met before.
+    /// Takes a claim; returns whether there is news: of another announcer than the one that is taken for it, or than
+    /// the one heard before, or an oddity not met before.
     pub(crate) fn claim(&mut self, claim: Claim, now: Instant) -> bool {
         if let Some(node) = self.wanted.nodes.get(&claim.address).cloned() {
             // An answer to our own question, as the kernel would take it into its neighbour table.
@@ -146,7 +148,7 @@ impl Hearing {
             }
             return false;
         }
-        if !self.wanted.vips.contains(&claim.address) {
+        if !self.wanted.vips.contains_key(&claim.address) {
             return false;
         }
         match self.nodes.get(&claim.mac).cloned() {
@@ -190,7 +192,7 @@ impl Hearing {
             since(self.asked.get(address)).is_none_or(|ago| ago >= every)
         };
         let unsettled = self.wanted.unsettled.iter().filter(|vip| is_due(vip, PACE));
-        let audited = self.wanted.vips.iter().filter(|vip| {
+        let audited = self.wanted.vips.keys().filter(|vip| {
             let heard = since(self.heard.get(vip).map(|heard| &heard.at));
             !self.wanted.unsettled.contains(vip)
                 && heard.is_none_or(|ago| ago >= self.wanted.audit)
@@ -228,7 +230,9 @@ impl Hearing {
         };
         if heard.node == node {
             heard.at = now;
-            return false;
+            // An object may have spoken for another one since: this claim is the newer one.
+            let taken = self.wanted.vips.get(&vip);
+            return taken.is_some_and(|taken| taken.as_ref() != Some(&node));
         }
         heard.others += 1;
         // Two that answer at once would turn us to and fro. Who is right says so again; and the old one may still
@@ -310,7 +314,9 @@ mod tests {
                 nodes: (1..=3)
                     .map(|n| (IpAddr::from([192, 0, 2, 10 + n]), name(n)))
                     .collect(),
-                vips: ["192.0.2.200", "2001:db8:1::c8"].map(ip).into(),
+                vips: ["192.0.2.200", "2001:db8:1::c8"]
+                    .map(|vip| (ip(vip), None))
+                    .into(),
                 unsettled: unsettled.iter().map(|vip| ip(vip)).collect(),
                 audit: Duration::from_secs(300),
             },
@@ -337,6 +343,7 @@ mod tests {
             !hearing.claim(claim("192.0.2.99", 2), now),
             "no VIP of ours"
         );
+        hearing.wanted.vips.insert(ip("192.0.2.200"), Some(name(2)));
         assert!(
             !hearing.claim(claim("192.0.2.200", 2), now),
             "the same again"
@@ -383,6 +390,17 @@ mod tests {
         assert!(hearing.claim(claim("192.0.2.200", 3), now + PACE));
         assert_eq!(announcer(&hearing, "192.0.2.200"), Some(name(3)));
         assert!(hearing.oddities().is_empty(), "that was a move");
+    }
+
+    #[test]
+    fn a_claim_against_the_announcer_that_is_taken_for_it_is_news_though_it_was_heard_before() {
+        let (mut hearing, now) = hearing(&["192.0.2.200"]);
+        hearing.claim(claim("192.0.2.200", 2), now);
+        for (taken, is_news) in [(Some(name(2)), false), (Some(name(3)), true), (None, true)] {
+            hearing.wanted.vips.insert(ip("192.0.2.200"), taken.clone());
+            let told = hearing.claim(claim("192.0.2.200", 2), now);
+            assert_eq!(told, is_news, "while {taken:?} is taken for it");
+        }
     }
 
     #[test]

@@ -8,7 +8,7 @@ use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use metaleg_lab::capture::Capture;
+use metaleg_lab::capture::{Capture, Packets};
 use metaleg_lab::traffic::{Kind, Suffered, Traffic};
 use metaleg_lab::{Family, Lab, SOON, ServiceSpec, eventually, net, say};
 use nix::sys::signal::Signal;
@@ -47,7 +47,7 @@ enum Place {
 }
 
 impl Place {
-    fn of(node: usize, moved: Option<(usize, usize)>) -> Place {
+    fn of(node: usize, moved: Moved) -> Place {
         match moved {
             Some((from, to)) if from != to => match node {
                 node if node == from => Place::OldGateway,
@@ -146,6 +146,9 @@ struct Watch<'a> {
     aftermath: Duration,
 }
 
+/// From where to where a VIP moved, if it did.
+type Moved = Option<(usize, usize)>;
+
 /// What an event did.
 struct Seen {
     suffered: Vec<Suffered>,
@@ -177,20 +180,24 @@ impl<'a> Watch<'a> {
         &mut self,
         lab: &mut Lab,
         name: &'static str,
-        event: impl FnOnce(&mut Lab) -> Result<Option<(usize, usize)>>,
+        event: impl FnOnce(&mut Lab) -> Result<Moved>,
     ) -> Result<Seen> {
-        drop(self.traffic.take());
-        let moved = event(lab)?;
-        std::thread::sleep(self.aftermath);
+        let moved = self.happens(lab, event)?;
         self.note(lab, name, moved)
     }
 
-    fn note(
-        &mut self,
-        lab: &Lab,
-        name: &'static str,
-        moved: Option<(usize, usize)>,
-    ) -> Result<Seen> {
+    fn happens(
+        &self,
+        lab: &mut Lab,
+        event: impl FnOnce(&mut Lab) -> Result<Moved>,
+    ) -> Result<Moved> {
+        drop(self.traffic.take());
+        let moved = event(lab)?;
+        std::thread::sleep(self.aftermath);
+        Ok(moved)
+    }
+
+    fn note(&mut self, lab: &Lab, name: &'static str, moved: Moved) -> Result<Seen> {
         let suffered = self.traffic.take();
         let sources = self.capture.take()?;
         let mut longest: BTreeMap<(Place, Kind), Duration> = BTreeMap::new();
@@ -213,8 +220,9 @@ impl<'a> Watch<'a> {
         let mut leaks = Vec::new();
         for ((node, source), packets) in &sources {
             if !self.allowed.contains(source) {
-                self.table.cell(name, Place::of(*node, moved)).leaked += packets;
-                leaks.push(format!("{packets} from node{node} as {source}"));
+                self.table.cell(name, Place::of(*node, moved)).leaked += packets.count;
+                let Packets { count, first } = packets;
+                leaks.push(format!("{count} from node{node}, first {first}"));
             }
         }
         ensure!(leaks.is_empty(), "packets leaked: {}", leaks.join(", "));
@@ -227,11 +235,9 @@ impl<'a> Watch<'a> {
         &mut self,
         lab: &mut Lab,
         name: &'static str,
-        event: impl FnOnce(&mut Lab) -> Result<Option<(usize, usize)>>,
+        event: impl FnOnce(&mut Lab) -> Result<Moved>,
     ) -> Result<Seen> {
-        drop(self.traffic.take());
-        let moved = event(lab)?;
-        std::thread::sleep(self.aftermath);
+        let moved = self.happens(lab, event)?;
         let alive = self.traffic.wait_for_signs_of_life();
         let seen = self.note(lab, name, moved)?;
         for flow in &seen.suffered {
@@ -420,6 +426,7 @@ pub(crate) fn deaths(suite: &mut Suite, lab: &mut Lab) {
             for number in lab.node_numbers() {
                 lab.allow_announcing(number, true)?;
             }
+            std::thread::sleep(AFTERMATH);
             result
         });
     } else {

@@ -116,7 +116,11 @@ fn main() -> ExitCode {
         say!("deaths");
         let options = Options {
             nodes: 4,
-            ..lab(KubeProxy::Iptables, Vec::new())
+            // Whoever dies leaves nothing else that tells how far it came.
+            ..lab(
+                KubeProxy::Iptables,
+                vec![("RUST_LOG", "info,metaleg=debug")],
+            )
         };
         in_lab(&mut suite, "deaths", options, continuity::deaths);
     }

@@ -2,7 +2,7 @@
 //! of the kernel is one that a new agent reads as it is, and takes to its goal from there.
 
 use std::collections::HashSet;
-use std::io::Write as _;
+use std::io::{Read as _, Write as _};
 use std::mem::discriminant;
 use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::time::{Duration, Instant};
@@ -863,4 +863,58 @@ fn nft_no_packet_leaves_with_another_source() {
 #[test]
 fn legacy_no_packet_leaves_with_another_source() {
     no_packet_leaves_with_another_source(Mode::Legacy);
+}
+
+/// The gateway still knows a connection that this node does not: what the server says in the middle of it must begin
+/// none from outside, whose answers would leave as they are.
+fn the_middle_of_a_connection_begins_none(mode: Mode) {
+    in_namespace(move || async move {
+        connect_hosts(mode);
+        prepare_gateway();
+        let servers = on("outside", || {
+            OUTSIDE.map(|address| TcpListener::bind((ip(address), 7)).unwrap())
+        });
+        let mut kernel = open(mode).await;
+        reach(&mut kernel, &labelled(12)).await;
+        let vips: BTreeSet<IpAddr> = Family::ALL.map(|f| vip(f, 0)).into();
+        let connections = Open::by(12);
+        assert_eq!(connections.arrive(12, &vips), vips);
+        let accepted = servers.map(|server| server.accept().unwrap().0);
+        sh("conntrack -F 2>/dev/null");
+        seen();
+
+        for mut stream in &accepted {
+            stream.write_all(b"late").unwrap();
+        }
+        // The server tries again.
+        std::thread::sleep(Duration::from_millis(500));
+        assert_eq!(seen(), BTreeSet::new(), "the pod has answered");
+
+        // The pod's own next word takes them up.
+        assert_eq!(connections.arrive(12, &vips), vips);
+        for mut stream in &connections.tcp {
+            stream.set_nonblocking(false).unwrap();
+            stream
+                .set_read_timeout(Some(Duration::from_secs(5)))
+                .unwrap();
+            let mut word = [0; 4];
+            stream.read_exact(&mut word).unwrap();
+            assert_eq!(&word, b"late");
+        }
+    });
+}
+
+#[test]
+fn own_the_middle_of_a_connection_begins_none() {
+    the_middle_of_a_connection_begins_none(Mode::Own);
+}
+
+#[test]
+fn nft_the_middle_of_a_connection_begins_none() {
+    the_middle_of_a_connection_begins_none(Mode::Nft);
+}
+
+#[test]
+fn legacy_the_middle_of_a_connection_begins_none() {
+    the_middle_of_a_connection_begins_none(Mode::Legacy);
 }

@@ -94,7 +94,7 @@ fn wanted(unsettled: &[&str]) -> Wanted {
         nodes: (1..=3)
             .map(|n| (IpAddr::from([192, 0, 2, 10 + n]), node(n)))
             .collect(),
-        vips: VIPS.map(ip).into(),
+        vips: VIPS.map(|vip| (ip(vip), None)).into(),
         unsettled: unsettled.iter().map(|vip| ip(vip)).collect(),
         audit: Duration::from_secs(300),
     }

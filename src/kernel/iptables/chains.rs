@@ -137,6 +137,15 @@ pub(super) fn chains(family: Family, mask: u32) -> Vec<Chain> {
                         "-m conntrack --ctstate NEW -m set --match-set {late} dst,dst,src -j DROP"
                     ),
                 ),
+                // The gateway may know a connection that the pod's node has lost or has seen the end of: the same,
+                // for as long as the pod is an egress pod, where the protocol tells a beginning.
+                Rule::new(
+                    "midway",
+                    &format!(
+                        "-p tcp ! --syn -m conntrack --ctstate NEW -m set --match-set {pods} dst \
+                         -m set ! --match-set {excluded} src -j DROP"
+                    ),
+                ),
                 // A VIP moves before routes and objects do. A packet of an outside server that arrives here
                 // before the pod's own next packet would make a connection entry that clashes with the pod's; and
                 // an INVALID one would be routed, and answered with an error that the server believes.

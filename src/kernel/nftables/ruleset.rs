@@ -130,6 +130,15 @@ pub(crate) fn chains(families: &[Family], mask: u32, slots: u32) -> Vec<Chain> {
                     "ct state new {ip} saddr . meta l4proto . th sport . {ip} daddr . th dport @late{n} counter drop"
                 ),
             ),
+            // The gateway may know a connection that the pod's node has lost or has seen the end of: the same, for as
+            // long as the pod is an egress pod, where the protocol tells a beginning.
+            rule(
+                "midway",
+                format!(
+                    "{ip} daddr @pods{n} {ip} saddr != @excluded{n} ct state new \
+                     tcp flags & (fin | syn | rst | ack) != syn counter drop"
+                ),
+            ),
             // A VIP moves before routes and objects do. A packet of an outside server that arrives here before
             // the pod's own next packet would make a connection entry that clashes with the pod's; and an
             // INVALID one would be routed, and answered with an error that the server believes.

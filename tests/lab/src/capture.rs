@@ -1,13 +1,14 @@
 //! What the nodes put on the LAN towards the outside: the oracle that counts packets, not connections.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::io::ErrorKind;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result, bail};
 use nix::libc::PACKET_OUTGOING;
@@ -24,8 +25,45 @@ const EVERYTHING: u16 = 3;
 /// Holds what comes while the machine is busy with something else.
 const BUFFER_BYTES: usize = 16 << 20;
 
-/// How many packets left each node, by their source.
-pub type Sources = BTreeMap<(usize, IpAddr), usize>;
+/// The packets that left each node, by their source.
+pub type Sources = BTreeMap<(usize, IpAddr), Packets>;
+
+/// Packets of one source.
+#[derive(Debug)]
+pub struct Packets {
+    /// How many there were.
+    pub count: usize,
+    /// The first of them, to be found again in the logs.
+    pub first: Packet,
+}
+
+/// A packet that left a node, and when.
+#[derive(Debug)]
+pub struct Packet {
+    source: SocketAddr,
+    to: SocketAddr,
+    /// The flags of a TCP header, `None` of UDP.
+    flags: Option<u8>,
+    at: SystemTime,
+}
+
+impl fmt::Display for Packet {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let since = self.at.duration_since(SystemTime::UNIX_EPOCH);
+        let of_day = since.unwrap_or_default().as_millis() % 86_400_000;
+        let (seconds, ms) = (of_day / 1000, of_day % 1000);
+        let (hours, minutes, seconds) = (seconds / 3600, seconds / 60 % 60, seconds % 60);
+        match self.flags {
+            Some(flags) => write!(f, "TCP, flags {flags:#04x}")?,
+            None => f.write_str("UDP")?,
+        }
+        let (source, to) = (self.source, self.to);
+        write!(
+            f,
+            " {source} to {to} at {hours:02}:{minutes:02}:{seconds:02}.{ms:03}"
+        )
+    }
+}
 
 /// Counts the packets that leave nodes for a server outside; stops when it goes out of scope.
 #[derive(Debug)]
@@ -73,10 +111,15 @@ impl Capture {
                         let leaves_port = from.pkttype() == PACKET_OUTGOING;
                         ports.get(&from.ifindex()).filter(|_| !leaves_port)
                     });
-                    let source = frame.get(..length).and_then(source_of_outbound);
-                    if let (Some(node), Some(source)) = (node, source) {
+                    let packet = frame.get(..length).and_then(outbound);
+                    if let (Some(node), Some(packet)) = (node, packet) {
                         let mut seen = seen.lock().unwrap_or_else(PoisonError::into_inner);
-                        *seen.entry((*node, source)).or_default() += 1;
+                        seen.entry((*node, packet.source.ip()))
+                            .and_modify(|packets| packets.count += 1)
+                            .or_insert(Packets {
+                                count: 1,
+                                first: packet,
+                            });
                     }
                 }
                 Ok(())
@@ -117,30 +160,54 @@ impl Drop for Capture {
     }
 }
 
-/// The source of a TCP or UDP packet to a server's port, unless the frame goes to a node or to everybody: on its way
+/// A TCP or UDP packet to a server's port, unless the frame goes to a node or to everybody: on its way
 /// to a gateway a packet may have its pod's address.
-fn source_of_outbound(frame: &[u8]) -> Option<IpAddr> {
+fn outbound(frame: &[u8]) -> Option<Packet> {
     let (to, rest) = frame.split_first_chunk::<6>()?;
     let is_for_a_node = (1..=net::MOST_NODES).any(|n| net::node_mac_bytes(n) == *to);
     if is_for_a_node || to[0] & 1 == 1 {
         return None;
     }
     let (kind, packet) = rest.get(6..)?.split_first_chunk::<2>()?;
-    let (source, protocol, payload) = match u16::from_be_bytes(*kind) {
+    let (source, to, protocol, payload) = match u16::from_be_bytes(*kind) {
         0x0800 => {
             let words = usize::from(packet.first()? & 0x0f);
-            let source: [u8; 4] = packet.get(12..16)?.try_into().ok()?;
-            let payload = packet.get(words * 4..)?;
-            (Ipv4Addr::from(source).into(), *packet.get(9)?, payload)
+            let (source, rest) = packet.get(12..)?.split_first_chunk::<4>()?;
+            let to = Ipv4Addr::from(*rest.first_chunk::<4>()?).into();
+            let source: IpAddr = Ipv4Addr::from(*source).into();
+            (source, to, *packet.get(9)?, packet.get(words * 4..)?)
         }
         0x86dd => {
-            let source: [u8; 16] = packet.get(8..24)?.try_into().ok()?;
-            let payload = packet.get(40..)?;
-            (Ipv6Addr::from(source).into(), *packet.get(6)?, payload)
+            let (source, rest) = packet.get(8..)?.split_first_chunk::<16>()?;
+            let to = Ipv6Addr::from(*rest.first_chunk::<16>()?).into();
+            let source: IpAddr = Ipv6Addr::from(*source).into();
+            (source, to, *packet.get(6)?, packet.get(40..)?)
         }
         _ => return None,
     };
-    let is_tcp_or_udp = matches!(protocol, 6 | 17);
-    let port: [u8; 2] = payload.get(2..4)?.try_into().ok()?;
-    (is_tcp_or_udp && u16::from_be_bytes(port) == PORT).then_some(source)
+    let port = |at| {
+        Some(u16::from_be_bytes(
+            payload.get(at..at + 2)?.try_into().ok()?,
+        ))
+    };
+    let to: IpAddr = to;
+    let flags = match protocol {
+        6 => Some(*payload.get(13)?),
+        17 => None,
+        _ => return None,
+    };
+    (port(2)? == PORT).then_some(Packet {
+        source: SocketAddr::new(source, port(0)?),
+        to: SocketAddr::new(to, PORT),
+        flags,
+        at: now(),
+    })
+}
+
+#[expect(
+    clippy::disallowed_methods,
+    reason = "logs tell this clock's time, and nothing is decided by it"
+)]
+fn now() -> SystemTime {
+    SystemTime::now()
 }

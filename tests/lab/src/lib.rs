@@ -242,6 +242,9 @@ const DAEMONSET: &str = "/apis/apps/v1/namespaces/metallb-system/daemonsets/meta
 const PODS: &str = "/api/v1/namespaces/default/pods";
 /// How long anything of the cluster may take to come about.
 pub const SOON: Duration = Duration::from_secs(20);
+/// Kubernetes' clients ask an API server that was away again after up to 30 s and jitter (client-go's
+/// reflector): MetalLB may learn so late of what is new.
+const BACK_OFF: Duration = Duration::from_secs(60);
 const PREFIX: &str = "metaleg-lab-";
 
 /// A running lab. Everything of it ends with it.
@@ -789,7 +792,7 @@ impl Lab {
     /// # Errors
     /// When MetalLB gives none.
     pub fn wait_for_vips(&self, service: &str) -> Result<Vec<IpAddr>> {
-        eventually(SOON, "MetalLB assigns the VIPs", || {
+        eventually(BACK_OFF, "MetalLB assigns the VIPs", || {
             let object = self.service(service)?;
             let families = object["spec"]["ipFamilies"]
                 .as_array()
@@ -915,10 +918,14 @@ impl Lab {
     /// # Errors
     /// When none does in time.
     pub fn wait_for_announcer(&self, vip: IpAddr, wanted: Option<usize>) -> Result<usize> {
-        eventually(SOON, &format!("{vip} is announced by {wanted:?}"), || {
-            let found = self.announcer(vip)?;
-            Ok(found.filter(|node| wanted.is_none_or(|wanted| wanted == *node)))
-        })
+        eventually(
+            BACK_OFF,
+            &format!("{vip} is announced by {wanted:?}"),
+            || {
+                let found = self.announcer(vip)?;
+                Ok(found.filter(|node| wanted.is_none_or(|wanted| wanted == *node)))
+            },
+        )
     }
 
     /// Makes a node the only one that may announce, and waits until it does.
