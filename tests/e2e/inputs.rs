@@ -2,6 +2,7 @@
 //! gateway is one beyond the marks, and every pod is routed by its address.
 
 use std::net::IpAddr;
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use metaleg_lab::probe::{PORT, Protocol};
@@ -13,6 +14,8 @@ use crate::rows::{PLAIN, SHOP, every, leave_as, leave_as_nodes, settle, settle_a
 
 /// One bit of the mark.
 pub(crate) const NARROW_MASK: &str = "0x00100000";
+/// Within 25 s: TCP asks after 10 s of silence, and three times more every 5 s.
+const SILENCE: Duration = Duration::from_secs(30);
 const SERVICES: &str = "/api/v1/namespaces/default/services";
 const SLICES: &str = "/apis/discovery.k8s.io/v1/namespaces/default/endpointslices";
 const STATUSES: &str = "servicel2statuses.metallb.io";
@@ -129,6 +132,10 @@ pub(crate) fn run(suite: &mut Suite, lab: &mut Lab) {
         settle_as_nodes(lab, &["job-1"])?;
         lab.delete_pod("job-1")
     });
+    suite.row(
+        "an API server that goes without a word is noticed, and heard again when it is back",
+        || silent_api_server(lab, &vips),
+    );
     suite.row(
         "destinations that the operator excludes are not egress, and again are",
         || {
@@ -274,6 +281,33 @@ fn shared_vip(lab: &mut Lab) -> Result<()> {
     let seen = lab.source_seen("share-2", Outside::Far, Family::V4, Protocol::Tcp)?;
     ensure!(seen.address() == Some(vip), "share-2: {seen}");
     lab.delete_service("share-2")
+}
+
+/// As when its machine loses power: no packet says that connections have ended.
+fn silent_api_server(lab: &mut Lab, vips: &[IpAddr]) -> Result<()> {
+    let before = lab.agent_log(1).len();
+    let is_told = |text: &str| {
+        let log = lab.agent_log(1);
+        Ok(log
+            .get(before..)
+            .is_some_and(|log| log.contains(text))
+            .then_some(()))
+    };
+    lab.node(1).sh("nft 'table inet silence { \
+         chain answers { type filter hook input priority raw; tcp sport 6443 drop; }; \
+         chain questions { type filter hook output priority raw; tcp dport 6443 drop; }; \
+     }'")?;
+    eventually(SILENCE, "the silence is told", || {
+        is_told("the API server does not answer")
+    })?;
+    leave_as(lab, &SHOP, vips)?;
+    lab.node(1).sh("nft delete table inet silence")?;
+    eventually(SOON, "the API server is heard again", || {
+        is_told("the API server answers again")
+    })?;
+    lab.create_pod("after-1", 1, "shop")?;
+    settle(lab, &["after-1"], vips)?;
+    lab.delete_pod("after-1")
 }
 
 /// Slices that claim another's pod, a node, the loopback, and nonsense for an egress Service.

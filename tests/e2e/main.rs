@@ -1,7 +1,7 @@
 //! The product on real clusters. The oracle is what the other end of a connection sees.
 //!
-//! One lab for each combination of kube-proxy and CNI masquerade, the rows in it one after the other. Arguments
-//! choose labs by a part of their name: `cargo test --test e2e -- legacy`.
+//! One lab for each combination of backend, kube-proxy and CNI masquerade, two at a time, then those that look at speed,
+//! one by one; the rows in each one after the other. Arguments choose labs by a part of their name: `cargo test --test e2e -- legacy`.
 
 mod bad_input;
 mod continuity;
@@ -10,6 +10,7 @@ mod rows;
 
 use std::path::Path;
 use std::process::ExitCode;
+use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
 use anyhow::Result;
@@ -18,11 +19,16 @@ use metaleg_lab::{KubeProxy, Lab, Masquerade, Options, say};
 /// The agent of this build.
 const AGENT: &str = env!("CARGO_BIN_EXE_metaleg-agent");
 
+/// Labs at a time where speed is not looked at: most of their time is waiting.
+const SIDE_BY_SIDE: usize = 2;
+
 /// Counts and tells what passes.
 #[derive(Default)]
 struct Suite {
     passed: usize,
     failed: usize,
+    /// What is to be told at the end, where others talk meanwhile.
+    held_back: Option<String>,
 }
 
 impl Suite {
@@ -34,14 +40,41 @@ impl Suite {
         match result {
             Ok(()) => {
                 self.passed += 1;
-                say!("  ok      {name} ({ms} ms)");
+                self.tell(&format!("  ok      {name} ({ms} ms)"));
             }
             Err(error) => {
                 self.failed += 1;
-                say!("  FAILED  {name} ({ms} ms)\n          {error:#}");
+                self.tell(&format!("  FAILED  {name} ({ms} ms)\n          {error:#}"));
             }
         }
     }
+
+    fn tell(&mut self, text: &str) {
+        match &mut self.held_back {
+            Some(told) => told.extend([text, "\n"]),
+            None => say!("{text}"),
+        }
+    }
+
+    fn add(&mut self, other: &Suite) {
+        self.passed += other.passed;
+        self.failed += other.failed;
+        if let Some(told) = &other.held_back {
+            self.tell(told.trim_end());
+        }
+    }
+}
+
+/// What a lab must show.
+type Rows = fn(&mut Suite, &mut Lab);
+
+/// A lab, and what it must show.
+struct Trial {
+    name: String,
+    options: Options,
+    rows: Rows,
+    /// It looks at speed, which a lab beside it would spoil.
+    alone: bool,
 }
 
 fn main() -> ExitCode {
@@ -63,6 +96,49 @@ fn main() -> ExitCode {
         say!("bad input");
         bad_input::run(&mut suite);
     }
+    let (alone, others): (Vec<Trial>, Vec<Trial>) = trials()
+        .into_iter()
+        .filter(|trial| is_wanted(&trial.name))
+        .partition(|trial| trial.alone);
+    let others = Mutex::new(others.into_iter());
+    let next = || others.lock().unwrap_or_else(PoisonError::into_inner).next();
+    let all = Mutex::new(&mut suite);
+    std::thread::scope(|scope| {
+        for _ in 0..SIDE_BY_SIDE {
+            scope.spawn(|| {
+                while let Some(trial) = next() {
+                    let mut suite = Suite {
+                        held_back: Some(String::new()),
+                        ..Suite::default()
+                    };
+                    run(&mut suite, trial);
+                    let mut all = all.lock().unwrap_or_else(PoisonError::into_inner);
+                    all.add(&suite);
+                }
+            });
+        }
+    });
+    for trial in alone {
+        run(&mut suite, trial);
+    }
+    say!("{} passed, {} failed", suite.passed, suite.failed);
+    if suite.failed == 0 {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
+}
+
+/// The labs.
+fn trials() -> Vec<Trial> {
+    let lab = |nodes, kube_proxy, masquerade, settings| Options {
+        nodes,
+        kube_proxy,
+        masquerade,
+        agent: AGENT.into(),
+        settings,
+    };
+    let mut trials = Vec::new();
     // Every backend with every kube-proxy, and every masquerade with every backend that can beat it. The mode of
     // iptables is the masquerade's, as a kubelet would say it.
     for (backend, kube_proxy, masquerade) in [
@@ -76,88 +152,72 @@ fn main() -> ExitCode {
         ("iptables", KubeProxy::Nftables, Masquerade::IptablesLegacy),
         ("iptables", KubeProxy::Iptables, Masquerade::NftTable),
     ] {
-        let name =
-            format!("backend {backend}, kube-proxy {kube_proxy:?}, masquerade {masquerade:?}");
-        if is_wanted(&name) {
-            say!("{name}");
-            let options = Options {
-                nodes: 3,
-                kube_proxy,
-                masquerade,
-                agent: AGENT.into(),
-                settings: vec![("FIREWALL_BACKEND", backend)],
-            };
-            in_lab(&mut suite, &name, options, rows::run);
-        }
+        let settings = vec![("FIREWALL_BACKEND", backend)];
+        trials.push(Trial {
+            name: format!(
+                "backend {backend}, kube-proxy {kube_proxy:?}, masquerade {masquerade:?}"
+            ),
+            options: lab(3, kube_proxy, masquerade, settings),
+            rows: rows::run,
+            alone: false,
+        });
     }
-    let lab = |kube_proxy, settings| Options {
-        nodes: 3,
-        kube_proxy,
-        masquerade: Masquerade::IptablesNft,
-        agent: AGENT.into(),
-        settings,
+    let common = |nodes, settings| {
+        lab(
+            nodes,
+            KubeProxy::Iptables,
+            Masquerade::IptablesNft,
+            settings,
+        )
     };
+    let narrow = vec![("FIREWALL_MASK", inputs::NARROW_MASK)];
+    trials.push(Trial {
+        name: "inputs".to_owned(),
+        options: lab(3, KubeProxy::Nftables, Masquerade::IptablesNft, narrow),
+        rows: inputs::run,
+        alone: false,
+    });
     let both: [(_, Rows); 2] = [
         ("nftables", continuity::many_moves),
         ("iptables", continuity::some_moves),
     ];
     for (backend, rows) in both {
-        let name = format!("moves, backend {backend}");
-        if is_wanted(&name) {
-            say!("{name}");
-            let options = Options {
-                nodes: 4,
-                ..lab(KubeProxy::Iptables, vec![("FIREWALL_BACKEND", backend)])
-            };
-            in_lab(&mut suite, &name, options, rows);
-        }
+        trials.push(Trial {
+            name: format!("moves, backend {backend}"),
+            options: common(4, vec![("FIREWALL_BACKEND", backend)]),
+            rows,
+            alone: true,
+        });
     }
-    if is_wanted("deaths") {
-        say!("deaths");
-        let options = Options {
-            nodes: 4,
-            // Whoever dies leaves nothing else that tells how far it came.
-            ..lab(
-                KubeProxy::Iptables,
-                vec![("RUST_LOG", "info,metaleg=debug")],
-            )
-        };
-        in_lab(&mut suite, "deaths", options, continuity::deaths);
-    }
-    if is_wanted("inputs") {
-        say!("inputs");
-        let narrow = vec![("FIREWALL_MASK", inputs::NARROW_MASK)];
-        let options = lab(KubeProxy::Nftables, narrow);
-        in_lab(&mut suite, "inputs", options, inputs::run);
-    }
-    say!("{} passed, {} failed", suite.passed, suite.failed);
-    if suite.failed == 0 {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    }
+    trials.push(Trial {
+        name: "deaths".to_owned(),
+        // Whoever dies leaves nothing else that tells how far it came.
+        options: common(4, vec![("RUST_LOG", "info,metaleg=debug")]),
+        rows: continuity::deaths,
+        alone: true,
+    });
+    trials
 }
 
-/// What a lab must show.
-type Rows = fn(&mut Suite, &mut Lab);
-
-fn in_lab(suite: &mut Suite, name: &str, options: Options, rows: Rows) {
+fn run(suite: &mut Suite, trial: Trial) {
+    suite.tell(&trial.name);
     let started = Instant::now();
-    let mut lab = match Lab::start(options) {
+    let mut lab = match Lab::start(trial.options) {
         Ok(lab) => lab,
         Err(error) => return suite.row("the lab starts", || Err(error)),
     };
-    say!("  lab up in {:.1} s", started.elapsed().as_secs_f64());
+    let seconds = started.elapsed().as_secs_f64();
+    suite.tell(&format!("  lab up in {seconds:.1} s"));
     let failed_before = suite.failed;
-    rows(suite, &mut lab);
+    (trial.rows)(suite, &mut lab);
     if suite.failed > failed_before {
-        let directory = name.replace(", ", "-").replace(' ', "-").to_lowercase();
+        let directory = trial.name.replace(", ", "-").replace(' ', "-");
         let target = Path::new(env!("CARGO_TARGET_TMPDIR"))
             .join("e2e")
-            .join(directory);
-        match lab.dump(&target) {
-            Ok(()) => say!("  state and logs: {}", target.display()),
-            Err(error) => say!("  no state and logs: {error:#}"),
-        }
+            .join(directory.to_lowercase());
+        suite.tell(&match lab.dump(&target) {
+            Ok(()) => format!("  state and logs: {}", target.display()),
+            Err(error) => format!("  no state and logs: {error:#}"),
+        });
     }
 }

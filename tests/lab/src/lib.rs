@@ -587,7 +587,11 @@ impl Lab {
     /// What the agent of a node wrote, over all its starts.
     #[must_use]
     pub fn agent_log(&self, node: usize) -> String {
-        let path = self.directory().join(format!("logs/agent-node{node}.log"));
+        self.log(&format!("agent-node{node}"))
+    }
+
+    fn log(&self, program: &str) -> String {
+        let path = self.directory().join(format!("logs/{program}.log"));
         fs::read_to_string(path).unwrap_or_default()
     }
 
@@ -813,6 +817,27 @@ impl Lab {
             };
             let ordered: Vec<IpAddr> = families.iter().filter_map(of).collect();
             Ok((ordered.len() == families.len() && !ordered.is_empty()).then_some(ordered))
+        })
+    }
+
+    /// Waits until MetalLB's speakers hear of a change of a Service: after the API server was away each asks it again
+    /// in its own time.
+    ///
+    /// # Errors
+    /// When one stays deaf.
+    pub fn wait_for_speakers(&self, service: &str) -> Result<()> {
+        let logs = || {
+            let of_node = |number| self.log(&format!("speaker-node{number}"));
+            self.node_numbers().map(of_node)
+        };
+        let before: Vec<usize> = logs().map(|log| log.len()).collect();
+        let change = json!({"metadata": {"annotations": {"heard": before.iter().sum::<usize>().to_string()}}});
+        self.patch_service(service, &change)?;
+        let heard = format!("\"start reconcile\":\"default/{service}\"");
+        eventually(BACK_OFF, "every speaker hears of the Service", || {
+            let mut all = logs().zip(&before);
+            let all_hear = all.all(|(log, before)| log[*before..].contains(&heard));
+            Ok(all_hear.then_some(()))
         })
     }
 
