@@ -51,6 +51,8 @@ struct Agent<'a, K> {
     confirmed: Option<Confirmed>,
     /// The plan of the last pass.
     last: Option<Desired>,
+    /// VIPs whose connections are to be taken up anew where this node is their gateway.
+    interrupted: BTreeSet<IpAddr>,
     /// Rules of others that were told of.
     collisions: BTreeSet<String>,
 }
@@ -98,6 +100,7 @@ pub async fn run<K: Kernel>(
         announcers: Announcers::new(settings.node_name.clone(), settings.grace),
         confirmed: None,
         last: None,
+        interrupted: BTreeSet::new(),
         collisions: BTreeSet::new(),
     };
     let mut reason = "start";
@@ -180,12 +183,12 @@ impl<K: Kernel> Agent<'_, K> {
         let (mut view, resolved) = self.look(started);
         view.links.clone_from(&confirmed.links);
         self.lan.listen(&view, &resolved);
-        let mut interrupted = resolved.interrupted.clone();
+        self.interrupted.extend(&resolved.interrupted);
         if self.last.is_none() {
             // Nobody listened before.
-            interrupted.extend(resolved.announcers.keys());
+            self.interrupted.extend(resolved.announcers.keys());
         }
-        confirmed.state.interrupt(&interrupted);
+        confirmed.state.interrupt(&self.interrupted);
         let families: BTreeSet<Family> = confirmed.state.families.keys().copied().collect();
         let slots = match &self.last {
             Some(last) => last.slots.clone(),
@@ -226,6 +229,7 @@ impl<K: Kernel> Agent<'_, K> {
                 confirmed.state.apply(step);
             }
             self.confirmed = Some(confirmed);
+            self.interrupted.clear();
             self.report.programmed(&view);
         }
         self.last = Some(desired);

@@ -227,8 +227,9 @@ fn pod(address: IpAddr, from: &PodState, to: &PodState, must_forget: bool, steps
         (Some(_), None) => steps.push((Phase::Marks, Step::Unmark(address))),
         _ => {}
     }
+    let becomes_gateway = to.gatewayed && (!from.gatewayed || from.interrupted);
     match (from.gatewayed, to.gatewayed) {
-        (false, true) => steps.push((Phase::Gatewayships, Step::Gateway(address))),
+        (_, true) if becomes_gateway => steps.push((Phase::Gatewayships, Step::Gateway(address))),
         (true, false) => steps.push((Phase::Gatewayships, Step::Ungateway(address))),
         _ => {}
     }
@@ -244,7 +245,7 @@ fn pod(address: IpAddr, from: &PodState, to: &PodState, must_forget: bool, steps
     let loses_another_nodes_pod = from.gatewayed && !to.gatewayed && to.mark.is_none();
     if must_forget || (uses_this_node && changed) || loses_another_nodes_pod {
         steps.push((Phase::Connections, Step::ForgetConnections(address)));
-    } else if let (false, true, Some(source)) = (from.gatewayed, to.gatewayed, to.vips.first()) {
+    } else if let (true, Some(source)) = (becomes_gateway, to.vips.first()) {
         // What a node knows that is gateway again is old: by its windows, packets are INVALID. Forgetting it would do,
         // but for connections on which only the server has something to say.
         let (pod, source) = (address, *source);

@@ -186,6 +186,8 @@ pub struct PodState {
     /// This node is the pod's gateway. Kept in the kernel so that a restarted agent knows whose connections
     /// became stale while it was away.
     pub gatewayed: bool,
+    /// For a while this node may have been no gateway of it. Only the agent knows, see [`KernelState::interrupt`].
+    pub interrupted: bool,
     /// It has no way out: rejected.
     pub blocked: bool,
     /// Known to be no egress pod; told only where pods wait for that.
@@ -334,8 +336,10 @@ impl KernelState {
             }),
             Step::Mark { pod, mark } => self.pod(*pod, |p| p.mark = Some(*mark)),
             Step::Unmark(pod) => self.pod(*pod, |p| p.mark = None),
-            Step::Gateway(pod) => self.pod(*pod, |p| p.gatewayed = true),
-            Step::Ungateway(pod) => self.pod(*pod, |p| p.gatewayed = false),
+            Step::Gateway(pod) => self.pod(*pod, |p| (p.gatewayed, p.interrupted) = (true, false)),
+            Step::Ungateway(pod) => {
+                self.pod(*pod, |p| (p.gatewayed, p.interrupted) = (false, false))
+            }
             Step::Block(pod) => self.pod(*pod, |p| p.blocked = true),
             Step::Unblock(pod) => self.pod(*pod, |p| p.blocked = false),
             Step::Free(pod) => self.pod(*pod, |p| p.free = true),
@@ -348,12 +352,12 @@ impl KernelState {
         }
     }
 
-    /// Takes the node for no gateway of these VIPs, because for a while it may have been none: what it knows of their
-    /// pods' connections may be old, and to be the gateway again begins with taking them up anew.
+    /// Notes that the node may have been no gateway of these VIPs for a while: what it knows of their pods' connections
+    /// may be old, and to go on being the gateway begins with taking them up anew.
     pub fn interrupt(&mut self, vips: &BTreeSet<IpAddr>) {
         let families = self.families.values_mut();
         for pod in families.flat_map(|family| family.firewall.pods.values_mut()) {
-            pod.gatewayed &= pod.vips.is_disjoint(vips);
+            pod.interrupted |= pod.gatewayed && !pod.vips.is_disjoint(vips);
         }
     }
 

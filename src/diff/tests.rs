@@ -157,6 +157,25 @@ fn a_pod_is_blocked_before_its_mark_goes_and_unblocked_after_it_is_back() {
 }
 
 #[test]
+fn a_gateway_that_may_have_been_none_for_a_while_begins_anew_or_stops() {
+    let interrupted = PodState {
+        interrupted: true,
+        ..gatewayed()
+    };
+    assert_eq!(
+        steps(Some(interrupted.clone()), Some(gatewayed())),
+        [
+            "resume the connections of pod 10.244.1.11 as 192.0.2.200",
+            "be the gateway of pod 10.244.1.11"
+        ]
+    );
+    assert_eq!(
+        steps(Some(interrupted), Some(translated())),
+        [FORGET, "no longer be the gateway of pod 10.244.1.11"]
+    );
+}
+
+#[test]
 fn a_changed_vip_is_added_before_the_old_one_is_removed() {
     let mut other = gatewayed();
     other.vips = [vip(201)].into();
@@ -233,15 +252,18 @@ fn a_table_has_its_floor_first_and_loses_it_last() {
 fn any_pod() -> impl Strategy<Value = PodState> {
     let vips = proptest::collection::btree_set((200..203_u8).prop_map(vip), 0..3);
     let mark = proptest::option::of((1..4_u32).prop_map(mark));
-    let flags = any::<[bool; 4]>();
-    (vips, mark, flags).prop_map(|(vips, mark, [known, gatewayed, blocked, free])| PodState {
-        known,
-        vips,
-        mark,
-        gatewayed,
-        blocked,
-        free,
-    })
+    let flags = any::<[bool; 5]>();
+    (vips, mark, flags).prop_map(
+        |(vips, mark, [known, gatewayed, interrupted, blocked, free])| PodState {
+            known,
+            vips,
+            mark,
+            gatewayed,
+            interrupted: gatewayed && interrupted,
+            blocked,
+            free,
+        },
+    )
 }
 
 /// What plans want of a pod: known, and with a way out or blocked.

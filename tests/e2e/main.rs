@@ -131,12 +131,13 @@ fn main() -> ExitCode {
 
 /// The labs.
 fn trials() -> Vec<Trial> {
-    let lab = |nodes, kube_proxy, masquerade, settings| Options {
+    let lab = |nodes, kube_proxy, masquerade, settings: Vec<_>| Options {
         nodes,
         kube_proxy,
         masquerade,
         agent: AGENT.into(),
-        settings,
+        // Every step, to be found in the logs of a row that fails.
+        settings: [vec![("RUST_LOG", "info,metaleg=debug")], settings].concat(),
     };
     let mut trials = Vec::new();
     // Every backend with every kube-proxy, and every masquerade with every backend that can beat it. The mode of
@@ -191,8 +192,7 @@ fn trials() -> Vec<Trial> {
     }
     trials.push(Trial {
         name: "deaths".to_owned(),
-        // Whoever dies leaves nothing else that tells how far it came.
-        options: common(4, vec![("RUST_LOG", "info,metaleg=debug")]),
+        options: common(4, Vec::new()),
         rows: continuity::deaths,
         alone: true,
     });

@@ -163,11 +163,13 @@ pub(crate) fn run(suite: &mut Suite, lab: &mut Lab) {
                     let sets = lab.node(number).sh(
                         "ipset save | grep -v -e '^create METALEG-.*-[46] ' -e EXCLUDED -e REMOTE -e LATE || true
                          for s in pods vips blocked gatewayed slot vip; do for n in 4 6; do
-                           nft list set inet metaleg $s$n 2>/dev/null | grep elements || true
-                           nft list map inet metaleg $s$n 2>/dev/null | grep elements || true
+                           for kind in set map; do
+                             nft list $kind inet metaleg $s$n 2>/dev/null | sed -n \"s/elements/$s$n: &/p\"
+                           done
                          done; done",
                     )?;
-                    Ok(sets.is_empty().then_some(()))
+                    ensure!(sets.is_empty(), "on node{number}: {sets}");
+                    Ok(Some(()))
                 })?;
             }
             Ok(())
