@@ -11,7 +11,7 @@ use tower::ServiceBuilder;
 
 /// When nothing was heard for so long, the other side is asked for a sign of life.
 const QUIET: Duration = Duration::from_secs(10);
-/// How long each of the questions is waited for.
+/// How long an answer to each of the questions, and to the wish for a connection, is waited for.
 const PATIENCE: Duration = Duration::from_secs(5);
 /// How many questions may stay without an answer.
 const QUESTIONS: u32 = 3;
@@ -35,7 +35,8 @@ pub async fn connect() -> Result<(Client, String)> {
 fn client(config: Config) -> kube::Result<Client> {
     let mut connector = HttpConnector::new();
     connector.enforce_http(false);
-    connector.set_connect_timeout(config.connect_timeout);
+    // Tried anew so often: the kernel waits twice as long each time it asks, and would notice late that somebody answers.
+    connector.set_connect_timeout(Some(PATIENCE));
     connector.set_nodelay(true);
     connector.set_keepalive(Some(QUIET));
     connector.set_keepalive_interval(Some(PATIENCE));

@@ -713,7 +713,7 @@ fn settle_lone(lab: &Lab, is_labelled: bool, vips: &[IpAddr]) -> Result<()> {
 
 /// Label on, label off, another VIP, Service deleted.
 fn endings(lab: &mut Lab, vips: &[IpAddr], table: &mut Table) -> Result<()> {
-    lab.wait_for_speakers("shop")?;
+    lab.wait_until_heard("shop")?;
     let nodes: Vec<IpAddr> = lab
         .node_numbers()
         .flat_map(|number| Family::BOTH.map(|family| net::pick(&net::node(number), family)))

@@ -238,6 +238,9 @@ impl ServiceSpec {
 pub const EGRESS_LABEL: &str = "metaleg.de/rewriteSrcIP";
 const EXCLUDE_LABEL: &str = "node.kubernetes.io/exclude-from-external-load-balancers";
 const SERVICES: &str = "/api/v1/namespaces/default/services";
+const SLICES: &str = "/apis/discovery.k8s.io/v1/namespaces/default/endpointslices";
+/// A label that means nothing.
+const HEARD: &str = "heard";
 const DAEMONSET: &str = "/apis/apps/v1/namespaces/metallb-system/daemonsets/metaleg-agent";
 const PODS: &str = "/api/v1/namespaces/default/pods";
 /// How long anything of the cluster may take to come about.
@@ -820,24 +823,29 @@ impl Lab {
         })
     }
 
-    /// Waits until MetalLB's speakers hear of a change of a Service: after the API server was away each asks it again
-    /// in its own time.
+    /// Waits until MetalLB's speakers and the controllers of Kubernetes hear of a change of a Service: after the API
+    /// server was away each asks it again in its own time.
     ///
     /// # Errors
     /// When one stays deaf.
-    pub fn wait_for_speakers(&self, service: &str) -> Result<()> {
+    pub fn wait_until_heard(&self, service: &str) -> Result<()> {
         let logs = || {
             let of_node = |number| self.log(&format!("speaker-node{number}"));
             self.node_numbers().map(of_node)
         };
         let before: Vec<usize> = logs().map(|log| log.len()).collect();
-        let change = json!({"metadata": {"annotations": {"heard": before.iter().sum::<usize>().to_string()}}});
-        self.patch_service(service, &change)?;
-        let heard = format!("\"start reconcile\":\"default/{service}\"");
-        eventually(BACK_OFF, "every speaker hears of the Service", || {
+        // Never the same twice; a controller copies labels to the slices.
+        let label = before.iter().sum::<usize>().to_string();
+        self.patch_service(service, &json!({"metadata": {"labels": {HEARD: label}}}))?;
+        let reconciled = format!("\"start reconcile\":\"default/{service}\"");
+        let slices = format!("{SLICES}?labelSelector=kubernetes.io/service-name={service}");
+        eventually(BACK_OFF, "everybody hears of the Service", || {
             let mut all = logs().zip(&before);
-            let all_hear = all.all(|(log, before)| log[*before..].contains(&heard));
-            Ok(all_hear.then_some(()))
+            let speakers_hear = all.all(|(log, before)| log[*before..].contains(&reconciled));
+            let slices = self.api.get(&slices)?;
+            let mut slices = slices["items"].as_array().into_iter().flatten();
+            let controllers_hear = slices.all(|slice| slice["metadata"]["labels"][HEARD] == *label);
+            Ok((speakers_hear && controllers_hear).then_some(()))
         })
     }
 
