@@ -135,8 +135,8 @@ pub(crate) fn chains(families: &[Family], mask: u32, slots: u32) -> Vec<Chain> {
             rule(
                 "midway",
                 format!(
-                    "{ip} daddr @pods{n} {ip} saddr != @excluded{n} ct state new \
-                     tcp flags & (fin | syn | rst | ack) != syn counter drop"
+                    "ct state new tcp flags & (fin | syn | rst | ack) != syn \
+                     {ip} daddr @pods{n} {ip} saddr != @excluded{n} counter drop"
                 ),
             ),
             // A VIP moves before routes and objects do. A packet of an outside server that arrives here before

@@ -823,8 +823,8 @@ impl Lab {
         })
     }
 
-    /// Waits until MetalLB's speakers and the controllers of Kubernetes hear of a change of a Service: after the API
-    /// server was away each asks it again in its own time.
+    /// Waits until MetalLB's speakers and the controllers of Kubernetes hear of a change of a Service and of its pods,
+    /// which have its name as label `app`: after the API server was away each asks it again in its own time.
     ///
     /// # Errors
     /// When one stays deaf.
@@ -839,12 +839,25 @@ impl Lab {
         self.patch_service(service, &json!({"metadata": {"labels": {HEARD: label}}}))?;
         let reconciled = format!("\"start reconcile\":\"default/{service}\"");
         let slices = format!("{SLICES}?labelSelector=kubernetes.io/service-name={service}");
+        let pods = format!("{PODS}?labelSelector=app={service}");
         eventually(BACK_OFF, "everybody hears of the Service", || {
             let mut all = logs().zip(&before);
             let speakers_hear = all.all(|(log, before)| log[*before..].contains(&reconciled));
             let slices = self.api.get(&slices)?;
-            let mut slices = slices["items"].as_array().into_iter().flatten();
-            let controllers_hear = slices.all(|slice| slice["metadata"]["labels"][HEARD] == *label);
+            let slices = || slices["items"].as_array().into_iter().flatten();
+            let label_is_known = slices().all(|s| s["metadata"]["labels"][HEARD] == *label);
+            let of_slices: BTreeSet<&str> = slices()
+                .flat_map(|slice| slice["endpoints"].as_array().into_iter().flatten())
+                .flat_map(|endpoint| endpoint["addresses"].as_array().into_iter().flatten())
+                .filter_map(Value::as_str)
+                .collect();
+            let pods = self.api.get(&pods)?;
+            let pods = pods["items"].as_array().into_iter().flatten();
+            let of_pods: BTreeSet<&str> = pods
+                .flat_map(|pod| pod["status"]["podIPs"].as_array().into_iter().flatten())
+                .filter_map(|address| address["ip"].as_str())
+                .collect();
+            let controllers_hear = label_is_known && of_slices == of_pods;
             Ok((speakers_hear && controllers_hear).then_some(()))
         })
     }
