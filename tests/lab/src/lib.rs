@@ -26,6 +26,7 @@ pub mod net;
 pub mod probe;
 pub mod traffic;
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::fs;
 use std::net::{IpAddr, SocketAddr};
