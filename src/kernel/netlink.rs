@@ -18,6 +18,8 @@ use nix::sys::socket::{setsockopt, sockopt};
 const RECEIVE_BYTES: usize = 64 * 1024;
 /// Room for a transaction of 100,000 set elements, of about 60 bytes each.
 const SEND_BYTES: usize = 8 * 1024 * 1024;
+/// Room for the answers to some hundred requests, of about 1 KiB each in the kernel's memory.
+const ANSWER_BYTES: usize = 1024 * 1024;
 /// How often a dump that a change of others interrupted is tried again.
 const DUMP_TRIES: u32 = 20;
 const EINTR: i32 = 4;
@@ -147,6 +149,7 @@ impl Netfilter {
         // A transaction must go out in one piece, whatever the default is. Without CAP_NET_ADMIN nothing here
         // works anyway.
         setsockopt(&socket, sockopt::SndBufForce, &SEND_BYTES).map_err(std::io::Error::from)?;
+        setsockopt(&socket, sockopt::RcvBufForce, &ANSWER_BYTES).map_err(std::io::Error::from)?;
         let port = socket.bind_auto()?.port_number();
         socket.connect(&SocketAddr::new(0, 0))?;
         Ok(Netfilter { socket, port })
@@ -203,8 +206,9 @@ impl Netfilter {
         for _ in 0..DUMP_TRIES {
             self.send(&message(family, NLM_F_DUMP, 0, question.clone()))?;
             let mut all = T::default();
+            let mut interrupted = false;
             loop {
-                match self.receive(|messages| part(messages, &mut all, &take))? {
+                match self.receive(|messages| part(messages, &mut all, &mut interrupted, &take))? {
                     Part::More => {}
                     Part::Complete => return Ok(all),
                     Part::Interrupted => break,
@@ -225,13 +229,14 @@ enum Part {
 fn part<T>(
     messages: Vec<Message<'_>>,
     all: &mut T,
+    // The kernel says it once, in whichever part comes next.
+    interrupted: &mut bool,
     take: &impl Fn(&mut T, Message<'_>) -> Result<(), NetlinkError>,
 ) -> Result<Part, NetlinkError> {
-    let mut interrupted = false;
     for message in messages {
-        interrupted |= message.flags & NLM_F_DUMP_INTR != 0;
+        *interrupted |= message.flags & NLM_F_DUMP_INTR != 0;
         if message.kind == NLMSG_DONE {
-            return Ok(if interrupted {
+            return Ok(if *interrupted {
                 Part::Interrupted
             } else {
                 Part::Complete

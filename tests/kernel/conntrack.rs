@@ -64,42 +64,57 @@ fn exactly_the_outside_connections_of_the_pods_are_forgotten() {
     });
 }
 
-#[test]
-fn thousands_of_connections_are_forgotten_at_once() {
-    in_namespace(|| async {
-        let mut kernel = open(Mode::Nft).await;
-        sh("iptables-nft -A OUTPUT -m conntrack --ctstate NEW; 
-            ip route add default via 192.0.2.254; ip neigh add 192.0.2.254 lladdr 02:00:00:00:00:fe dev eth0");
-        let socket = std::net::UdpSocket::bind("192.0.2.11:0").unwrap();
-        for n in 0..5000_u16 {
-            let [high, low] = n.to_be_bytes();
-            socket
-                .send_to(b"x", (IpAddr::from([198, 18, high, low]), 53))
-                .unwrap();
-        }
-        let count = || {
-            sh("conntrack -L 2>/dev/null | wc -l")
-                .trim()
-                .parse::<usize>()
-                .unwrap()
-        };
-        assert!(
-            count() >= 4000,
-            "the kernel keeps {} of the connections",
-            count()
-        );
+fn thousands_of_connections_are_forgotten_at_once(mode: Mode) {
+    in_namespace(move || async move {
+        let mut kernel = open(mode).await;
+        sh("iptables-nft -A OUTPUT -m conntrack --ctstate NEW; ip6tables-nft -A OUTPUT -m conntrack --ctstate NEW
+            ip route add default via 192.0.2.254; ip neigh add 192.0.2.254 lladdr 02:00:00:00:00:fe dev eth0
+            ip route add default via 2001:db8:1::fe; ip neigh add 2001:db8:1::fe lladdr 02:00:00:00:00:fe dev eth0");
         install(&mut kernel).await;
-        let started = Instant::now();
-        let failed = kernel
-            .apply(
-                &[Step::ForgetConnections(ip("192.0.2.11"))],
-                &BTreeSet::new(),
-            )
-            .await;
-        println!("forgot about 5,000 connections in {:?}", started.elapsed());
-        assert!(failed.is_empty(), "{failed:?}");
-        assert_eq!(count(), 0);
+        for source in ["192.0.2.11", "2001:db8:1::11"].map(ip) {
+            let socket = std::net::UdpSocket::bind((source, 0)).unwrap();
+            for n in 0..5000_u16 {
+                let [high, low] = n.to_be_bytes();
+                let to: IpAddr = match source {
+                    IpAddr::V4(_) => [198, 18, high, low].into(),
+                    IpAddr::V6(_) => [0x2001, 0xdb8, 0xffff, 0, 0, 0, 0, n].into(),
+                };
+                socket.send_to(b"x", (to, 53)).unwrap();
+            }
+            let family = if source.is_ipv4() { "ipv4" } else { "ipv6" };
+            let count = || {
+                let list = sh(&format!(
+                    "conntrack -L -f {family} -s {source} 2>/dev/null | wc -l"
+                ));
+                list.trim().parse::<usize>().unwrap()
+            };
+            assert!(
+                count() >= 4000,
+                "the kernel keeps {} of the connections",
+                count()
+            );
+            let started = Instant::now();
+            let failed = kernel
+                .apply(&[Step::ForgetConnections(source)], &BTreeSet::new())
+                .await;
+            println!(
+                "forgot about 5,000 connections of {source} in {:?}",
+                started.elapsed()
+            );
+            assert!(failed.is_empty(), "{failed:?}");
+            assert_eq!(count(), 0, "connections of {source}");
+        }
     });
+}
+
+#[test]
+fn own_thousands_of_connections_are_forgotten_at_once() {
+    thousands_of_connections_are_forgotten_at_once(Mode::Own);
+}
+
+#[test]
+fn nft_thousands_of_connections_are_forgotten_at_once() {
+    thousands_of_connections_are_forgotten_at_once(Mode::Nft);
 }
 
 fn late_replies_are_expected_anew(mode: Mode) {

@@ -34,8 +34,9 @@ use crate::state::{Family, FirewallState, KernelState, Skeleton, Step};
 
 /// `NFNL_SUBSYS_NFTABLES` of nfnetlink.h: the subsystem that a transaction is for.
 const SUBSYSTEM: u16 = 10;
-/// The length of an attribute is 16 bits: this many elements of at most 60 bytes fit into one.
-const ELEMENTS_AT_ONCE: usize = 1000;
+/// The length of an attribute is 16 bits: this many elements fit into one, of which the largest, late replies of IPv6,
+/// have 80 bytes.
+const ELEMENTS_AT_ONCE: usize = 500;
 
 /// The nftables backend of one node.
 #[derive(Debug)]
