@@ -206,8 +206,13 @@ impl Hearing {
                 && is_due(address, PACE)
         });
         let nodes = nodes.map(|(address, _)| address);
-        let all = nodes.chain(unsettled).chain(audited).copied();
-        let questions: Vec<IpAddr> = all.take(MOST_QUESTIONS).collect();
+        // Whoever has waited longest first: every one has its turn, however many there are.
+        let vips: BTreeSet<_> = unsettled
+            .chain(audited)
+            .map(|vip| (self.asked.get(vip), vip))
+            .collect();
+        let all = nodes.chain(vips.into_iter().map(|(_, vip)| vip));
+        let questions: Vec<IpAddr> = all.take(MOST_QUESTIONS).copied().collect();
         self.asked
             .extend(questions.iter().map(|address| (*address, now)));
         questions
@@ -423,7 +428,26 @@ mod tests {
         assert_eq!(hearing.questions(now + PACE), [both[0]]);
         hearing.claim(claim("192.0.2.200", 2), now + PACE);
         assert_eq!(hearing.questions(now + 2 * PACE), [both[0]]);
-        assert_eq!(hearing.questions(now + Duration::from_secs(300)), both);
+        let longest_first = [both[1], both[0]];
+        assert_eq!(
+            hearing.questions(now + Duration::from_secs(300)),
+            longest_first
+        );
+    }
+
+    #[test]
+    fn of_many_in_doubt_every_one_is_asked_for() {
+        let (mut hearing, now) = hearing(&[]);
+        let vips = || (0..10 * 64_u16).map(|n| IpAddr::from([0x2001, 0xdb8, 0, 0, 0, 0, 0, n]));
+        let wanted = Wanted {
+            vips: vips().map(|vip| (vip, None)).collect(),
+            unsettled: vips().collect(),
+            ..hearing.wanted.clone()
+        };
+        hearing.want(wanted, now);
+        let rounds = (0..10).map(|round| now + round * PACE / 4);
+        let asked: BTreeSet<IpAddr> = rounds.flat_map(|at| hearing.questions(at)).collect();
+        assert!(asked.iter().copied().eq(vips()));
     }
 
     #[test]
