@@ -6,6 +6,8 @@
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 
+use ipnet::IpNet;
+
 use crate::state::{
     Family, FamilyState, FirewallState, KernelState, PodState, RouteState, RuleAction, Skeleton,
     Step,
@@ -26,6 +28,9 @@ enum Phase {
     Skeletons,
     /// Before any pod: else its traffic inside the cluster would be translated.
     Exclusions,
+    /// After the NAT chains leave it alone: a marked packet keeps its own source there, and must not go elsewhere than to
+    /// its gateway with it.
+    ExclusionRules,
     Vips,
     /// Closing comes before any change that opens.
     Blocks,
@@ -36,6 +41,8 @@ enum Phase {
     Marks,
     /// After the new translation or mark is there: in between a pod has two, never none.
     OldTranslations,
+    /// Before the NAT chains look at it again, for the same reason.
+    OldExclusionRules,
     /// Before the connections are forgotten: one that is opened while its destination is still excluded is
     /// translated by others, and would stay so.
     OldExclusions,
@@ -70,6 +77,7 @@ enum Phase {
 pub fn diff(observed: &KernelState, desired: &KernelState) -> Vec<Step> {
     let mut steps = Vec::new();
     let nothing = FamilyState::default();
+    let mut strays = observed.doubt && !desired.doubt;
     for family in Family::ALL {
         let from = observed.families.get(&family).unwrap_or(&nothing);
         let to = desired.families.get(&family).unwrap_or(&nothing);
@@ -81,8 +89,11 @@ pub fn diff(observed: &KernelState, desired: &KernelState) -> Vec<Step> {
             observed.doubt,
             &mut steps,
         );
+        // What was opened to a destination that is egress again has the source that others gave it.
+        strays |= becomes_egress(&from.firewall, &to.firewall);
+        steps.extend(becomes_inside(&from.firewall, &to.firewall));
     }
-    if observed.doubt && !desired.doubt {
+    if strays {
         let firewalls = || desired.families.values().map(|family| &family.firewall);
         let pods = firewalls().flat_map(|firewall| &firewall.pods);
         let sources = pods.filter_map(|(pod, state)| Some((*pod, source(*pod, state)?)));
@@ -108,6 +119,7 @@ fn routes(family: Family, from: &RouteState, to: &RouteState, steps: &mut Steps)
         let phase = match rule.action {
             RuleAction::Nop => Phase::RuleTargets,
             RuleAction::Lookup(_) => Phase::LookupRules,
+            RuleAction::Goto(_) if rule.to.is_some() => Phase::ExclusionRules,
             RuleAction::Unreachable | RuleAction::Goto(_) => Phase::OtherRules,
         };
         steps.push((phase, Step::AddRule(family, *rule)));
@@ -116,6 +128,7 @@ fn routes(family: Family, from: &RouteState, to: &RouteState, steps: &mut Steps)
         let phase = match rule.action {
             RuleAction::Nop => Phase::OldRuleTargets,
             RuleAction::Lookup(_) => Phase::OldLookupRules,
+            RuleAction::Goto(_) if rule.to.is_some() => Phase::OldExclusionRules,
             RuleAction::Unreachable | RuleAction::Goto(_) => Phase::OldOtherRules,
         };
         steps.push((phase, Step::RemoveRule(family, *rule)));
@@ -172,7 +185,6 @@ fn firewall(
     let vip_steps = changes(&present, &to.vips, Step::AddVip, Step::RemoveVip);
     push(steps, Phase::Vips, Phase::OldVips, vip_steps);
     let net_steps = changes(&from.excluded, &to.excluded, Step::Exclude, Step::Include);
-    let includes = !net_steps.1.is_empty();
     push(steps, Phase::Exclusions, Phase::OldExclusions, net_steps);
     let remote_steps = changes(
         &from.remote_pods,
@@ -196,7 +208,7 @@ fn firewall(
         let new = to.pods.get(address).unwrap_or(&none);
         // A run that died may have unmarked a pod and not come to forget its connections.
         let leaves = doubt && old.known && !new.known;
-        pod(*address, old, new, includes || leaves, steps);
+        pod(*address, old, new, leaves, steps);
     }
 }
 
@@ -252,6 +264,41 @@ fn pod(address: IpAddr, from: &PodState, to: &PodState, must_forget: bool, steps
         let step = Step::ResumeConnections { pod, source };
         steps.push((Phase::Connections, step));
     }
+}
+
+/// What ends when destinations are excluded: egress connections to them would go on past their gateway, and show the
+/// pod's own address.
+fn becomes_inside(from: &FirewallState, to: &FirewallState) -> Option<(Phase, Step)> {
+    let nets = to
+        .excluded
+        .iter()
+        .flat_map(|net| without(*net, &from.excluded));
+    let nets: BTreeSet<IpNet> = nets.collect();
+    let pods = from.pods.iter().filter(|(_, pod)| pod.known);
+    let pods: BTreeSet<IpAddr> = pods.map(|(address, _)| *address).collect();
+    let is_needed = !pods.is_empty() && !nets.is_empty();
+    is_needed.then_some((Phase::Connections, Step::ForgetInside { pods, nets }))
+}
+
+/// The parts of a network that are in none of the others.
+fn without(net: IpNet, others: &BTreeSet<IpNet>) -> Vec<IpNet> {
+    if others.iter().any(|other| other.contains(&net)) {
+        return Vec::new();
+    }
+    let halves = net.subnets(net.prefix_len() + 1);
+    match halves {
+        Ok(halves) if others.iter().any(|other| net.contains(other)) => {
+            halves.flat_map(|half| without(half, others)).collect()
+        }
+        _ => vec![net],
+    }
+}
+
+/// Whether a destination is not excluded any more. Networks that are only written in another way, as neighbours that
+/// became one, are not.
+fn becomes_egress(from: &FirewallState, to: &FirewallState) -> bool {
+    let is_covered = |net: &IpNet| to.excluded.iter().any(|wider| wider.contains(net));
+    to.skeleton != Skeleton::Absent && !from.excluded.iter().all(is_covered)
 }
 
 /// How new connections of a pod are translated on this node.

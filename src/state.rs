@@ -344,7 +344,9 @@ impl KernelState {
             Step::Unblock(pod) => self.pod(*pod, |p| p.blocked = false),
             Step::Free(pod) => self.pod(*pod, |p| p.free = true),
             Step::Unfree(pod) => self.pod(*pod, |p| p.free = false),
-            Step::ForgetConnections(_) | Step::ResumeConnections { .. } => {}
+            Step::ForgetConnections(_)
+            | Step::ForgetInside { .. }
+            | Step::ResumeConnections { .. } => {}
             Step::ForgetStrays { .. } => self.doubt = false,
             Step::RemoveLeftover(leftover) => {
                 self.leftovers.remove(leftover);
@@ -489,6 +491,14 @@ pub enum Step {
         vips: BTreeSet<IpAddr>,
     },
 
+    /// Forget what pods opened to destinations that are excluded from now on, other than by way of a Service.
+    ForgetInside {
+        /// Addresses of the pods.
+        pods: BTreeSet<IpAddr>,
+        /// The destinations.
+        nets: BTreeSet<IpNet>,
+    },
+
     /// Remove what another backend or an earlier release left.
     RemoveLeftover(Leftover),
 }
@@ -512,10 +522,10 @@ impl Step {
     pub fn executor(&self) -> Executor {
         use Step::{
             AddFloor, AddLocalPods, AddRemotePods, AddRule, AddVip, Block, Exclude,
-            ForgetConnections, ForgetStrays, Free, Gateway, Include, InstallFirewall, Know, Mark,
-            RemoveFirewall, RemoveFloor, RemoveGateway, RemoveLeftover, RemoveLocalPods,
-            RemoveRemotePods, RemoveRule, RemoveVip, ResumeConnections, SetGateway, Translate,
-            Unblock, Unfree, Ungateway, Unknow, Unmark, Untranslate,
+            ForgetConnections, ForgetInside, ForgetStrays, Free, Gateway, Include, InstallFirewall,
+            Know, Mark, RemoveFirewall, RemoveFloor, RemoveGateway, RemoveLeftover,
+            RemoveLocalPods, RemoveRemotePods, RemoveRule, RemoveVip, ResumeConnections,
+            SetGateway, Translate, Unblock, Unfree, Ungateway, Unknow, Unmark, Untranslate,
         };
         match self {
             AddRule(..) | RemoveRule(..) | AddFloor(..) | RemoveFloor(..) | SetGateway(..)
@@ -542,9 +552,10 @@ impl Step {
             | Unblock(_)
             | Free(_)
             | Unfree(_) => Executor::Firewall,
-            ForgetConnections(_) | ResumeConnections { .. } | ForgetStrays { .. } => {
-                Executor::Conntrack
-            }
+            ForgetConnections(_)
+            | ResumeConnections { .. }
+            | ForgetStrays { .. }
+            | ForgetInside { .. } => Executor::Conntrack,
             RemoveLeftover(_) => Executor::Leftovers,
         }
     }
@@ -587,6 +598,12 @@ impl Step {
         // Until ours does all of the work, it is done by what is left.
         if let Step::RemoveLeftover(_) = self {
             return true;
+        }
+        // Where routes and translation do not agree on what is excluded, the pod's own address leaves.
+        if let (Step::Include(net), Step::RemoveRule(_, rule))
+        | (Step::AddRule(_, rule), Step::Exclude(net)) = (self, failed)
+        {
+            return rule.to == Some(*net);
         }
         let Some(pod) = self.pod().filter(|_| !matches!(self, Step::Block(_))) else {
             return false;
@@ -654,6 +671,11 @@ impl fmt::Display for Step {
                 sources.len(),
                 vips.len()
             ),
+            Step::ForgetInside { pods, nets } => {
+                let nets: Vec<String> = nets.iter().map(IpNet::to_string).collect();
+                let (pods, nets) = (pods.len(), nets.join(", "));
+                write!(f, "forget connections of {pods} pods to {nets}")
+            }
             Step::RemoveLeftover(leftover) => write!(f, "remove {leftover}"),
         }
     }

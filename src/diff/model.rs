@@ -221,6 +221,8 @@ struct Host {
     connections: BTreeSet<Connection>,
     /// Pods whose connections were forgotten on the way to the present goal.
     forgotten: BTreeSet<IpAddr>,
+    /// So were those to destinations that are inside from now on.
+    inside_forgotten: bool,
 }
 
 impl Host {
@@ -230,6 +232,7 @@ impl Host {
             state,
             connections: BTreeSet::new(),
             forgotten: BTreeSet::new(),
+            inside_forgotten: false,
         };
         host.open_connections();
         host
@@ -274,8 +277,15 @@ impl Host {
             }
             _ => false,
         };
+        self.inside_forgotten |= matches!(step, Step::ForgetInside { .. });
+        let is_inside = |c: &Connection| match step {
+            Step::ForgetInside { pods, nets } => {
+                pods.contains(&c.pod) && nets.iter().any(|net| net.contains(&c.destination))
+            }
+            _ => false,
+        };
         self.connections
-            .retain(|c| !is_forgotten(c) || is_excluded(after, c.destination));
+            .retain(|c| !is_inside(c) && (!is_forgotten(c) || is_excluded(after, c.destination)));
         self.open_connections();
     }
 
@@ -558,6 +568,41 @@ fn any_damage() -> impl Strategy<Value = (View, KernelState, KernelState)> {
 
 type Verdict = Result<(), TestCaseError>;
 
+/// I1 between two steps, for what becomes outside or inside: whatever a pod opens has its node's address or a VIP, and
+/// what it has opened before, too, when it was forgotten.
+fn no_leak_at_a_border(
+    host: &Host,
+    (before, after): (&FamilyState, &FamilyState),
+    had: &BTreeMap<IpAddr, BTreeSet<IpAddr>>,
+) -> Verdict {
+    let moves = |d: IpAddr| is_excluded(before, d) != is_excluded(after, d);
+    let none = BTreeSet::new();
+    for (pod, destination) in pairs().filter(|(_, d)| moves(*d)) {
+        if !pod_in(before, pod).known || !pod_in(after, pod).known {
+            continue;
+        }
+        let new = packet(pod, destination, Tracking::New);
+        let here = masquerade(&new);
+        let vips = had.get(&pod).unwrap_or(&none);
+        let connections = host.connections.iter();
+        let own = connections.filter(|c| c.pod == pod && c.destination == destination);
+        let old = own.filter(|_| host.inside_forgotten || is_excluded(before, destination));
+        let old = old.map(|connection| Packet {
+            tracking: Tracking::Established(connection.bound),
+            ..new
+        });
+        for packet in std::iter::once(new).chain(old) {
+            if let Fate::Direct(source) = fate(&host.state, &packet) {
+                prop_assert!(
+                    source == here || vips.contains(&source),
+                    "{packet:?} as {source}"
+                );
+            }
+        }
+    }
+    Ok(())
+}
+
 /// I1 between two steps, for what is outside before and after.
 fn no_leak(
     host: &Host,
@@ -697,6 +742,14 @@ fn arrived(host: &Host, view: &View, after: &FamilyState) -> Verdict {
     prop_assert_eq!(state, after);
     for (pod, destination) in pairs() {
         let new = packet(pod, destination, Tracking::New);
+        let mut own = host.connections.iter();
+        let shows_itself = masquerade(&new) != pod
+            && own.any(|c| c.pod == pod && c.destination == destination && c.bound == pod);
+        prop_assert!(
+            !shows_itself || !is_excluded(after, destination),
+            "{:?}",
+            new
+        );
         if is_excluded(after, destination) || !pod_in(after, pod).known {
             if is_of_this_node(pod) || is_excluded(after, destination) {
                 prop_assert_eq!(fate(state, &new), without_us(&new), "{:?}", new);
@@ -729,6 +782,7 @@ fn judge(history: &History) -> Verdict {
         let steps = diff(before, after);
         let (before, after) = (v4(before), v4(after));
         host.forgotten.clear();
+        host.inside_forgotten = false;
         for (pod, state) in before.firewall.pods.iter().chain(&after.firewall.pods) {
             had.entry(*pod).or_default().extend(&state.vips);
         }
@@ -742,6 +796,7 @@ fn judge(history: &History) -> Verdict {
                 TestCaseError::fail(format!("after {step:?} of {steps:#?}: {error}"))
             };
             no_leak(&host, (before, after), &had).map_err(said)?;
+            no_leak_at_a_border(&host, (before, after), &had).map_err(said)?;
             no_theft(&host.state, before, after).map_err(said)?;
             if before.firewall.skeleton == Skeleton::Intact {
                 vips_are_guarded(&host.state, before, after).map_err(said)?;

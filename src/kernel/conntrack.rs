@@ -26,8 +26,8 @@ const CTA_PROTOINFO_TCP_FLAGS_ORIGINAL: u16 = 4;
 const CTA_PROTOINFO_TCP_FLAGS_REPLY: u16 = 5;
 /// `IP_CT_TCP_FLAG_BE_LIBERAL` of nf_conntrack_tcp.h.
 const BE_LIBERAL: u8 = 8;
-/// How many requests are sent before their answers are read: each answer is below 100 bytes, so that these fit
-/// into the smallest default receive buffer.
+/// How many requests are sent before their answers are read. An answer takes 832 bytes of the receive buffer where it was
+/// measured, and more with other build options of the kernel: these fit many times over.
 const ENTRIES_AT_ONCE: usize = 256;
 const ENOENT: i32 = 2;
 
@@ -63,11 +63,16 @@ pub(crate) struct Which {
     pub(crate) pods: BTreeMap<IpAddr, Keep>,
     /// Those to VIPs that nobody has answered.
     pub(crate) unanswered: BTreeSet<IpAddr>,
+    /// Those that these pods opened to destinations that were outside until now: to those in `newly_excluded`.
+    pub(crate) inside: BTreeSet<IpAddr>,
+    /// Where that is.
+    pub(crate) newly_excluded: BTreeSet<IpNet>,
 }
 
 impl Which {
     fn concerns(&self, family: Family) -> bool {
-        let mut addresses = self.pods.keys().chain(&self.unanswered);
+        let addresses = self.pods.keys().chain(&self.unanswered);
+        let mut addresses = addresses.chain(&self.inside);
         addresses.any(|address| Family::of(*address) == family)
     }
 }
@@ -123,7 +128,7 @@ fn find_family(
         else {
             return Ok(());
         };
-        if is_to_forget(&entry, &which.pods, excluded) {
+        if is_to_forget(&entry, &which.pods, excluded) || is_inside(&entry, which) {
             found.late.extend(late(&entry));
             found.entries.push((family, identity(entry)));
         } else if is_unanswered(&entry, &which.unanswered) {
@@ -174,6 +179,18 @@ fn is_to_forget(
         Some(Keep::WithSource(wanted) | Keep::Resumed(wanted)) => source == *wanted,
     };
     !is_kept && !excluded.iter().any(|net| net.contains(&outside))
+}
+
+/// Whether a connection is one that a pod opened to what was outside until now. One that has another destination than its
+/// packets say is of a Service: its next packet would go to another backend.
+fn is_inside(attributes: &[ConntrackAttribute], which: &Which) -> bool {
+    let original = original(attributes).and_then(ends);
+    let reply = reply(attributes).and_then(ends);
+    let (Some((pod, wanted)), Some((answerer, _))) = (original, reply) else {
+        return false;
+    };
+    let mut nets = which.newly_excluded.iter();
+    which.inside.contains(&pod) && wanted == answerer && nets.any(|net| net.contains(&answerer))
 }
 
 /// Whether a connection is one of TCP to take up: of one of the pods that are resumed, with the right source. Those of
@@ -445,6 +462,47 @@ mod tests {
             let status = if answered { seen } else { Status::Confirmed };
             entry.push(ConntrackAttribute::CtaStatus(status));
             assert_eq!(is_unanswered(&entry, &vips), expected, "{what}");
+        }
+    }
+
+    #[test]
+    fn only_what_pods_opened_themselves_to_new_destinations_inside_is_forgotten() {
+        let which = Which {
+            inside: ["10.244.1.11".parse().unwrap()].into(),
+            newly_excluded: ["10.9.0.0/16".parse().unwrap()].into(),
+            ..Which::default()
+        };
+        for (what, original, reply, expected) in [
+            (
+                "on its way to the gateway",
+                ["10.244.1.11", "10.9.0.1"],
+                ["10.9.0.1", "10.244.1.11"],
+                true,
+            ),
+            (
+                "of another pod",
+                ["10.244.1.12", "10.9.0.1"],
+                ["10.9.0.1", "10.244.1.12"],
+                false,
+            ),
+            (
+                "to another destination",
+                ["10.244.1.11", "10.10.0.1"],
+                ["10.10.0.1", "10.244.1.11"],
+                false,
+            ),
+            (
+                "to a Service",
+                ["10.244.1.11", "10.96.0.10"],
+                ["10.9.0.1", "10.244.1.11"],
+                false,
+            ),
+        ] {
+            assert_eq!(
+                is_inside(&entry(original, reply), &which),
+                expected,
+                "{what}"
+            );
         }
     }
 

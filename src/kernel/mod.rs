@@ -284,6 +284,10 @@ impl NodeKernel {
                     }
                     which.unanswered.extend(vips);
                 }
+                Step::ForgetInside { pods, nets } => {
+                    which.inside.extend(pods);
+                    which.newly_excluded.extend(nets);
+                }
                 _ => {}
             }
         }
