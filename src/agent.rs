@@ -230,6 +230,15 @@ impl<K: Kernel> Agent<'_, K> {
             }
             self.confirmed = Some(confirmed);
             self.interrupted.clear();
+        }
+        // A way to another gateway that cannot be had here makes this one no worse.
+        let matters = |failure: &StepError| {
+            !matches!(
+                failure.step.executor(),
+                Executor::Routes | Executor::Leftovers
+            )
+        };
+        if !failed.iter().any(matters) {
             self.report.programmed(&view);
         }
         self.last = Some(desired);

@@ -115,6 +115,8 @@ pub enum Ignored {
     NodeAddress(NodeName),
     /// Nobody may capture what is not a pod of the Service's own namespace with a hand-made slice.
     NotAPodOfItsNamespace(Target),
+    /// The address is that of another pod, which a hand-made slice, or one that is late, must not capture.
+    AnotherPod(Key),
     /// An older Service has this pod.
     OwnedBy(Key),
 }
@@ -209,7 +211,10 @@ fn plan_family(
         .map(|hop| (hop.via, hop))
         .collect();
     let slots = slots.assign(family, &hops.keys().copied().collect(), settings);
-    let excluded = excluded::find(family, view, &settings.excluded, pods.keys().copied());
+    // What pods elsewhere may reach inside is their own nodes' matter.
+    let own = pods.iter().filter(|(_, pod)| pod.local);
+    let own = own.map(|(address, _)| *address);
+    let excluded = excluded::find(family, view, &settings.excluded, own);
 
     let mut states = BTreeMap::new();
     let mut routes = routes(family, settings, &excluded.nets, &slots, &hops);
@@ -294,21 +299,23 @@ fn egress_pods<'a>(
         endpoints.extend(slice.endpoints.iter().map(|endpoint| (key, endpoint)));
     }
     let mut own_pods: BTreeMap<&str, Vec<&Pod>> = BTreeMap::new();
+    let mut holders: BTreeMap<IpAddr, BTreeSet<&Key>> = BTreeMap::new();
     for (key, pod) in &view.pods {
         own_pods.entry(&key.namespace).or_default().push(pod);
+        for address in &pod.addresses {
+            holders.entry(*address).or_default().insert(key);
+        }
     }
     let mut pods: BTreeMap<IpAddr, EgressPod<'a>> = BTreeMap::new();
     for (service, facts) in services {
         for (slice, endpoint) in slices.get(service).into_iter().flatten() {
             for written in &endpoint.addresses {
-                let checked =
-                    pod_address(written, endpoint, service, &node_addresses).and_then(|address| {
-                        match pods.get(&address) {
-                            Some(pod) if pod.service != *service => {
-                                Err(Ignored::OwnedBy(pod.service.clone()))
-                            }
-                            _ => Ok(address),
+                let checked = pod_address(written, endpoint, service, &node_addresses, &holders)
+                    .and_then(|address| match pods.get(&address) {
+                        Some(pod) if pod.service != *service => {
+                            Err(Ignored::OwnedBy(pod.service.clone()))
                         }
+                        _ => Ok(address),
                     });
                 match checked {
                     Ok(address) if Family::of(address) == family => {
@@ -349,6 +356,7 @@ fn pod_address(
     endpoint: &Endpoint,
     service: &Key,
     node_addresses: &BTreeMap<IpAddr, &NodeName>,
+    holders: &BTreeMap<IpAddr, BTreeSet<&Key>>,
 ) -> Result<IpAddr, Ignored> {
     let address: IpAddr = written.parse().map_err(|_| Ignored::NotAnAddress)?;
     let impossible = address.is_loopback()
@@ -364,9 +372,15 @@ fn pod_address(
     if let Some(node) = node_addresses.get(&address) {
         return Err(Ignored::NodeAddress((*node).clone()));
     }
-    match &endpoint.target {
-        Target::Pod(pod) if pod.namespace == service.namespace => Ok(address),
-        other => Err(Ignored::NotAPodOfItsNamespace(other.clone())),
+    let pod = match &endpoint.target {
+        Target::Pod(pod) if pod.namespace == service.namespace => pod,
+        other => return Err(Ignored::NotAPodOfItsNamespace(other.clone())),
+    };
+    // Only a pod's own node knows; only there is it marked.
+    let holders = holders.get(&address).filter(|pods| !pods.contains(pod));
+    match holders.and_then(|pods| pods.first()) {
+        Some(holder) => Err(Ignored::AnotherPod((*holder).clone())),
+        None => Ok(address),
     }
 }
 
@@ -545,6 +559,9 @@ fn to_gateway(slot: Slot, settings: &Settings) -> Rule {
 /// The pod networks of the other nodes, unless this node may be their router. Neighbours are one network, as the
 /// kernel keeps them: others would be found changed at each look.
 fn remote_pods(family: Family, view: &View, settings: &Settings) -> BTreeSet<IpNet> {
+    if !pods_are_where_their_nodes_say(family, view, settings) {
+        return BTreeSet::new();
+    }
     let others = view
         .nodes
         .iter()
@@ -554,6 +571,26 @@ fn remote_pods(family: Family, view: &View, settings: &Settings) -> BTreeSet<IpN
         .filter(|cidr| Family::of_net(*cidr) == family)
         .collect();
     IpNet::aggregate(&nets).into_iter().collect()
+}
+
+/// Whether pods have addresses of their nodes' podCIDRs. Where a CNI plugin gives them others, as Calico does, podCIDRs
+/// mean nothing: a pod of this node may have an address of another one's.
+fn pods_are_where_their_nodes_say(family: Family, view: &View, settings: &Settings) -> bool {
+    let own_nets = view
+        .nodes
+        .get(&settings.node_name)
+        .map(|node| &node.pod_cidrs);
+    let is_own =
+        |pod: IpAddr| own_nets.is_some_and(|nets| nets.iter().any(|net| net.contains(&pod)));
+    let mut pods = own_addresses(family, view).peekable();
+    let has_pools = view
+        .pod_pools
+        .iter()
+        .any(|net| Family::of_net(*net) == family);
+    match pods.peek() {
+        None => !has_pools,
+        Some(_) => pods.all(is_own),
+    }
 }
 
 /// The networks that pods of this node have their addresses of, if they are to wait until they are classified.
@@ -668,6 +705,7 @@ impl fmt::Display for Ignored {
             Ignored::NotAPodOfItsNamespace(Target::Other(what)) => {
                 write!(f, "stands for {what}, not for a Pod")
             }
+            Ignored::AnotherPod(pod) => write!(f, "address of another Pod, {pod}"),
             Ignored::OwnedBy(service) => {
                 write!(f, "belongs to Service {service}, which is older")
             }

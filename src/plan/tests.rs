@@ -617,6 +617,79 @@ fn without_the_filter_pods_of_other_nodes_are_routed_too() {
 }
 
 #[test]
+fn networks_of_other_nodes_are_guarded_where_pods_have_addresses_of_their_nodes() {
+    let guards = |view: &View| {
+        let desired = make(view, &on("node1"));
+        !desired.kernel.families[&Family::V4]
+            .firewall
+            .remote_pods
+            .is_empty()
+    };
+    let with_pod = |mut view: View, address: &str| {
+        let pod = Pod {
+            labels: BTreeMap::new(),
+            addresses: [ip(address)].into(),
+        };
+        view.pods.insert(key("own"), pod);
+        view
+    };
+    let mut pools = usual();
+    pools.pod_pools.insert("10.244.0.0/16".parse().unwrap());
+    assert!(guards(&usual()));
+    assert!(guards(&with_pod(usual(), "10.244.1.12")));
+    assert!(
+        !guards(&with_pod(usual(), "10.244.2.12")),
+        "of node2's network"
+    );
+    assert!(
+        !guards(&pools),
+        "nobody knows where pods have their addresses from"
+    );
+    assert!(guards(&with_pod(pools.clone(), "10.244.1.12")));
+    assert!(!guards(&with_pod(pools, "10.244.77.12")));
+}
+
+#[test]
+fn a_slice_captures_no_pod_but_the_one_that_it_names() {
+    let mut view = usual();
+    let own = Pod {
+        labels: BTreeMap::new(),
+        addresses: [ip("10.244.1.11")].into(),
+    };
+    view.pods.insert(key("pod"), own.clone());
+    let known = |view: &View| pod_of(&make(view, &on("node1")), "10.244.1.11").is_some();
+    assert!(known(&view));
+    view.pods.remove(&key("pod"));
+    view.pods.insert(key("another"), own);
+    assert!(!known(&view));
+    let subject = Subject::Endpoint {
+        slice: key("a-4"),
+        address: "10.244.1.11".to_owned(),
+    };
+    let desired = make(&view, &on("node1"));
+    assert_eq!(
+        desired.ignored.get(&subject),
+        Some(&Ignored::AnotherPod(key("another")))
+    );
+}
+
+#[test]
+fn only_pods_of_this_node_tell_that_pod_networks_are_not_known() {
+    let mut view = usual();
+    view.nodes
+        .entry(node("node3"))
+        .or_default()
+        .pod_cidrs
+        .clear();
+    let is_unknown = |name: &str| {
+        let desired = make(&view, &on(name));
+        desired.unknown_networks.contains_key(&Family::V4)
+    };
+    assert!(!is_unknown("node1"));
+    assert!(is_unknown("node3"));
+}
+
+#[test]
 fn with_a_strict_start_every_pod_of_this_node_waits_until_it_is_classified() {
     let mut view = usual();
     let other = Pod {

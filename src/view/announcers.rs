@@ -9,6 +9,7 @@ use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use crate::view::l2status::L2Status;
+use crate::view::leases::BootId;
 use crate::view::{Key, Node, NodeName, Service};
 use crate::wire::Heard;
 
@@ -41,6 +42,8 @@ pub struct Resolved {
     pub unsettled: BTreeSet<IpAddr>,
     /// VIPs of which object and wire have told different things for long: what the object says, and the wire.
     pub disagreements: BTreeMap<IpAddr, (NodeName, NodeName)>,
+    /// Announcers whose Lease is gone, in the boot in which it said that they are programmed: they are, and nobody tells.
+    pub still_programmed: BTreeSet<NodeName>,
     /// VIPs that another node announced for a while: a gateway that it is still or again was none meanwhile.
     pub interrupted: BTreeSet<IpAddr>,
     /// When this changes by itself.
@@ -65,8 +68,10 @@ struct Known {
     evidence: Option<Instant>,
     /// Since when object and wire differ.
     differ: Option<Instant>,
-    /// The last announcer that was programmed.
-    gateway: Option<NodeName>,
+    /// The gateway that an earlier run of the agent has left in the kernel, and when that was found.
+    adopted: Option<(NodeName, Instant)>,
+    /// The last announcer that was programmed, and in which boot.
+    gateway: Option<(NodeName, Option<BootId>)>,
     /// Since when the announcer is one that is not programmed.
     waiting: Option<Instant>,
     /// How many claims of others were heard.
@@ -88,8 +93,9 @@ impl Announcers {
     /// `now` on.
     pub fn adopt(&mut self, vip: IpAddr, node: NodeName, now: Instant) {
         let known = self.known.entry(vip).or_default();
-        known.gateway.get_or_insert(node.clone());
-        known.last.get_or_insert((node, now));
+        known.gateway.get_or_insert((node.clone(), None));
+        known.last.get_or_insert((node.clone(), now));
+        known.adopted = Some((node, now));
         known.evidence.get_or_insert(now);
     }
 
@@ -124,6 +130,10 @@ impl Announcers {
             );
             let held = known.hold(&self.own, claims.nodes, (now, self.grace));
             if let Some((node, end)) = held {
+                let is_programmed = |node| claims.nodes.get(node).is_some_and(Node::is_programmed);
+                if end.is_some() && !is_programmed(&node) {
+                    resolved.still_programmed.insert(node.clone());
+                }
                 resolved.ends = resolved.ends.into_iter().chain(end).min();
                 resolved.announcers.insert(vip, node);
             }
@@ -190,6 +200,10 @@ impl Known {
             self.differ = None;
         }
         let announcer = self.last.as_ref().map(|(node, _)| node);
+        // An object that is older than what an earlier run has heard looks new at a start.
+        let is_fresh = |at: &Instant| voice.is_none() && now.saturating_duration_since(*at) < grace;
+        self.adopted = self.adopted.take().filter(|(_, at)| is_fresh(at));
+        let adopted = self.adopted.as_ref().map(|(node, _)| node);
         if let Some(node) = announcer {
             resolved.claimed.insert(vip, node.clone());
         }
@@ -200,6 +214,7 @@ impl Known {
         let is_settled = self.status.is_some()
             && differing.is_none()
             && !is_doubled
+            && adopted.is_none_or(|adopted| announcer == Some(adopted))
             && !claims.away
             && announcer.is_some_and(is_usable);
         if !is_settled {
@@ -218,16 +233,25 @@ impl Known {
         (now, grace): (Instant, Duration),
     ) -> Option<(NodeName, Option<Instant>)> {
         let (announcer, _) = self.last.as_ref()?;
+        let facts = |node: &NodeName| nodes.get(node);
         let is_programmed =
-            |node: &NodeName| node == own || nodes.get(node).is_some_and(Node::is_programmed);
+            |node: &NodeName| node == own || facts(node).is_some_and(Node::is_programmed);
+        let boot = |node: &NodeName| facts(node).and_then(|facts| facts.boot.clone());
         if is_programmed(announcer) {
             self.waiting = None;
-            self.gateway = Some(announcer.clone());
+            self.gateway = Some((announcer.clone(), boot(announcer)));
             return Some((announcer.clone(), None));
         }
         let end = *self.waiting.get_or_insert(now) + grace;
-        match &self.gateway {
-            Some(gateway) if now < end && is_programmed(gateway) => {
+        let before = self.gateway.as_ref().filter(|_| now < end);
+        match before {
+            Some((gateway, _)) if gateway != announcer && is_programmed(gateway) => {
+                Some((gateway.clone(), Some(end)))
+            }
+            // Deleted by mistake, or with a node's object that is created anew: its agent writes it again.
+            Some((gateway, Some(known)))
+                if gateway == announcer && boot(gateway).as_ref() == Some(known) =>
+            {
                 Some((gateway.clone(), Some(end)))
             }
             _ => Some((announcer.clone(), None)),
@@ -240,7 +264,6 @@ mod tests {
     use super::*;
     use crate::state::Family;
     use crate::view::OnNoGateway;
-    use crate::view::leases::BootId;
 
     const GRACE: Duration = Duration::from_secs(30);
 
@@ -456,7 +479,44 @@ mod tests {
         assert_eq!(case.at(0), (Some(node(3)), true));
         assert_eq!(case.at(29), (Some(node(3)), true));
         case.status("s", 1, 1);
-        assert_eq!(case.at(29), (Some(node(1)), false));
+        assert_eq!(case.at(30), (Some(node(1)), false));
+    }
+
+    #[test]
+    fn an_object_that_contradicts_an_adopted_announcer_is_held_against_the_wire() {
+        let mut case = case();
+        case.status("s", 1, 5);
+        case.at(0);
+        case.announcers.adopt(vip(), node(3), case.start);
+        assert_eq!(case.at(1), (Some(node(1)), true));
+        case.hear(3, 2);
+        assert_eq!(case.at(2).0, Some(node(3)));
+        case.status("s", 3, 6);
+        assert_eq!(case.at(3), (Some(node(3)), false));
+    }
+
+    #[test]
+    fn a_lease_that_is_lost_costs_nothing_within_the_grace_period() {
+        let boot = |id: &str| Some(BootId(id.to_owned()));
+        let mut case = case();
+        case.nodes.entry(node(1)).or_default().boot = boot("first");
+        case.status("s", 1, 5);
+        assert!(case.resolve(0).still_programmed.is_empty());
+        case.nodes.entry(node(1)).or_default().programmed = None;
+        for (seconds, still) in [(10, true), (39, true), (40, false)] {
+            let resolved = case.resolve(seconds);
+            assert_eq!(resolved.announcers.get(&vip()), Some(&node(1)));
+            assert_eq!(
+                resolved.still_programmed.contains(&node(1)),
+                still,
+                "at {seconds} s"
+            );
+        }
+        // Rebooted, it is not what it was.
+        case.nodes.entry(node(1)).or_default().programmed = boot("first");
+        case.resolve(50);
+        case.nodes.entry(node(1)).or_default().boot = boot("second");
+        assert!(case.resolve(51).still_programmed.is_empty());
     }
 
     #[test]

@@ -164,9 +164,18 @@ struct Index {
 }
 
 impl Index {
-    /// The nodes, with what their agents say of them.
+    /// The nodes, with what their agents and Cilium say of them.
     fn nodes(&self) -> BTreeMap<NodeName, Node> {
         let mut nodes = self.nodes.current.clone();
+        for (name, nets) in &self.cilium_nodes.current {
+            // Without networks of its own Cilium goes by the Node's.
+            if let Some(node) = nodes
+                .get_mut(&NodeName(name.clone()))
+                .filter(|_| !nets.is_empty())
+            {
+                node.pod_cidrs.clone_from(nets);
+            }
+        }
         for (node, boot) in self.leases.current.values() {
             if let Some(node) = nodes.get_mut(node) {
                 node.programmed = Some(boot.clone());
@@ -256,7 +265,7 @@ impl Cluster {
         now: Instant,
     ) -> (View, Resolved) {
         let index = self.index();
-        let nodes = index.nodes();
+        let mut nodes = index.nodes();
         let claims = Claims {
             services: &index.services.current,
             statuses: &index.statuses.current,
@@ -265,6 +274,11 @@ impl Cluster {
             away: index.away,
         };
         let resolved = announcers.resolve(claims, now);
+        for node in &resolved.still_programmed {
+            if let Some(node) = nodes.get_mut(node) {
+                node.programmed.clone_from(&node.boot);
+            }
+        }
         let all = |facts: &Facts<String, BTreeSet<IpNet>>| -> BTreeSet<IpNet> {
             facts.current.values().flatten().copied().collect()
         };
@@ -275,7 +289,7 @@ impl Cluster {
             pods: index.pods.current.clone(),
             announcers: resolved.announcers.clone(),
             service_cidrs: all(&index.service_cidrs),
-            pod_pools: &all(&index.ip_pools) | &all(&index.cilium_nodes),
+            pod_pools: all(&index.ip_pools),
             links: Vec::new(),
         };
         (view, resolved)
