@@ -1,6 +1,7 @@
 //! What every lab must show.
 
 use std::net::IpAddr;
+use std::sync::PoisonError;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
@@ -10,7 +11,7 @@ use metaleg_lab::{Family, Lab, Outside, SOON, ServiceSpec, eventually, net};
 use nix::sys::signal::Signal;
 use serde_json::json;
 
-use crate::Suite;
+use crate::{CALM, Suite};
 
 const PROTOCOLS: [Protocol; 2] = [Protocol::Tcp, Protocol::Udp];
 /// A pod of the egress Service on every node.
@@ -31,10 +32,11 @@ pub(crate) fn run(suite: &mut Suite, lab: &mut Lab) {
             leave_as_nodes(lab, &PLAIN)
         },
     );
-    let Ok(before) = Inside::look(lab, &vips) else {
-        return suite.row("what happens inside the cluster can be seen", || {
-            bail!("it cannot")
-        });
+    let before = match Inside::look(lab, &vips) {
+        Ok(before) => before,
+        Err(error) => {
+            return suite.row("what happens inside the cluster can be seen", || Err(error));
+        }
     };
     suite.row(
         "MetalEG is installed with kubectl apply -k, and every agent is ready",
@@ -217,7 +219,7 @@ pub(crate) fn run(suite: &mut Suite, lab: &mut Lab) {
 
 fn plan_is_told(lab: &Lab, vips: &[IpAddr]) -> Result<()> {
     let before = programmed(lab)?;
-    let gateway = lab.announcer(vips[0])?.context("nobody announces")?;
+    let gateway = lab.wait_for_announcer(vips[0], None)?;
     for number in lab.node_numbers() {
         let table = lab.agent_command(number, "plan")?;
         let vip = vip_of(vips, Family::V4)?;
@@ -334,9 +336,18 @@ fn prepare(lab: &mut Lab) -> Result<Vec<IpAddr>> {
     }
     // kube-proxy programs the nodes by itself, in its own time.
     for (pod, family) in every(SHOP).map(|(family, pod)| (pod, family)) {
-        let cluster_ip = lab.cluster_ip("back", family)?;
-        eventually(SOON, "kube-proxy knows the Services", || {
-            let seen = lab.ask_from_pod(pod, cluster_ip, PORT, Protocol::Tcp)?;
+        for address in [lab.cluster_ip("back", family)?, vip_of(&vips, family)?] {
+            eventually(SOON, &format!("kube-proxy knows {address}"), || {
+                let seen = lab.ask_from_pod(pod, address, PORT, Protocol::Tcp)?;
+                Ok(seen.address().map(drop))
+            })?;
+        }
+    }
+    let port = lab.node_port("local")?;
+    for (family, number) in every([1, 2]) {
+        let node = net::pick(&net::node(number), family);
+        eventually(SOON, &format!("kube-proxy knows {node}:{port}"), || {
+            let seen = lab.ask_from_outside(Outside::Lan, node, port, Protocol::Tcp)?;
             Ok(seen.address().map(drop))
         })?;
     }
@@ -460,6 +471,7 @@ impl Inside {
                 for number in lab.node_numbers() {
                     let node = net::pick(&net::node(number), family);
                     let answer = lab.ask_from_pod(pod, node, PORT, Protocol::Tcp)?;
+                    ensure!(answer.address().is_some(), "{pod} to {node}: {answer}");
                     seen.push((format!("{pod} to node{number} {family}"), answer.address()));
                 }
                 // Which pod answers is chance; when it is the asking one itself, kube-proxy hides its address.
@@ -621,6 +633,7 @@ fn restart(lab: &Lab, signal: Signal, vips: &[IpAddr]) -> Result<()> {
 
 /// Damages of which the kernel tells; legacy iptables and ipset are looked at once in an interval only.
 fn damage(lab: &Lab, vips: &[IpAddr]) -> Result<()> {
+    let _calm = CALM.lock().unwrap_or_else(PoisonError::into_inner);
     let before = programmed(lab)?;
     let mut damages = vec![
         "ip rule del pref 1000",

@@ -284,6 +284,18 @@ metadata: {name: lab, namespace: metallb-system}
             .with_context(|| format!("no process {name} runs"))
     }
 
+    /// Processes that were started once and do not run; the API server, which others need, first.
+    #[must_use]
+    pub fn not_running(&mut self) -> Vec<String> {
+        let mut names: Vec<String> = self.programs.keys().cloned().collect();
+        names.retain(|name| {
+            let process = self.processes.get_mut(name);
+            process.is_none_or(|process| process.ended().is_some())
+        });
+        names.sort_by_key(|name| name != "kube-apiserver");
+        names
+    }
+
     /// Starts a process again.
     ///
     /// # Errors

@@ -492,6 +492,15 @@ impl Lab {
     /// # Errors
     /// With the agents' logs when they do not become ready.
     pub fn install_metaleg(&mut self) -> Result<()> {
+        self.apply_metaleg()?;
+        self.wait_for_agents()
+    }
+
+    /// The same without waiting.
+    ///
+    /// # Errors
+    /// When the API server refuses something.
+    pub fn apply_metaleg(&mut self) -> Result<()> {
         let manifests = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../k8s");
         let manifests = manifests.canonicalize()?.display().to_string();
         self.kubectl(&["apply", "-k", &manifests])?;
@@ -504,7 +513,7 @@ impl Lab {
             &self.cluster.authority,
             self.directory.path(),
         ));
-        self.wait_for_agents()
+        Ok(())
     }
 
     /// Deletes what [`Lab::install_metaleg`] applied, and waits until no agent runs.
@@ -624,6 +633,28 @@ impl Lab {
         numbers.try_for_each(|number| kubelet.signal(&format!("node{number}"), signal))
     }
 
+    /// After a failure: everything runs again that was started once, and every node may announce.
+    ///
+    /// # Errors
+    /// When something cannot be started.
+    pub fn mend(&mut self) -> Result<()> {
+        for process in self.cluster.not_running() {
+            match &*process {
+                "kube-apiserver" => self.restart_api_server()?,
+                other => self.restart(other)?,
+            }
+        }
+        if let Some(kubelet) = &self.kubelet {
+            for node in self.nodes.iter() {
+                kubelet.release(&node.name);
+                // One that does not run is started anyway.
+                let _ = kubelet.signal(&node.name, Signal::SIGCONT);
+            }
+        }
+        let mut numbers = self.node_numbers();
+        numbers.try_for_each(|number| self.allow_announcing(number, true))
+    }
+
     /// Lets the agents of all nodes die at a later time: each before it executes its next step but `steps`. Needs agents
     /// that are built for it.
     ///
@@ -632,6 +663,25 @@ impl Lab {
     pub fn arm_kill_points(&self, steps: usize) -> Result<()> {
         for number in self.node_numbers() {
             fs::write(self.kill_point(number), steps.to_string())?;
+        }
+        Ok(())
+    }
+
+    /// Waits until the agent of every node has died, or has changed its kernel since its log was so long.
+    ///
+    /// # Errors
+    /// When one has done neither.
+    pub fn wait_for_kill_points(&self, logs: &[usize]) -> Result<()> {
+        for (number, length) in self.node_numbers().zip(logs) {
+            let what = format!("the agent of node{number} has died or changed something");
+            eventually(SOON, &what, || {
+                let is_dead = !self.kill_point(number).exists();
+                let log = self.agent_log(number);
+                let has_changed = log
+                    .get(*length..)
+                    .is_some_and(|log| log.contains("kernel changed"));
+                Ok((is_dead || has_changed).then_some(()))
+            })?;
         }
         Ok(())
     }
@@ -980,9 +1030,12 @@ impl Lab {
     /// # Errors
     /// When the VIPs do not move.
     pub fn move_announcement(&self, vips: &[IpAddr], to: usize) -> Result<()> {
-        // The new one first: in between there is always one that may.
+        // The new one first, the present one last: in between there is always one that may, and it goes nowhere else.
         self.allow_announcing(to, true)?;
-        for number in self.node_numbers().filter(|number| *number != to) {
+        let now = vips.first().map(|vip| self.announcer(*vip)).transpose()?;
+        let mut others: Vec<usize> = self.node_numbers().filter(|n| *n != to).collect();
+        others.sort_by_key(|number| now.flatten() == Some(*number));
+        for number in others {
             self.allow_announcing(number, false)?;
         }
         for vip in vips {
