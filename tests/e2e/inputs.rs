@@ -399,6 +399,11 @@ fn captured(lab: &Lab) -> Result<()> {
         slice("by-hand", &[&victim], serde_json::Value::Null),
         slice("of-another-namespace", &[&victim], foreign),
         slice(
+            "of-another-pod",
+            &[&victim],
+            json!({"kind": "Pod", "name": "x", "namespace": "default"}),
+        ),
+        slice(
             "of-a-node",
             &["192.0.2.12"],
             json!({"kind": "Pod", "name": "x", "namespace": "default"}),
@@ -409,6 +414,7 @@ fn captured(lab: &Lab) -> Result<()> {
     for text in [
         "stands for nothing, not for a Pod",
         "stands for Pod kube-system/plain-2 of another namespace",
+        "address of another Pod, default/plain-2",
         "a hostNetwork pod leaves as its node",
     ] {
         eventually(SOON, &format!("told: {text}"), || {
@@ -421,7 +427,12 @@ fn captured(lab: &Lab) -> Result<()> {
         seen.address() == Some(net::pick(&net::node(2), Family::V4)),
         "node2: {seen}"
     );
-    for name in ["by-hand", "of-another-namespace", "of-a-node"] {
+    for name in [
+        "by-hand",
+        "of-another-namespace",
+        "of-another-pod",
+        "of-a-node",
+    ] {
         lab.api().delete(&format!("{SLICES}/{name}"))?;
     }
     Ok(())

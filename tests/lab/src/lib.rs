@@ -249,6 +249,8 @@ pub const SOON: Duration = Duration::from_secs(20);
 /// Kubernetes' clients ask an API server that was away again after up to 30 s and jitter (client-go's
 /// reflector): MetalLB may learn so late of what is new.
 const BACK_OFF: Duration = Duration::from_secs(60);
+/// An agent that logs every step and says nothing for so long has none to execute; in doubt it asks once a second.
+const QUIET: Duration = Duration::from_millis(250);
 const PREFIX: &str = "metaleg-lab-";
 
 /// A running lab. Everything of it ends with it.
@@ -667,7 +669,8 @@ impl Lab {
         Ok(())
     }
 
-    /// Waits until the agent of every node has died, or has changed its kernel since its log was so long.
+    /// Waits until the agent of every node has died, or has changed its kernel since its log was so long and has nothing
+    /// more to do.
     ///
     /// # Errors
     /// When one has done neither.
@@ -683,7 +686,18 @@ impl Lab {
                 Ok((is_dead || has_changed).then_some(()))
             })?;
         }
-        Ok(())
+        eventually(SOON, "no agent has anything to do", || {
+            let before = self.agent_log_lengths();
+            std::thread::sleep(QUIET);
+            Ok((before == self.agent_log_lengths()).then_some(()))
+        })
+    }
+
+    /// How long the agents' logs are.
+    #[must_use]
+    pub fn agent_log_lengths(&self) -> Vec<usize> {
+        let length = |number| self.agent_log(number).len();
+        self.node_numbers().map(length).collect()
     }
 
     /// Lets agents live that have not died; returns how many have.
