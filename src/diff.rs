@@ -3,14 +3,14 @@
 //! Pure. The agent may die after any step, and packets flow between any two: so what protects a pod comes
 //! before what depends on it, and goes after it.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use ipnet::IpNet;
 
 use crate::state::{
-    Family, FamilyState, FirewallState, KernelState, PodState, RouteState, RuleAction, Skeleton,
-    Step,
+    Family, FamilyState, FirewallState, KernelState, Mark, NextHop, PodState, RouteState, Rule,
+    RuleAction, Skeleton, Step,
 };
 
 /// When a step has its turn. The order of the variants is the order of the steps; between two steps of one
@@ -70,6 +70,9 @@ enum Phase {
     OldGateways,
     /// Last of a table, for the reason that it is the first.
     OldFloors,
+
+    /// When everything is as it will be. Whose connections are forgotten is woken anyway.
+    Wakes,
 }
 
 /// The ordered steps that turn `observed` into `desired`; none when they are equal.
@@ -78,6 +81,7 @@ pub fn diff(observed: &KernelState, desired: &KernelState) -> Vec<Step> {
     let mut steps = Vec::new();
     let nothing = FamilyState::default();
     let mut strays = observed.doubt && !desired.doubt;
+    let mut wakes = BTreeSet::new();
     for family in Family::ALL {
         let from = observed.families.get(&family).unwrap_or(&nothing);
         let to = desired.families.get(&family).unwrap_or(&nothing);
@@ -92,6 +96,11 @@ pub fn diff(observed: &KernelState, desired: &KernelState) -> Vec<Step> {
         // What was opened to a destination that is egress again has the source that others gave it.
         strays |= becomes_egress(&from.firewall, &to.firewall);
         steps.extend(becomes_inside(&from.firewall, &to.firewall));
+        let (old, new) = (Ways::of(from), Ways::of(to));
+        wakes.extend(
+            new.pods()
+                .filter(|pod| new.of_pod(*pod) != old.of_pod(*pod)),
+        );
     }
     if strays {
         let firewalls = || desired.families.values().map(|family| &family.firewall);
@@ -107,6 +116,7 @@ pub fn diff(observed: &KernelState, desired: &KernelState) -> Vec<Step> {
     for leftover in observed.leftovers.difference(&desired.leftovers) {
         steps.push((Phase::Leftovers, Step::RemoveLeftover(*leftover)));
     }
+    steps.extend(wakes.into_iter().map(|pod| (Phase::Wakes, Step::Wake(pod))));
     // Stable: both families go through the phases together, so that a backend can batch them.
     steps.sort_by_key(|(phase, _)| *phase);
     steps.into_iter().map(|(_, step)| step).collect()
@@ -263,6 +273,39 @@ fn pod(address: IpAddr, from: &PodState, to: &PodState, must_forget: bool, steps
         let (pod, source) = (address, *source);
         let step = Step::ResumeConnections { pod, source };
         steps.push((Phase::Connections, step));
+    }
+}
+
+/// Where marked pods are routed to.
+struct Ways<'a> {
+    state: &'a FamilyState,
+    hops: BTreeMap<(Mark, Option<IpAddr>), &'a NextHop>,
+}
+
+impl<'a> Ways<'a> {
+    fn of(state: &'a FamilyState) -> Ways<'a> {
+        let hop = |rule: &Rule| match rule.action {
+            RuleAction::Lookup(table) => state.routes.tables.get(&table)?.gateway.as_ref(),
+            _ => None,
+        };
+        let rules = state.routes.rules.iter();
+        let hops = rules.filter_map(|rule| Some(((rule.mark?, rule.from), hop(rule)?)));
+        Ways {
+            state,
+            hops: hops.collect(),
+        }
+    }
+
+    /// The pods that are routed to a gateway.
+    fn pods(&self) -> impl Iterator<Item = IpAddr> {
+        let pods = self.state.firewall.pods.keys().copied();
+        pods.filter(|pod| self.of_pod(*pod).is_some())
+    }
+
+    fn of_pod(&self, pod: IpAddr) -> Option<&'a NextHop> {
+        let mark = self.state.firewall.pods.get(&pod)?.mark?;
+        let of_all = || self.hops.get(&(mark, None));
+        self.hops.get(&(mark, Some(pod))).or_else(of_all).copied()
     }
 }
 

@@ -345,6 +345,7 @@ impl KernelState {
             Step::Free(pod) => self.pod(*pod, |p| p.free = true),
             Step::Unfree(pod) => self.pod(*pod, |p| p.free = false),
             Step::ForgetConnections(_)
+            | Step::Wake(_)
             | Step::ForgetInside { .. }
             | Step::ResumeConnections { .. } => {}
             Step::ForgetStrays { .. } => self.doubt = false,
@@ -482,6 +483,10 @@ pub enum Step {
         source: IpAddr,
     },
 
+    /// Have a pod of this node say something on each of its connections to outside, which take another way from now on: a
+    /// gateway learns of a connection by what the pod sends, and a server has something to say when it likes.
+    Wake(IpAddr),
+
     /// Forget what came about under other rules than the present ones.
     ForgetStrays {
         /// Connections that these pods opened to outside with another source than the one given for each.
@@ -525,7 +530,7 @@ impl Step {
             ForgetConnections, ForgetInside, ForgetStrays, Free, Gateway, Include, InstallFirewall,
             Know, Mark, RemoveFirewall, RemoveFloor, RemoveGateway, RemoveLeftover,
             RemoveLocalPods, RemoveRemotePods, RemoveRule, RemoveVip, ResumeConnections,
-            SetGateway, Translate, Unblock, Unfree, Ungateway, Unknow, Unmark, Untranslate,
+            SetGateway, Translate, Unblock, Unfree, Ungateway, Unknow, Unmark, Untranslate, Wake,
         };
         match self {
             AddRule(..) | RemoveRule(..) | AddFloor(..) | RemoveFloor(..) | SetGateway(..)
@@ -554,6 +559,7 @@ impl Step {
             | Unfree(_) => Executor::Firewall,
             ForgetConnections(_)
             | ResumeConnections { .. }
+            | Wake(_)
             | ForgetStrays { .. }
             | ForgetInside { .. } => Executor::Conntrack,
             RemoveLeftover(_) => Executor::Leftovers,
@@ -576,6 +582,7 @@ impl Step {
             | Step::Free(pod)
             | Step::Unfree(pod)
             | Step::ForgetConnections(pod)
+            | Step::Wake(pod)
             | Step::ResumeConnections { pod, .. }
             | Step::Mark { pod, .. }
             | Step::Translate { pod, .. }
@@ -665,6 +672,7 @@ impl fmt::Display for Step {
             Step::ResumeConnections { pod, source } => {
                 write!(f, "resume the connections of pod {pod} as {source}")
             }
+            Step::Wake(pod) => write!(f, "have pod {pod} speak on its connections"),
             Step::ForgetStrays { sources, vips } => write!(
                 f,
                 "forget connections of {} pods that have another source than theirs, and unanswered ones to {} VIPs",

@@ -110,6 +110,54 @@ fn a_gateway_that_moves_between_other_nodes_changes_only_the_mark() {
 }
 
 #[test]
+fn pods_whose_packets_take_another_way_are_woken_at_last() {
+    // Two gateways, one of them by a rule of the pod's own.
+    let kernel = |via: [u8; 2], pod: PodState| {
+        let mut state = kernel(Some(pod));
+        let routes = &mut state.families.entry(Family::V4).or_default().routes;
+        for (slot, via, from) in [(1, via[0], None), (2, via[1], Some(ip(11)))] {
+            let table = TableId(100_000 + slot);
+            routes.rules.insert(Rule {
+                priority: 1002,
+                action: RuleAction::Lookup(table),
+                mark: Some(mark(slot)),
+                not: false,
+                from,
+                to: None,
+            });
+            let gateway = Some(NextHop {
+                via: vip(via),
+                dev: "eth0".to_owned(),
+            });
+            let floor = true;
+            routes.tables.insert(table, Table { floor, gateway });
+        }
+        state
+    };
+    let before = kernel([12, 13], routed(1));
+    for (what, after, woken) in [
+        ("nothing", kernel([12, 13], routed(1)), false),
+        (
+            "another gateway's address",
+            kernel([12, 14], routed(1)),
+            false,
+        ),
+        ("the gateway's address", kernel([14, 13], routed(1)), true),
+        ("the slot", kernel([12, 13], routed(2)), true),
+        (
+            "slot and tables, to the same gateway",
+            kernel([13, 12], routed(2)),
+            false,
+        ),
+    ] {
+        let steps = diff(&before, &after);
+        assert_eq!(steps.last() == Some(&Step::Wake(ip(11))), woken, "{what}");
+        let wakes = steps.iter().filter(|step| matches!(step, Step::Wake(_)));
+        assert_eq!(wakes.count(), usize::from(woken), "{what}");
+    }
+}
+
+#[test]
 fn a_node_that_becomes_or_stops_being_the_gateway_forgets_the_connections() {
     assert_eq!(
         steps(Some(routed(1)), Some(gatewayed())),

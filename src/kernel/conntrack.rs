@@ -5,7 +5,7 @@
 //! inbound connections have another one, and stay.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use ipnet::IpNet;
 use netlink_packet_core::{DefaultNla, NLM_F_ACK, Nla};
@@ -18,6 +18,8 @@ use netlink_packet_netfilter::{NetfilterMessageInner, NetfilterProtoFamily};
 use crate::kernel::netlink::{Message, Netfilter, NetlinkError, message};
 use crate::state::Family;
 
+/// `TCP_CONNTRACK_ESTABLISHED` of nf_conntrack_tcp.h.
+const ESTABLISHED: u8 = 3;
 /// Attributes that tell apart entries with the same tuple (`CTA_ID`, `CTA_ZONE` of nfnetlink_conntrack.h).
 const CTA_ID: u16 = 12;
 const CTA_ZONE: u16 = 18;
@@ -89,10 +91,21 @@ pub(crate) struct Late {
     pub(crate) pod: (IpAddr, u16),
 }
 
+/// A TCP connection that a pod has opened to outside.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Flow {
+    /// The pod's end.
+    pub(crate) pod: SocketAddr,
+    /// The other end.
+    pub(crate) outside: SocketAddr,
+}
+
 /// Connections to forget.
 #[derive(Debug, Default)]
 pub(crate) struct Found {
     entries: Vec<(Family, Entry)>,
+    /// Those of them whose ends may go on talking.
+    pub(crate) established: Vec<Flow>,
     /// What may still come of them.
     pub(crate) late: Vec<Late>,
     /// Connections that are kept and taken up anew.
@@ -108,6 +121,7 @@ pub(crate) async fn find(which: Which, excluded: BTreeSet<IpNet>) -> Result<Foun
             if which.concerns(family) {
                 let found = find_family(family, &which, &excluded)?;
                 all.entries.extend(found.entries);
+                all.established.extend(found.established);
                 all.late.extend(found.late);
                 all.resumed.extend(found.resumed);
             }
@@ -130,6 +144,7 @@ fn find_family(
         };
         if is_to_forget(&entry, &which.pods, excluded) || is_inside(&entry, which) {
             found.late.extend(late(&entry));
+            found.established.extend(established(&entry));
             found.entries.push((family, identity(entry)));
         } else if is_unanswered(&entry, &which.unanswered) {
             found.entries.push((family, identity(entry)));
@@ -139,6 +154,36 @@ fn find_family(
         Ok(())
     };
     Ok(Netfilter::open()?.dump(proto(family), &get, take)?)
+}
+
+/// The established connections of pods to outside.
+pub(crate) async fn find_established(
+    pods: BTreeSet<IpAddr>,
+    excluded: BTreeSet<IpNet>,
+) -> Result<Vec<Flow>, ConntrackError> {
+    tokio::task::spawn_blocking(move || {
+        let get = NetfilterMessageInner::Conntrack(ConntrackMessage::Get(Vec::new()));
+        let is_outside = |flow: &Flow| {
+            let outside = flow.outside.ip();
+            pods.contains(&flow.pod.ip()) && !excluded.iter().any(|net| net.contains(&outside))
+        };
+        let take = |flows: &mut Vec<Flow>, answer: Message<'_>| {
+            if let NetfilterMessageInner::Conntrack(ConntrackMessage::New(entry)) =
+                answer.decode()?
+            {
+                flows.extend(established(&entry).filter(is_outside));
+            }
+            Ok(())
+        };
+        let mut flows = Vec::new();
+        for family in Family::ALL {
+            if pods.iter().any(|pod| Family::of(*pod) == family) {
+                flows.extend(Netfilter::open()?.dump(proto(family), &get, take)?);
+            }
+        }
+        Ok(flows)
+    })
+    .await?
 }
 
 /// Forgets them, and takes up those that are kept.
@@ -230,11 +275,41 @@ fn is_unanswered(attributes: &[ConntrackAttribute], vips: &BTreeSet<IpAddr>) -> 
     vips.contains(&vip) && answerer == vip && !is_answered
 }
 
+/// The connection of an entry, if it is one of TCP that is established, and not of a Service.
+fn established(attributes: &[ConntrackAttribute]) -> Option<Flow> {
+    let is_established = attributes.iter().any(|attribute| match attribute {
+        ConntrackAttribute::CtaProtoInfo(info) => info.iter().any(|info| match info {
+            ProtoInfo::TCP(tcp) => tcp.contains(&ProtoInfoTCP::State(ESTABLISHED)),
+            _ => false,
+        }),
+        _ => false,
+    });
+    let tuple = original(attributes).filter(|_| is_established)?;
+    let (pod, outside) = ends(tuple)?;
+    let (answerer, _) = reply(attributes).and_then(ends)?;
+    let (_, from, to) = ports(tuple)?;
+    (answerer == outside).then_some(Flow {
+        pod: SocketAddr::new(pod, from),
+        outside: SocketAddr::new(outside, to),
+    })
+}
+
 /// What may still come of a connection that is forgotten; `None` where replies do not come to the pod's own address.
 fn late(attributes: &[ConntrackAttribute]) -> Option<Late> {
     let (sender, _) = original(attributes).and_then(ends)?;
     let tuple = reply(attributes)?;
     let (outside, pod) = ends(tuple)?;
+    // Others than TCP and UDP begin no connection with a reply.
+    let (protocol, from, to) = ports(tuple)?;
+    (pod == sender).then_some(Late {
+        protocol,
+        outside: (outside, from),
+        pod: (pod, to),
+    })
+}
+
+/// The protocol, TCP or UDP, as a number of IP, and the ports of source and destination.
+fn ports(tuple: &[Tuple]) -> Option<(u8, u16, u16)> {
     let parts = tuple.iter().find_map(|part| match part {
         Tuple::Proto(parts) => Some(parts),
         _ => None,
@@ -249,13 +324,7 @@ fn late(attributes: &[ConntrackAttribute]) -> Option<Late> {
             _ => {}
         }
     }
-    // Others begin no connection with a reply.
-    let protocol = protocol.filter(|_| pod == sender)?;
-    Some(Late {
-        protocol,
-        outside: (outside, from?),
-        pod: (pod, to?),
-    })
+    Some((protocol?, from?, to?))
 }
 
 fn original(attributes: &[ConntrackAttribute]) -> Option<&[Tuple]> {

@@ -14,6 +14,7 @@ mod rivals;
 mod route;
 mod tag;
 mod tool;
+mod wake;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
@@ -29,6 +30,7 @@ use crate::kernel::netlink::NetlinkError;
 use crate::kernel::nftables::Nftables;
 use crate::kernel::route::{Ranges, RouteError, Routes};
 use crate::kernel::tool::ToolError;
+use crate::kernel::wake::Asleep;
 use crate::settings::{FirewallBackend, Settings};
 use crate::state::{
     Executor, Family, FamilyState, FirewallState, KernelState, Leftover, Step, TableId,
@@ -200,6 +202,9 @@ pub struct NodeKernel {
     choice: String,
     /// What was left by others than the present backend; looked for until there is nothing any more.
     leftovers: Option<BTreeSet<Leftover>>,
+    /// On which connections pods are to say something when all steps are done: those that were forgotten, and those that
+    /// take another way.
+    asleep: Asleep,
 }
 
 impl NodeKernel {
@@ -262,6 +267,7 @@ impl NodeKernel {
             mask: mask.bits(),
             choice,
             leftovers: None,
+            asleep: Asleep::default(),
         })
     }
 
@@ -274,6 +280,7 @@ impl NodeKernel {
         let mut which = Which::default();
         for step in steps {
             match step {
+                Step::Wake(pod) => drop(self.asleep.pods.insert(*pod)),
                 Step::ForgetConnections(pod) => drop(which.pods.insert(*pod, Keep::Nothing)),
                 Step::ResumeConnections { pod, source } => {
                     which.pods.insert(*pod, Keep::Resumed(*source));
@@ -290,6 +297,9 @@ impl NodeKernel {
                 }
                 _ => {}
             }
+        }
+        if steps.iter().all(|step| matches!(step, Step::Wake(_))) {
+            return Vec::new();
         }
         let Err(error) = self.forget_connections(which, excluded).await else {
             return Vec::new();
@@ -308,6 +318,7 @@ impl NodeKernel {
         excluded: &BTreeSet<IpNet>,
     ) -> Result<(), Error> {
         let found = conntrack::find(which, excluded.clone()).await?;
+        self.asleep.flows.extend(&found.established);
         if !found.late.is_empty() {
             self.firewall.expect_late(&found.late).await?;
         }
@@ -394,6 +405,7 @@ impl Kernel for NodeKernel {
                 }
             }
         }
+        wake::wake(std::mem::take(&mut self.asleep), excluded.clone());
         failed
     }
 }

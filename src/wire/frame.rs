@@ -153,7 +153,7 @@ impl Own {
         message.extend(target.octets());
         message.extend([SOURCE_LINK_ADDRESS, 1]);
         message.extend(self.mac.0);
-        let checksum = checksum(&source.octets(), &to, &message);
+        let checksum = checksum(&source.octets(), &to, ICMPV6, &message);
         message[2..4].copy_from_slice(&checksum.to_be_bytes());
 
         let mut frame = vec![0x33, 0x33, 0xff, a, b, c];
@@ -174,14 +174,19 @@ fn length(message: &[u8]) -> u16 {
     u16::try_from(message.len()).unwrap_or(u16::MAX)
 }
 
-/// The Internet checksum (RFC 1071) over message and pseudo header (RFC 8200, 8.1).
-fn checksum(source: &[u8; 16], destination: &[u8; 16], message: &[u8]) -> u16 {
+/// The Internet checksum over message and pseudo header (RFC 8200, 8.1; that of RFC 9293, 3.1 adds up to the same).
+pub(crate) fn checksum(source: &[u8], destination: &[u8], protocol: u8, message: &[u8]) -> u16 {
     let mut bytes = Vec::new();
     bytes.extend(source);
     bytes.extend(destination);
     bytes.extend(u32::from(length(message)).to_be_bytes());
-    bytes.extend([0, 0, 0, ICMPV6]);
+    bytes.extend([0, 0, 0, protocol]);
     bytes.extend(message);
+    sum(&bytes)
+}
+
+/// The Internet checksum (RFC 1071).
+pub(crate) fn sum(bytes: &[u8]) -> u16 {
     let words = bytes.chunks(2).map(|pair| {
         let high = u32::from(pair[0]) << 8;
         high | pair.get(1).copied().map_or(0, u32::from)
@@ -279,7 +284,7 @@ mod tests {
         let packet = &question[ETHERNET_HEADER..];
         let source = packet[8..24].first_chunk::<16>().unwrap();
         let destination = packet[24..40].first_chunk::<16>().unwrap();
-        assert_eq!(checksum(source, destination, &packet[40..]), 0);
+        assert_eq!(checksum(source, destination, ICMPV6, &packet[40..]), 0);
         assert_eq!(&question[..6], [0x33, 0x33, 0xff, 0, 0, 0xc8]);
     }
 

@@ -156,8 +156,9 @@ async fn hear(
         let now = Instant::now();
         if look || shared.hearing().is_waiting() {
             look = false;
-            match table(neighbours).await {
+            match neighbour_table(neighbours).await {
                 Ok(table) => {
+                    let table: Vec<_> = table.iter().map(|n| (n.mac, n.address)).collect();
                     if shared.hearing().neighbours(&table, socket.mac(), now) {
                         shared.changed.notify_one();
                     }
@@ -206,14 +207,25 @@ async fn hear(
     }
 }
 
-/// The kernel's neighbour table: who has which address.
-async fn table(handle: &rtnetlink::Handle) -> Result<Vec<(Mac, IpAddr)>, rtnetlink::Error> {
+/// Who has an address, and where.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Neighbour {
+    pub(crate) address: IpAddr,
+    pub(crate) mac: Mac,
+    /// Number of the interface.
+    pub(crate) interface: u32,
+}
+
+/// The kernel's neighbour table.
+pub(crate) async fn neighbour_table(
+    handle: &rtnetlink::Handle,
+) -> Result<Vec<Neighbour>, rtnetlink::Error> {
     let neighbours: Vec<NeighbourMessage> =
         handle.neighbours().get().execute().try_collect().await?;
     Ok(neighbours.iter().filter_map(neighbour).collect())
 }
 
-fn neighbour(message: &NeighbourMessage) -> Option<(Mac, IpAddr)> {
+fn neighbour(message: &NeighbourMessage) -> Option<Neighbour> {
     let (mut mac, mut address) = (None, None);
     for attribute in &message.attributes {
         match attribute {
@@ -232,5 +244,9 @@ fn neighbour(message: &NeighbourMessage) -> Option<(Mac, IpAddr)> {
             _ => {}
         }
     }
-    mac.zip(address)
+    Some(Neighbour {
+        address: address?,
+        mac: mac?,
+        interface: message.header.ifindex,
+    })
 }

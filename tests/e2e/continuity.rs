@@ -10,12 +10,12 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use metaleg_lab::capture::{Capture, Packets};
 use metaleg_lab::traffic::{Kind, Suffered, Traffic};
-use metaleg_lab::{Family, Lab, SOON, ServiceSpec, eventually, net, say};
+use metaleg_lab::{Family, Lab, Outside, SOON, ServiceSpec, eventually, net, say};
 use nix::sys::signal::Signal;
 use serde_json::json;
 
 use crate::Suite;
-use crate::rows::{settle, settle_as_nodes, vip_of};
+use crate::rows::{every, settle, settle_as_nodes, vip_of};
 
 /// A pod of the egress Service on every node.
 const SHOP: [&str; 4] = ["shop-1", "shop-2", "shop-3", "shop-4"];
@@ -34,6 +34,8 @@ const AFTER_MOVE: Duration = Duration::from_millis(2500);
 const SHORT_GRACE: (&str, Duration) = ("3s", Duration::from_secs(4));
 /// How long a stream may be silent at a graceful move: packets that are lost are sent again after 0.2 s, and 0.6 s.
 const STREAM_GOAL: Duration = Duration::from_secs(1);
+/// How long servers take to answer while their clients' VIP moves.
+const LATE: Duration = Duration::from_secs(3);
 /// How long no new connection may come through at a graceful move.
 const DIAL_GOAL: Duration = Duration::from_millis(500);
 /// How long a pod of no Service may wait for its first packet to get out, after its address is known.
@@ -300,6 +302,15 @@ fn moves(suite: &mut Suite, lab: &mut Lab, times: usize) {
         }
         Ok(())
     });
+    suite.row(
+        "connections go on on which only the server has something to say",
+        || {
+            for _ in 0..4 {
+                late_answers(lab, &vips)?;
+            }
+            Ok(())
+        },
+    );
     suite.row("the announcement flaps between two nodes", || {
         let mut watch = Watch::start(lab, &SHOP, vips.clone(), &mut table)?;
         watch.unbroken(lab, "flapping every 3 s for 20 s", |lab| {
@@ -532,6 +543,33 @@ fn mending_row(
         }
         result
     });
+}
+
+/// Pods wait for an answer while their VIP moves: nothing but the agents makes them send.
+fn late_answers(lab: &Lab, vips: &[IpAddr]) -> Result<()> {
+    let mut streams = Vec::new();
+    for (family, pod) in every(SHOP) {
+        let mut stream = lab.open_stream(pod, Outside::Far, family)?;
+        stream.ask_for_later(LATE)?;
+        streams.push((pod, family, stream));
+    }
+    let asked = Instant::now();
+    let from = lab.wait_for_announcer(vips[0], None)?;
+    let to = from % lab.node_numbers().count() + 1;
+    lab.move_announcement(vips, to)?;
+    let after = asked.elapsed();
+    ensure!(after < LATE, "the announcement moved after {after:?} only");
+    for (pod, family, stream) in &mut streams {
+        let limit = (LATE + STREAM_GOAL).saturating_sub(asked.elapsed());
+        let node = lab.pod(pod)?.node;
+        let what = || format!("{pod} on node{node}, {family}, node{from} to node{to}");
+        let seen = stream
+            .hear(limit.max(Duration::from_millis(1)))
+            .with_context(what)?;
+        let vip = vip_of(vips, *family)?;
+        ensure!(seen.address() == Some(vip), "{pod} is seen as {seen}");
+    }
+    Ok(())
 }
 
 /// Waits until another node announces a VIP: speakers notice that one is gone after some seconds.

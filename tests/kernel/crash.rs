@@ -14,7 +14,7 @@ use socket2::{Domain, Socket, Type};
 use super::*;
 
 /// Variants of `Step`.
-const KINDS_OF_STEPS: usize = 33;
+const KINDS_OF_STEPS: usize = 34;
 /// This node, in both families.
 const NODE: [&str; 2] = ["192.0.2.11", "2001:db8:1::11"];
 /// VIPs: the two of the example, and a new one.

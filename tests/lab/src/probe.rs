@@ -80,8 +80,12 @@ async fn serve_tcp(name: &str, listener: tokio::net::TcpListener) {
                     return;
                 }
                 match lines.next_line().await {
-                    // A number asks for as many answers.
-                    Ok(Some(text)) => times = text.parse().unwrap_or(1),
+                    // A number asks for as many answers, `after` and a number for one after so many milliseconds.
+                    Ok(Some(text)) => {
+                        times = text.parse().unwrap_or(1);
+                        let pause = text.strip_prefix("after ").and_then(|ms| ms.parse().ok());
+                        tokio::time::sleep(Duration::from_millis(pause.unwrap_or(0))).await;
+                    }
                     Ok(None) | Err(_) => return,
                 }
             }
@@ -319,6 +323,24 @@ impl Stream {
             .get_mut()
             .write_all(b"?\n")
             .context("cannot send")?;
+        self.read(limit)
+    }
+
+    /// Asks for an answer after a time.
+    ///
+    /// # Errors
+    /// When the connection is broken.
+    pub fn ask_for_later(&mut self, pause: Duration) -> Result<()> {
+        let request = format!("after {}\n", pause.as_millis());
+        let written = self.reader.get_mut().write_all(request.as_bytes());
+        written.context("cannot send")
+    }
+
+    /// Waits for what the server says by itself.
+    ///
+    /// # Errors
+    /// When the connection is broken or silent.
+    pub fn hear(&mut self, limit: Duration) -> Result<Seen> {
         self.read(limit)
     }
 
