@@ -71,7 +71,7 @@ enum Phase {
     /// Last of a table, for the reason that it is the first.
     OldFloors,
 
-    /// When everything is as it will be. Whose connections are forgotten is woken anyway.
+    /// When everything is as it will be.
     Wakes,
 }
 
@@ -116,6 +116,17 @@ pub fn diff(observed: &KernelState, desired: &KernelState) -> Vec<Step> {
     for leftover in observed.leftovers.difference(&desired.leftovers) {
         steps.push((Phase::Leftovers, Step::RemoveLeftover(*leftover)));
     }
+    // Only egress pods: what they say of a connection that has ended meanwhile is INVALID, skips NAT, and is guarded.
+    let is_egress_pod = |address: &IpAddr| {
+        let family = desired.families.get(&Family::of(*address));
+        let pod = family.and_then(|family| family.firewall.pods.get(address));
+        pod.is_some_and(|pod| pod.known && opens_connections_here(pod))
+    };
+    let forgotten = steps.iter().filter_map(|(_, step)| match step {
+        Step::ForgetConnections(pod) => Some(*pod),
+        _ => None,
+    });
+    wakes.extend(forgotten.filter(is_egress_pod));
     steps.extend(wakes.into_iter().map(|pod| (Phase::Wakes, Step::Wake(pod))));
     // Stable: both families go through the phases together, so that a backend can batch them.
     steps.sort_by_key(|(phase, _)| *phase);

@@ -74,6 +74,7 @@ fn steps(from: Option<PodState>, to: Option<PodState>) -> Vec<String> {
 }
 
 const FORGET: &str = "forget the connections of pod 10.244.1.11";
+const WAKE: &str = "have pod 10.244.1.11 speak on its connections";
 
 #[test]
 fn a_new_pod_is_translated_and_known_before_it_is_marked() {
@@ -84,6 +85,7 @@ fn a_new_pod_is_translated_and_known_before_it_is_marked() {
             "know pod 10.244.1.11",
             "mark pod 10.244.1.11 with 0x100000/0xf00000",
             FORGET,
+            WAKE,
         ]
     );
 }
@@ -164,7 +166,8 @@ fn a_node_that_becomes_or_stops_being_the_gateway_forgets_the_connections() {
         [
             "no longer mark pod 10.244.1.11",
             FORGET,
-            "be the gateway of pod 10.244.1.11"
+            "be the gateway of pod 10.244.1.11",
+            WAKE,
         ]
     );
     assert_eq!(
@@ -191,7 +194,8 @@ fn a_pod_is_blocked_before_its_mark_goes_and_unblocked_after_it_is_back() {
         [
             "block pod 10.244.1.11",
             "no longer mark pod 10.244.1.11",
-            FORGET
+            FORGET,
+            WAKE,
         ]
     );
     assert_eq!(
@@ -199,7 +203,8 @@ fn a_pod_is_blocked_before_its_mark_goes_and_unblocked_after_it_is_back() {
         [
             "mark pod 10.244.1.11 with 0x100000/0xf00000",
             FORGET,
-            "unblock pod 10.244.1.11"
+            "unblock pod 10.244.1.11",
+            WAKE,
         ]
     );
 }
@@ -233,6 +238,7 @@ fn a_changed_vip_is_added_before_the_old_one_is_removed() {
             "translate pod 10.244.1.11 to 192.0.2.201",
             "no longer translate pod 10.244.1.11 to 192.0.2.200",
             FORGET,
+            WAKE,
         ]
     );
 }

@@ -160,14 +160,14 @@ fn find_family(
 pub(crate) async fn find_established(
     pods: BTreeSet<IpAddr>,
     excluded: BTreeSet<IpNet>,
-) -> Result<Vec<Flow>, ConntrackError> {
+) -> Result<BTreeSet<Flow>, ConntrackError> {
     tokio::task::spawn_blocking(move || {
         let get = NetfilterMessageInner::Conntrack(ConntrackMessage::Get(Vec::new()));
         let is_outside = |flow: &Flow| {
             let outside = flow.outside.ip();
             pods.contains(&flow.pod.ip()) && !excluded.iter().any(|net| net.contains(&outside))
         };
-        let take = |flows: &mut Vec<Flow>, answer: Message<'_>| {
+        let take = |flows: &mut BTreeSet<Flow>, answer: Message<'_>| {
             if let NetfilterMessageInner::Conntrack(ConntrackMessage::New(entry)) =
                 answer.decode()?
             {
@@ -175,7 +175,7 @@ pub(crate) async fn find_established(
             }
             Ok(())
         };
-        let mut flows = Vec::new();
+        let mut flows = BTreeSet::new();
         for family in Family::ALL {
             if pods.iter().any(|pod| Family::of(*pod) == family) {
                 flows.extend(Netfilter::open()?.dump(proto(family), &get, take)?);

@@ -202,8 +202,7 @@ pub struct NodeKernel {
     choice: String,
     /// What was left by others than the present backend; looked for until there is nothing any more.
     leftovers: Option<BTreeSet<Leftover>>,
-    /// On which connections pods are to say something when all steps are done: those that were forgotten, and those that
-    /// take another way.
+    /// Pods that are to say something when all steps are done.
     asleep: Asleep,
 }
 

@@ -35,33 +35,45 @@ const SYN: u8 = 2;
 /// A router's usual one.
 const HOPS: u8 = 64;
 
-/// What pods are to be asked about.
+/// What is to be asked.
 #[derive(Debug, Default)]
 pub(super) struct Asleep {
-    /// Connections that were forgotten.
-    pub(super) flows: BTreeSet<Flow>,
-    /// Pods, for all their connections to outside.
+    /// Which pods, about their connections to outside.
     pub(super) pods: BTreeSet<IpAddr>,
+    /// Connections that were forgotten: connection tracking does not tell of them any more.
+    pub(super) flows: BTreeSet<Flow>,
 }
 
 /// Asks the pods, now and twice more, while the caller goes on; one that is not on a link of this node is passed over.
 /// Nothing is lost but time when that fails: a pod speaks when it has something to say.
 pub(super) fn wake(asleep: Asleep, excluded: BTreeSet<IpNet>) {
     let Asleep { mut flows, pods } = asleep;
-    if flows.is_empty() && pods.is_empty() {
+    if pods.is_empty() {
         return;
     }
+    flows.retain(|flow| pods.contains(&flow.pod.ip()));
     tokio::spawn(async move {
-        match conntrack::find_established(pods, excluded).await {
-            Ok(found) => flows.extend(found),
-            Err(error) => debug!("cannot find connections of pods: {}", chain(&error)),
+        flows.extend(established(pods.clone(), &excluded).await);
+        if flows.is_empty() {
+            return;
         }
         ask(&flows).await;
         for pause in PAUSES {
             tokio::time::sleep(pause).await;
+            // What has ended is asked no more: the pod would answer with a reset that belongs to nothing.
+            let now = established(pods.clone(), &excluded).await;
+            flows.retain(|flow| now.contains(flow));
             ask(&flows).await;
         }
     });
+}
+
+async fn established(pods: BTreeSet<IpAddr>, excluded: &BTreeSet<IpNet>) -> BTreeSet<Flow> {
+    let found = conntrack::find_established(pods, excluded.clone()).await;
+    found.unwrap_or_else(|error| {
+        debug!("cannot find connections of pods: {}", chain(&error));
+        BTreeSet::new()
+    })
 }
 
 async fn ask(flows: &BTreeSet<Flow>) {

@@ -801,8 +801,8 @@ fn unlabel(lab: &Lab, vips: &[IpAddr]) -> Result<()> {
     lab.label_service("shop", false)?;
     settle_as_nodes(lab, &SHOP)?;
     for (pod, stream) in &mut streams {
-        // The server knows no connection from the node's address, and resets it: also one on which nobody says anything.
-        let answer = stream.hear(Duration::from_secs(2));
+        // The server knows no connection from the node's address, and resets it.
+        let answer = stream.ask(Duration::from_secs(2));
         let error = answer
             .err()
             .with_context(|| format!("the connection of {pod} goes on"))?;
@@ -810,7 +810,10 @@ fn unlabel(lab: &Lab, vips: &[IpAddr]) -> Result<()> {
             .downcast_ref::<std::io::Error>()
             .map(std::io::Error::kind);
         ensure!(
-            matches!(reset, Some(std::io::ErrorKind::ConnectionReset)),
+            matches!(
+                reset,
+                Some(std::io::ErrorKind::ConnectionReset | std::io::ErrorKind::BrokenPipe)
+            ),
             "the connection of {pod} does not end at once: {error:#}"
         );
     }

@@ -917,3 +917,82 @@ fn nft_the_middle_of_a_connection_begins_none() {
 fn legacy_the_middle_of_a_connection_begins_none() {
     the_middle_of_a_connection_begins_none(Mode::Legacy);
 }
+
+/// The pods of this node are on a bridge, as most CNI plugins have them.
+fn put_pods_on_a_bridge() {
+    sh("ip link set pods down; ip link set pods name pod; ip link add pods type bridge; ip link set pod master pods
+        ip addr flush dev pod; ip link set pod up; ip link set pods up
+        ip addr add 10.244.1.1/24 dev pods; ip addr add fd00:10:244:1::1/64 dev pods nodad
+        sysctl -qw net.bridge.bridge-nf-call-iptables=1 net.bridge.bridge-nf-call-ip6tables=1 2>/dev/null || true");
+}
+
+/// A gateway that is new knows nothing of connections on which only the server has something to say.
+fn a_pod_that_says_nothing_is_woken(connect_pods: fn()) {
+    in_namespace(move || async move {
+        connect_hosts(Mode::Own);
+        connect_pods();
+        prepare_gateway();
+        let servers = on("outside", || {
+            OUTSIDE.map(|address| TcpListener::bind((ip(address), 7)).unwrap())
+        });
+        let mut kernel = open(Mode::Own).await;
+        reach(&mut kernel, &labelled(12)).await;
+        let vips: BTreeSet<IpAddr> = Family::ALL.map(|f| vip(f, 0)).into();
+        let mut connections = Open::by(12);
+        assert_eq!(connections.arrive(12, &vips), vips);
+        let accepted = servers.map(|server| server.accept().unwrap().0);
+        connections.udp.clear();
+        // Until everything that was sent is acknowledged.
+        while !seen().is_empty() {
+            std::thread::sleep(Duration::from_millis(300));
+        }
+        sh("ip netns exec gateway conntrack -F 2>/dev/null");
+        std::thread::sleep(Duration::from_millis(500));
+        assert_eq!(
+            seen(),
+            BTreeSet::new(),
+            "the pod has something to say by itself"
+        );
+
+        let wakes = Family::ALL.map(|family| Step::Wake(pod(family, 12)));
+        apply(&mut kernel, &wakes, &labelled(12)).await;
+        let deadline = Instant::now() + Duration::from_secs(3);
+        let mut woken = BTreeSet::new();
+        while woken != vips && Instant::now() < deadline {
+            woken.extend(seen());
+        }
+        assert_eq!(woken, vips);
+        // So the new gateway knows the way back.
+        for mut stream in &accepted {
+            stream.write_all(b"late").unwrap();
+        }
+        for mut stream in &connections.tcp {
+            stream.set_nonblocking(false).unwrap();
+            stream
+                .set_read_timeout(Some(Duration::from_secs(5)))
+                .unwrap();
+            let mut word = [0; 4];
+            stream.read_exact(&mut word).unwrap();
+            assert_eq!(&word, b"late");
+        }
+        // What the pod said was no answer: nothing began at the server.
+        for (name, family) in [("ipv4", Family::V4), ("ipv6", Family::V6)] {
+            let all = sh(&format!("conntrack -L -f {name} -p tcp 2>/dev/null"));
+            let opened_by = all
+                .split_whitespace()
+                .find_map(|word| word.strip_prefix("src="));
+            let pod = pod(family, 12).to_string();
+            assert_eq!((all.lines().count(), opened_by), (1, Some(&*pod)), "{all}");
+        }
+    });
+}
+
+#[test]
+fn a_pod_on_a_link_that_says_nothing_is_woken() {
+    a_pod_that_says_nothing_is_woken(|| {});
+}
+
+#[test]
+fn a_pod_on_a_bridge_that_says_nothing_is_woken() {
+    a_pod_that_says_nothing_is_woken(put_pods_on_a_bridge);
+}

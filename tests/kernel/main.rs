@@ -56,7 +56,9 @@ fn in_namespace<F: Future<Output = ()>>(test: impl FnOnce() -> F + Send + 'stati
             "ip link set lo up; ip link add eth0 type veth peer name wire; ip link set wire up; ip link set eth0 up;
             ip addr add 192.0.2.11/24 dev eth0; ip addr add 2001:db8:1::11/64 dev eth0 nodad",
         );
-        let runtime = tokio::runtime::Builder::new_current_thread()
+        // What goes on beside a test goes on while it looks at something.
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
             .enable_all()
             .build();
         runtime.unwrap().block_on(test());

@@ -1,3 +1,5 @@
+use metaleg::state::Step;
+
 use super::*;
 
 #[test]
@@ -71,7 +73,8 @@ fn a_gateway_is_replaced_without_a_moment_without_one() {
             let table = routes.tables.get_mut(&TableId(100_001)).unwrap();
             table.gateway.as_mut().unwrap().via = ip(via);
         }
-        let steps = diff(&example(), &moved);
+        let mut steps = diff(&example(), &moved);
+        steps.retain(|step| !matches!(step, Step::Wake(_)));
         assert_eq!(steps.len(), 2, "{steps:?}");
         reach(&mut kernel, &moved).await;
         assert_eq!(
