@@ -370,24 +370,12 @@ pub(crate) fn deaths(suite: &mut Suite, lab: &mut Lab) {
     mending_row(
         suite,
         lab,
-        "MetalLB has lost its object, the announcer's speaker restarts: the wire is enough",
+        "MetalLB's object is lost, the announcer's speaker restarts: the wire is enough",
         |lab| {
-            let named = lab.status_names("shop")?;
-            ensure!(named.is_empty(), "MetalLB's objects name {named:?}");
-            let mut watch = Watch::start(lab, &SHOP, vips.clone(), &mut table)?;
-            watch.unbroken(lab, "MetalLB's object is lost", |_| {
-                std::thread::sleep(SHORT_GRACE.1);
-                Ok(None)
-            })?;
-            watch.unbroken(lab, "speaker restarts", |lab| {
-                let from = lab.wait_for_announcer(vips[0], None)?;
-                let speaker = format!("speaker-node{from}");
-                lab.kill(&speaker)?;
-                lab.restart(&speaker)?;
-                let to = lab.wait_for_announcer(vips[0], None)?;
-                Ok(Some((from, to)))
-            })?;
-            Ok(())
+            lab.lose_statuses("shop")?;
+            let result = without_statuses(lab, &vips, &mut table);
+            lab.allow_statuses()?;
+            result
         },
     );
     mending_row(
@@ -569,6 +557,26 @@ fn late_answers(lab: &Lab, vips: &[IpAddr]) -> Result<()> {
         let vip = vip_of(vips, *family)?;
         ensure!(seen.address() == Some(vip), "{pod} is seen as {seen}");
     }
+    Ok(())
+}
+
+/// MetalLB's objects name nobody, for longer than the grace period.
+fn without_statuses(lab: &mut Lab, vips: &[IpAddr], table: &mut Table) -> Result<()> {
+    let mut watch = Watch::start(lab, &SHOP, vips.to_vec(), table)?;
+    watch.unbroken(lab, "MetalLB's object is lost", |_| {
+        std::thread::sleep(SHORT_GRACE.1);
+        Ok(None)
+    })?;
+    watch.unbroken(lab, "speaker restarts", |lab| {
+        let from = lab.wait_for_announcer(vips[0], None)?;
+        let speaker = format!("speaker-node{from}");
+        lab.kill(&speaker)?;
+        lab.restart(&speaker)?;
+        let to = lab.wait_for_announcer(vips[0], None)?;
+        Ok(Some((from, to)))
+    })?;
+    let named = lab.status_names("shop")?;
+    ensure!(named.is_empty(), "MetalLB's objects name {named:?}");
     Ok(())
 }
 

@@ -22,6 +22,9 @@ use crate::probe::PORT;
 
 /// `ETH_P_ALL` of if_ether.h.
 const EVERYTHING: u16 = 3;
+/// What a node's own packets begin with (`ip_default_ttl`): it resets what it knows nothing of, such as the answer to a
+/// connection that was forgotten.
+const HOPS: u8 = 64;
 /// Holds what comes while the machine is busy with something else.
 const BUFFER_BYTES: usize = 16 << 20;
 
@@ -160,8 +163,8 @@ impl Drop for Capture {
     }
 }
 
-/// A TCP or UDP packet to a server's port, unless the frame goes to a node or to everybody: on its way
-/// to a gateway a packet may have its pod's address.
+/// A TCP or UDP packet to a server's port that the node has forwarded, unless the frame goes to a node or to everybody: on
+/// its way to a gateway a packet may have its pod's address.
 fn outbound(frame: &[u8]) -> Option<Packet> {
     let (to, rest) = frame.split_first_chunk::<6>()?;
     let is_for_a_node = (1..=net::MOST_NODES).any(|n| net::node_mac_bytes(n) == *to);
@@ -169,18 +172,21 @@ fn outbound(frame: &[u8]) -> Option<Packet> {
         return None;
     }
     let (kind, packet) = rest.get(6..)?.split_first_chunk::<2>()?;
+    let hops;
     let (source, to, protocol, payload) = match u16::from_be_bytes(*kind) {
         0x0800 => {
             let words = usize::from(packet.first()? & 0x0f);
             let (source, rest) = packet.get(12..)?.split_first_chunk::<4>()?;
             let to = Ipv4Addr::from(*rest.first_chunk::<4>()?).into();
             let source: IpAddr = Ipv4Addr::from(*source).into();
+            hops = *packet.get(8)?;
             (source, to, *packet.get(9)?, packet.get(words * 4..)?)
         }
         0x86dd => {
             let (source, rest) = packet.get(8..)?.split_first_chunk::<16>()?;
             let to = Ipv6Addr::from(*rest.first_chunk::<16>()?).into();
             let source: IpAddr = Ipv6Addr::from(*source).into();
+            hops = *packet.get(7)?;
             (source, to, *packet.get(6)?, packet.get(40..)?)
         }
         _ => return None,
@@ -196,7 +202,7 @@ fn outbound(frame: &[u8]) -> Option<Packet> {
         17 => None,
         _ => return None,
     };
-    (port(2)? == PORT).then_some(Packet {
+    (port(2)? == PORT && hops < HOPS).then_some(Packet {
         source: SocketAddr::new(source, port(0)?),
         to: SocketAddr::new(to, PORT),
         flags,

@@ -243,6 +243,7 @@ const SLICES: &str = "/apis/discovery.k8s.io/v1/namespaces/default/endpointslice
 /// A label that means nothing.
 const HEARD: &str = "heard";
 const DAEMONSET: &str = "/apis/apps/v1/namespaces/metallb-system/daemonsets/metaleg-agent";
+const SPEAKER_ROLE: &str = "/apis/rbac.authorization.k8s.io/v1/clusterroles/metallb-system:speaker";
 const PODS: &str = "/api/v1/namespaces/default/pods";
 /// How long anything of the cluster may take to come about.
 pub const SOON: Duration = Duration::from_secs(20);
@@ -1075,6 +1076,44 @@ impl Lab {
             )
         };
         Ok(items.iter().filter_map(label).collect())
+    }
+
+    /// Removes MetalLB's objects about a Service's announcer, and lets speakers write none until [`Lab::allow_statuses`].
+    ///
+    /// # Errors
+    /// With the API server's reason.
+    pub fn lose_statuses(&self, service: &str) -> Result<()> {
+        let role = self.api.get(SPEAKER_ROLE)?;
+        let rules = role["rules"].as_array().into_iter().flatten();
+        let is_of_statuses = |rule: &&Value| {
+            let mut kinds = rule["resources"].as_array().into_iter().flatten();
+            kinds.any(|kind| *kind == "servicel2statuses")
+        };
+        let others: Vec<&Value> = rules.filter(|rule| !is_of_statuses(rule)).collect();
+        self.api.patch(SPEAKER_ROLE, &json!({"rules": others}))?;
+        let of_service = format!("--selector=metallb.io/service-name={service}");
+        eventually(SOON, "MetalLB's objects are lost", || {
+            let delete = ["delete", "servicel2statuses.metallb.io", &of_service];
+            self.kubectl(&[&["-n", "metallb-system"], &delete[..]].concat())?;
+            // A speaker that has not heard yet that it may not writes it again at once.
+            std::thread::sleep(QUIET);
+            Ok(self.status_names(service)?.is_empty().then_some(()))
+        })
+    }
+
+    /// Lets speakers write their objects again.
+    ///
+    /// # Errors
+    /// With the API server's reason.
+    pub fn allow_statuses(&self) -> Result<()> {
+        let kinds = ["servicel2statuses", "servicel2statuses/status"];
+        let mut rules = self.api.get(SPEAKER_ROLE)?["rules"].clone();
+        let rule = json!({"apiGroups": ["metallb.io"], "resources": kinds, "verbs": ["*"]});
+        rules
+            .as_array_mut()
+            .context("a role without rules")?
+            .push(rule);
+        self.api.patch(SPEAKER_ROLE, &json!({"rules": rules}))
     }
 
     /// Says whether a node may announce VIPs.
