@@ -1083,14 +1083,7 @@ impl Lab {
     /// # Errors
     /// With the API server's reason.
     pub fn lose_statuses(&self, service: &str) -> Result<()> {
-        let role = self.api.get(SPEAKER_ROLE)?;
-        let rules = role["rules"].as_array().into_iter().flatten();
-        let is_of_statuses = |rule: &&Value| {
-            let mut kinds = rule["resources"].as_array().into_iter().flatten();
-            kinds.any(|kind| *kind == "servicel2statuses")
-        };
-        let others: Vec<&Value> = rules.filter(|rule| !is_of_statuses(rule)).collect();
-        self.api.patch(SPEAKER_ROLE, &json!({"rules": others}))?;
+        self.let_speakers(&["get", "list", "watch"])?;
         let of_service = format!("--selector=metallb.io/service-name={service}");
         eventually(SOON, "MetalLB's objects are lost", || {
             let delete = ["delete", "servicel2statuses.metallb.io", &of_service];
@@ -1106,13 +1099,18 @@ impl Lab {
     /// # Errors
     /// With the API server's reason.
     pub fn allow_statuses(&self) -> Result<()> {
-        let kinds = ["servicel2statuses", "servicel2statuses/status"];
+        self.let_speakers(&["*"])
+    }
+
+    /// What speakers may do with their objects.
+    fn let_speakers(&self, verbs: &[&str]) -> Result<()> {
         let mut rules = self.api.get(SPEAKER_ROLE)?["rules"].clone();
-        let rule = json!({"apiGroups": ["metallb.io"], "resources": kinds, "verbs": ["*"]});
-        rules
-            .as_array_mut()
-            .context("a role without rules")?
-            .push(rule);
+        for rule in rules.as_array_mut().context("a role without rules")? {
+            let kinds = rule["resources"].as_array().into_iter().flatten();
+            if kinds.into_iter().any(|kind| *kind == "servicel2statuses") {
+                rule["verbs"] = json!(verbs);
+            }
+        }
         self.api.patch(SPEAKER_ROLE, &json!({"rules": rules}))
     }
 
