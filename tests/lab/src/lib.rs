@@ -764,8 +764,6 @@ impl Lab {
     pub fn replace_pod(&mut self, old: &str, new: &str, app: &str) -> Result<()> {
         let (n, node) = (self.pod(old)?.number, self.pod(old)?.node);
         self.delete_pod(old)?;
-        // The kernel takes its time with the network of a process that has ended.
-        self.node(node).output(&format!("ip link del pod{n}"))?;
         self.create_pod_numbered(n, new, node, app)
     }
 
@@ -824,14 +822,18 @@ impl Lab {
         )
     }
 
-    /// Ends a pod.
+    /// Ends a pod: as with a kubelet, its object goes when nothing of it runs any more.
     ///
     /// # Errors
     /// With the API server's reason.
     pub fn delete_pod(&mut self, name: &str) -> Result<()> {
-        self.api.delete(&format!("{PODS}/{name}"))?;
-        self.pods.retain(|pod| pod.name != name);
-        Ok(())
+        if let Some(at) = self.pods.iter().position(|pod| pod.name == name) {
+            let pod = self.pods.remove(at);
+            // The kernel takes its time with the network of a process that has ended.
+            let unplug = format!("ip link del pod{}", pod.number);
+            self.node(pod.node).output(&unplug)?;
+        }
+        self.api.delete(&format!("{PODS}/{name}"))
     }
 
     /// Creates a LoadBalancer Service and waits for its VIPs.
