@@ -718,6 +718,19 @@ impl Open {
         })
     }
 
+    /// Waits until the server's word has come on all of TCP.
+    fn hear(&self, expected: &[u8; 4]) {
+        for mut stream in &self.tcp {
+            stream.set_nonblocking(false).unwrap();
+            stream
+                .set_read_timeout(Some(Duration::from_secs(5)))
+                .unwrap();
+            let mut word = [0; 4];
+            stream.read_exact(&mut word).unwrap();
+            assert_eq!(&word, expected);
+        }
+    }
+
     /// Sends on all of them, and as somebody new.
     fn send(&self, last: u8) {
         let sockets = on("pods", || {
@@ -897,15 +910,7 @@ fn the_middle_of_a_connection_begins_none(mode: Mode) {
 
         // The pod's own next word takes them up.
         assert_eq!(connections.arrive(12, &vips), vips);
-        for mut stream in &connections.tcp {
-            stream.set_nonblocking(false).unwrap();
-            stream
-                .set_read_timeout(Some(Duration::from_secs(5)))
-                .unwrap();
-            let mut word = [0; 4];
-            stream.read_exact(&mut word).unwrap();
-            assert_eq!(&word, b"late");
-        }
+        connections.hear(b"late");
     });
 }
 
@@ -982,15 +987,7 @@ fn a_pod_that_says_nothing_is_woken(connect_pods: fn()) {
         for mut stream in &accepted {
             stream.write_all(b"late").unwrap();
         }
-        for mut stream in &connections.tcp {
-            stream.set_nonblocking(false).unwrap();
-            stream
-                .set_read_timeout(Some(Duration::from_secs(5)))
-                .unwrap();
-            let mut word = [0; 4];
-            stream.read_exact(&mut word).unwrap();
-            assert_eq!(&word, b"late");
-        }
+        connections.hear(b"late");
         // What the pod said was no answer: nothing began at the server.
         for (name, family) in [("ipv4", Family::V4), ("ipv6", Family::V6)] {
             let all = sh(&format!("conntrack -L -f {name} -p tcp 2>/dev/null"));
