@@ -17,19 +17,20 @@ use ipnet::IpNet;
 use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
-use crate::agent::lan::Lan;
+use crate::agent::lan::LanSide;
+use crate::announcers::{Announcers, Resolved};
+use crate::cluster::View;
+use crate::cluster::watch::Cluster;
 use crate::diff::diff;
 use crate::error::chain;
 use crate::kernel::{self, Kernel, StepError};
+use crate::lan::Lan;
+use crate::names::{Interface, NodeName};
 use crate::plan::slots::Slots;
 use crate::plan::{Desired, plan};
 use crate::report::{Outcome, Report, events};
 use crate::settings::Settings;
 use crate::state::{Executor, Family, KernelState, RuleAction, Step, TableId};
-use crate::view::announcers::{Announcers, Resolved};
-use crate::view::watch::Cluster;
-use crate::view::{Link, NodeName, View};
-use crate::wire::Wire;
 
 /// First pause after a failed pass; it doubles up to [`LONGEST_PAUSE`].
 const SHORTEST_PAUSE: Duration = Duration::from_millis(500);
@@ -45,7 +46,7 @@ struct Agent<'a, K> {
     cluster: &'a Cluster,
     report: &'a Report,
     kernel: &'a mut K,
-    lan: Lan<'a>,
+    lan: LanSide<'a>,
     announcers: Announcers,
     /// What the kernel holds as far as confirmed; `None` when in doubt.
     confirmed: Option<Confirmed>,
@@ -60,7 +61,7 @@ struct Agent<'a, K> {
 #[derive(Debug)]
 struct Confirmed {
     state: KernelState,
-    links: Vec<Link>,
+    links: Vec<Interface>,
     /// Tables that others use.
     occupied: BTreeSet<(Family, TableId)>,
 }
@@ -79,7 +80,7 @@ pub async fn run<K: Kernel>(
     cluster: &Arc<Cluster>,
     report: &Report,
     kernel: &mut K,
-    wire: Option<&Wire>,
+    wire: Option<&Lan>,
     shutdown: impl Future<Output = ()>,
 ) {
     let mut shutdown = pin!(shutdown);
@@ -96,7 +97,7 @@ pub async fn run<K: Kernel>(
         cluster,
         report,
         kernel,
-        lan: Lan::new(settings, report, wire),
+        lan: LanSide::new(settings, report, wire),
         announcers: Announcers::new(settings.node_name.clone(), settings.grace),
         confirmed: None,
         last: None,
@@ -129,8 +130,8 @@ pub async fn run<K: Kernel>(
             () = &mut shutdown => return,
             () = cluster.changed() => reason = "cluster",
             () = agent.lan.changed() => reason = "wire",
-            () = agent.kernel.disturbed() => {
-                reason = "disturbed";
+            () = agent.kernel.drifted() => {
+                reason = "drifted";
                 agent.confirmed = None;
             }
             () = tokio::time::sleep_until(wake_at) => {
@@ -235,7 +236,7 @@ impl<K: Kernel> Agent<'_, K> {
         let matters = |failure: &StepError| {
             !matches!(
                 failure.step.executor(),
-                Executor::Routes | Executor::Leftovers
+                Executor::Routes | Executor::Remnants
             )
         };
         if !failed.iter().any(matters) {
@@ -304,7 +305,7 @@ fn executor(step: &Step) -> &'static str {
         Executor::Routes => "routes",
         Executor::Firewall => "firewall",
         Executor::Conntrack => "conntrack",
-        Executor::Leftovers => "leftovers",
+        Executor::Remnants => "remnants",
     }
 }
 
@@ -338,7 +339,7 @@ fn gateway_in(
 ) -> Option<NodeName> {
     let family = observed.families.get(&Family::of(pod))?;
     let state = family.firewall.pods.get(&pod)?;
-    if state.gatewayed {
+    if state.gateway_here {
         return Some(settings.node_name.clone());
     }
     let mark = state.mark?;

@@ -20,7 +20,7 @@ enum Phase {
     /// A `goto` to a rule that does not exist yet matches nothing.
     RuleTargets,
     /// A table without it is open: the lookup falls through to `main`.
-    Floors,
+    Fallbacks,
     Gateways,
     LookupRules,
     OtherRules,
@@ -61,7 +61,7 @@ enum Phase {
     OldVips,
     OldSkeletons,
     /// When ours does all of the work. Chains of a backend come before their sets.
-    Leftovers,
+    Remnants,
 
     /// From here on nothing is marked for what goes away.
     OldLookupRules,
@@ -69,7 +69,7 @@ enum Phase {
     OldRuleTargets,
     OldGateways,
     /// Last of a table, for the reason that it is the first.
-    OldFloors,
+    OldFallbacks,
 
     /// When everything is as it will be.
     Wakes,
@@ -95,7 +95,7 @@ pub fn diff(observed: &KernelState, desired: &KernelState) -> Vec<Step> {
         );
         // What was opened to a destination that is egress again has the source that others gave it.
         strays |= becomes_egress(&from.firewall, &to.firewall);
-        steps.extend(becomes_inside(&from.firewall, &to.firewall));
+        steps.extend(newly_excluded(&from.firewall, &to.firewall));
         let (old, new) = (Ways::of(from), Ways::of(to));
         wakes.extend(
             new.pods()
@@ -107,20 +107,20 @@ pub fn diff(observed: &KernelState, desired: &KernelState) -> Vec<Step> {
         let pods = firewalls().flat_map(|firewall| &firewall.pods);
         let sources = pods.filter_map(|(pod, state)| Some((*pod, source(*pod, state)?)));
         let vips = firewalls().flat_map(|firewall| &firewall.vips).copied();
-        let step = Step::ForgetStrays {
+        let step = Step::ForgetWrongSource {
             sources: sources.collect(),
             vips: vips.collect(),
         };
         steps.push((Phase::Connections, step));
     }
-    for leftover in observed.leftovers.difference(&desired.leftovers) {
-        steps.push((Phase::Leftovers, Step::RemoveLeftover(*leftover)));
+    for remnant in observed.remnants.difference(&desired.remnants) {
+        steps.push((Phase::Remnants, Step::RemoveRemnant(*remnant)));
     }
     // Only egress pods: what they say of a connection that has ended meanwhile is INVALID, skips NAT, and is guarded.
     let is_egress_pod = |address: &IpAddr| {
         let family = desired.families.get(&Family::of(*address));
         let pod = family.and_then(|family| family.firewall.pods.get(address));
-        pod.is_some_and(|pod| pod.known && opens_connections_here(pod))
+        pod.is_some_and(|pod| pod.egress && opens_connections_here(pod))
     };
     let forgotten = steps.iter().filter_map(|(_, step)| match step {
         Step::ForgetConnections(pod) => Some(*pod),
@@ -157,10 +157,10 @@ fn routes(family: Family, from: &RouteState, to: &RouteState, steps: &mut Steps)
     let ids: BTreeSet<_> = from.tables.keys().chain(to.tables.keys()).collect();
     for id in ids {
         let (old, new) = (from.tables.get(id), to.tables.get(id));
-        let floor = |table: Option<&crate::state::Table>| table.is_some_and(|t| t.floor);
-        match (floor(old), floor(new)) {
-            (false, true) => steps.push((Phase::Floors, Step::AddFloor(family, *id))),
-            (true, false) => steps.push((Phase::OldFloors, Step::RemoveFloor(family, *id))),
+        let fallback = |table: Option<&crate::state::Table>| table.is_some_and(|t| t.fallback);
+        match (fallback(old), fallback(new)) {
+            (false, true) => steps.push((Phase::Fallbacks, Step::AddFallback(family, *id))),
+            (true, false) => steps.push((Phase::OldFallbacks, Step::RemoveFallback(family, *id))),
             _ => {}
         }
         let old = old.and_then(|table| table.gateway.as_ref());
@@ -228,18 +228,18 @@ fn firewall(
         let old = from.pods.get(address).unwrap_or(&none);
         let new = to.pods.get(address).unwrap_or(&none);
         // A run that died may have unmarked a pod and not come to forget its connections.
-        let leaves = doubt && old.known && !new.known;
+        let leaves = doubt && old.egress && !new.egress;
         pod(*address, old, new, leaves, steps);
     }
 }
 
 fn pod(address: IpAddr, from: &PodState, to: &PodState, must_forget: bool, steps: &mut Steps) {
-    match (from.known, to.known) {
+    match (from.egress, to.egress) {
         (false, true) => steps.push((Phase::Knowledge, Step::Know(address))),
         (true, false) => steps.push((Phase::Unknowledge, Step::Unknow(address))),
         _ => {}
     }
-    match (from.free, to.free) {
+    match (from.ordinary, to.ordinary) {
         (false, true) => steps.push((Phase::Knowledge, Step::Free(address))),
         (true, false) => steps.push((Phase::Unknowledge, Step::Unfree(address))),
         _ => {}
@@ -260,8 +260,8 @@ fn pod(address: IpAddr, from: &PodState, to: &PodState, must_forget: bool, steps
         (Some(_), None) => steps.push((Phase::Marks, Step::Unmark(address))),
         _ => {}
     }
-    let becomes_gateway = to.gatewayed && (!from.gatewayed || from.interrupted);
-    match (from.gatewayed, to.gatewayed) {
+    let becomes_gateway = to.gateway_here && (!from.gateway_here || from.interrupted);
+    match (from.gateway_here, to.gateway_here) {
         (_, true) if becomes_gateway => steps.push((Phase::Gatewayships, Step::Gateway(address))),
         (true, false) => steps.push((Phase::Gatewayships, Step::Ungateway(address))),
         _ => {}
@@ -275,7 +275,7 @@ fn pod(address: IpAddr, from: &PodState, to: &PodState, must_forget: bool, steps
     // keep it for ever, with identity it would leak. And a gateway that is none any more has no use for them.
     let changed = translation(from) != translation(to);
     let uses_this_node = opens_connections_here(from) || opens_connections_here(to);
-    let loses_another_nodes_pod = from.gatewayed && !to.gatewayed && to.mark.is_none();
+    let loses_another_nodes_pod = from.gateway_here && !to.gateway_here && to.mark.is_none();
     if must_forget || (uses_this_node && changed) || loses_another_nodes_pod {
         steps.push((Phase::Connections, Step::ForgetConnections(address)));
     } else if let (true, Some(source)) = (becomes_gateway, to.vips.first()) {
@@ -322,16 +322,16 @@ impl<'a> Ways<'a> {
 
 /// What ends when destinations are excluded: egress connections to them would go on past their gateway, and show the
 /// pod's own address.
-fn becomes_inside(from: &FirewallState, to: &FirewallState) -> Option<(Phase, Step)> {
+fn newly_excluded(from: &FirewallState, to: &FirewallState) -> Option<(Phase, Step)> {
     let nets = to
         .excluded
         .iter()
         .flat_map(|net| without(*net, &from.excluded));
     let nets: BTreeSet<IpNet> = nets.collect();
-    let pods = from.pods.iter().filter(|(_, pod)| pod.known);
+    let pods = from.pods.iter().filter(|(_, pod)| pod.egress);
     let pods: BTreeSet<IpAddr> = pods.map(|(address, _)| *address).collect();
     let is_needed = !pods.is_empty() && !nets.is_empty();
-    is_needed.then_some((Phase::Connections, Step::ForgetInside { pods, nets }))
+    is_needed.then_some((Phase::Connections, Step::ForgetNewlyExcluded { pods, nets }))
 }
 
 /// The parts of a network that are in none of the others.
@@ -364,7 +364,7 @@ enum Translation<'a> {
 }
 
 fn translation(pod: &PodState) -> Translation<'_> {
-    if !pod.known {
+    if !pod.egress {
         Translation::None
     } else if pod.mark.is_some() {
         Translation::Identity
@@ -378,7 +378,7 @@ fn translation(pod: &PodState) -> Translation<'_> {
 fn source(address: IpAddr, pod: &PodState) -> Option<IpAddr> {
     if pod.mark.is_some() {
         Some(address)
-    } else if pod.gatewayed {
+    } else if pod.gateway_here {
         pod.vips.first().copied()
     } else {
         None
@@ -387,7 +387,7 @@ fn source(address: IpAddr, pod: &PodState) -> Option<IpAddr> {
 
 /// Whether connections of the pod pass this node: it is here, or its gateway is.
 fn opens_connections_here(pod: &PodState) -> bool {
-    pod.mark.is_some() || pod.gatewayed || pod.blocked
+    pod.mark.is_some() || pod.gateway_here || pod.blocked
 }
 
 fn changes<T: Ord + Copy>(

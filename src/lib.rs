@@ -28,7 +28,7 @@
 //! # Layout
 //!
 //! * [`settings`]: what the operator asks for; the only place that reads the environment.
-//! * [`view`]: Kubernetes objects reduced to facts; [`view::watch`] alone reads from the API server.
+//! * [`view`]: Kubernetes objects reduced to facts; [`cluster::watch`] alone reads from the API server.
 //! * [`wire`]: who announces a VIP, as heard on the LAN.
 //! * [`mod@plan`]: every rule of the product, and why. Pure.
 //! * [`state`]: what a kernel holds, and the steps that change it.
@@ -43,22 +43,24 @@
 //!
 //! *VIP*: the address that MetalLB gives a Service. *Announcer*: the node that answers for it on the LAN.
 //! *Gateway*: the announcer, as the pods' way out. *Slot*: a gateway's mark and routing table on one node.
-//! *Claim*: somebody's word that it announces a VIP. *Leftover*: what another backend or an earlier release left.
+//! *Claim*: somebody's word that it announces a VIP. *Remnant*: what another backend or an earlier release left.
 //! *Excluded*: destinations that are not egress. *Egress pod*: a pod of a labelled Service. *Free pod*: one that is known
 //! not to be. *Programmed*: a node whose kernel its agent has made what it should be, since the node was booted.
 
 pub mod agent;
-pub mod client;
+pub mod announcers;
+pub mod cluster;
 pub mod commands;
 pub mod diff;
 mod error;
+pub mod ethernet;
 pub mod kernel;
+pub mod lan;
+pub mod names;
 pub mod plan;
 pub mod report;
 pub mod settings;
 pub mod state;
-pub mod view;
-pub mod wire;
 
 #[cfg(test)]
 mod tests {

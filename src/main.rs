@@ -8,14 +8,14 @@ use std::sync::Arc;
 use anyhow::{Context, Result};
 
 use metaleg::agent;
-use metaleg::client;
+use metaleg::cluster::client;
+use metaleg::cluster::leases::BootId;
+use metaleg::cluster::watch::{self, Cluster};
 use metaleg::commands;
 use metaleg::kernel::NodeKernel;
+use metaleg::lan::Lan;
 use metaleg::report::{self, Report, events, health, metrics};
 use metaleg::settings::{Action, LogFormat, PlanFormat, Settings, SettingsError};
-use metaleg::view::leases::BootId;
-use metaleg::view::watch::{self, Cluster};
-use metaleg::wire::Wire;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::info;
 use tracing_subscriber::EnvFilter;
@@ -131,7 +131,7 @@ async fn run(settings: &Settings) -> Result<()> {
         &cluster,
     );
     let wire = match settings.wire {
-        true => Some(Wire::start().context("cannot listen on the LAN")?),
+        true => Some(Lan::start().context("cannot listen on the LAN")?),
         false => None,
     };
     agent::run(

@@ -15,8 +15,8 @@ use clap::{Arg, Command};
 use ipnet::IpNet;
 use tracing_subscriber::EnvFilter;
 
+use crate::names::NodeName;
 use crate::state::Mark;
-use crate::view::NodeName;
 
 /// A setting as operators see it.
 #[derive(Clone, Copy, Debug)]

@@ -148,7 +148,7 @@ impl fmt::Display for NextHop {
 pub struct Table {
     /// The `unreachable` default route with the worst metric is there: without it a table that lost its
     /// gateway is empty, the lookup falls through to `main`, and the packet leaks.
-    pub floor: bool,
+    pub fallback: bool,
     /// The default route to the gateway.
     pub gateway: Option<NextHop>,
 }
@@ -178,20 +178,20 @@ pub enum Skeleton {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct PodState {
     /// An egress pod: its connections pass our NAT, and what escapes it is dropped.
-    pub known: bool,
+    pub egress: bool,
     /// The VIPs that it is translated to when it is not marked: one, or two in the middle of a change.
     pub vips: BTreeSet<IpAddr>,
     /// The mark that routes it to its gateway; none where this node is the gateway or the pod is elsewhere.
     pub mark: Option<Mark>,
     /// This node is the pod's gateway. Kept in the kernel so that a restarted agent knows whose connections
     /// became stale while it was away.
-    pub gatewayed: bool,
+    pub gateway_here: bool,
     /// For a while this node may have been no gateway of it. Only the agent knows, see [`KernelState::interrupt`].
     pub interrupted: bool,
     /// It has no way out: rejected.
     pub blocked: bool,
     /// Known to be no egress pod; told only where pods wait for that.
-    pub free: bool,
+    pub ordinary: bool,
 }
 
 /// Firewall of one family.
@@ -222,7 +222,7 @@ pub struct FamilyState {
 
 /// What does our work in another way: left by a start with another backend, or by an earlier release.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Leftover {
+pub enum Remnant {
     /// The table of the nftables backend.
     Nftables,
     /// Chains of the iptables backend on nf_tables.
@@ -241,20 +241,20 @@ pub struct KernelState {
     /// By family.
     pub families: BTreeMap<Family, FamilyState>,
     /// What is to go when the families are as wanted.
-    pub leftovers: BTreeSet<Leftover>,
+    pub remnants: BTreeSet<Remnant>,
     /// Connections may have been opened under other rules than these: before the agent was started, while
     /// something was damaged, or before a step that failed.
     pub doubt: bool,
 }
 
-impl fmt::Display for Leftover {
+impl fmt::Display for Remnant {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Leftover::Nftables => "the table of the nftables backend",
-            Leftover::IptablesNft => "the chains of the iptables backend in nf_tables mode",
-            Leftover::IptablesLegacy => "the chains of the iptables backend in legacy mode",
-            Leftover::Ipsets => "the sets of the iptables backend",
-            Leftover::EarlierRelease => "what a release before 0.3 left",
+            Remnant::Nftables => "the table of the nftables backend",
+            Remnant::IptablesNft => "the chains of the iptables backend in nf_tables mode",
+            Remnant::IptablesLegacy => "the chains of the iptables backend in legacy mode",
+            Remnant::Ipsets => "the sets of the iptables backend",
+            Remnant::EarlierRelease => "what a release before 0.3 left",
         })
     }
 }
@@ -275,8 +275,10 @@ impl KernelState {
             Step::RemoveRule(family, rule) => {
                 self.family(*family).routes.rules.remove(rule);
             }
-            Step::AddFloor(family, table) => self.table(*family, *table, |t| t.floor = true),
-            Step::RemoveFloor(family, table) => self.table(*family, *table, |t| t.floor = false),
+            Step::AddFallback(family, table) => self.table(*family, *table, |t| t.fallback = true),
+            Step::RemoveFallback(family, table) => {
+                self.table(*family, *table, |t| t.fallback = false)
+            }
             Step::SetGateway(table, hop) => {
                 self.table(Family::of(hop.via), *table, |t| {
                     t.gateway = Some(hop.clone())
@@ -326,8 +328,8 @@ impl KernelState {
             Step::RemoveLocalPods(net) => {
                 self.firewall(net.addr()).local_pods.remove(net);
             }
-            Step::Know(pod) => self.pod(*pod, |p| p.known = true),
-            Step::Unknow(pod) => self.pod(*pod, |p| p.known = false),
+            Step::Know(pod) => self.pod(*pod, |p| p.egress = true),
+            Step::Unknow(pod) => self.pod(*pod, |p| p.egress = false),
             Step::Translate { pod, vip } => self.pod(*pod, |p| {
                 p.vips.insert(*vip);
             }),
@@ -336,21 +338,23 @@ impl KernelState {
             }),
             Step::Mark { pod, mark } => self.pod(*pod, |p| p.mark = Some(*mark)),
             Step::Unmark(pod) => self.pod(*pod, |p| p.mark = None),
-            Step::Gateway(pod) => self.pod(*pod, |p| (p.gatewayed, p.interrupted) = (true, false)),
+            Step::Gateway(pod) => {
+                self.pod(*pod, |p| (p.gateway_here, p.interrupted) = (true, false))
+            }
             Step::Ungateway(pod) => {
-                self.pod(*pod, |p| (p.gatewayed, p.interrupted) = (false, false))
+                self.pod(*pod, |p| (p.gateway_here, p.interrupted) = (false, false))
             }
             Step::Block(pod) => self.pod(*pod, |p| p.blocked = true),
             Step::Unblock(pod) => self.pod(*pod, |p| p.blocked = false),
-            Step::Free(pod) => self.pod(*pod, |p| p.free = true),
-            Step::Unfree(pod) => self.pod(*pod, |p| p.free = false),
+            Step::Free(pod) => self.pod(*pod, |p| p.ordinary = true),
+            Step::Unfree(pod) => self.pod(*pod, |p| p.ordinary = false),
             Step::ForgetConnections(_)
             | Step::Wake(_)
-            | Step::ForgetInside { .. }
+            | Step::ForgetNewlyExcluded { .. }
             | Step::ResumeConnections { .. } => {}
-            Step::ForgetStrays { .. } => self.doubt = false,
-            Step::RemoveLeftover(leftover) => {
-                self.leftovers.remove(leftover);
+            Step::ForgetWrongSource { .. } => self.doubt = false,
+            Step::RemoveRemnant(remnant) => {
+                self.remnants.remove(remnant);
             }
         }
     }
@@ -360,7 +364,7 @@ impl KernelState {
     pub fn interrupt(&mut self, vips: &BTreeSet<IpAddr>) {
         let families = self.families.values_mut();
         for pod in families.flat_map(|family| family.firewall.pods.values_mut()) {
-            pod.interrupted |= pod.gatewayed && !pod.vips.is_disjoint(vips);
+            pod.interrupted |= pod.gateway_here && !pod.vips.is_disjoint(vips);
         }
     }
 
@@ -401,9 +405,9 @@ pub enum Step {
     /// Remove a routing rule of ours.
     RemoveRule(Family, Rule),
     /// Add the `unreachable` default route of a table.
-    AddFloor(Family, TableId),
+    AddFallback(Family, TableId),
     /// Remove the `unreachable` default route of a table.
-    RemoveFloor(Family, TableId),
+    RemoveFallback(Family, TableId),
     /// Add or replace the route to a table's gateway.
     SetGateway(TableId, NextHop),
     /// Remove the route to a table's gateway.
@@ -488,7 +492,7 @@ pub enum Step {
     Wake(IpAddr),
 
     /// Forget what came about under other rules than the present ones.
-    ForgetStrays {
+    ForgetWrongSource {
         /// Connections that these pods opened to outside with another source than the one given for each.
         sources: BTreeMap<IpAddr, IpAddr>,
         /// Connections from outside to these VIPs that nobody has answered: a server's packet to a pod's connection makes
@@ -497,7 +501,7 @@ pub enum Step {
     },
 
     /// Forget what pods opened to destinations that are excluded from now on, other than by way of a Service.
-    ForgetInside {
+    ForgetNewlyExcluded {
         /// Addresses of the pods.
         pods: BTreeSet<IpAddr>,
         /// The destinations.
@@ -505,7 +509,7 @@ pub enum Step {
     },
 
     /// Remove what another backend or an earlier release left.
-    RemoveLeftover(Leftover),
+    RemoveRemnant(Remnant),
 }
 
 /// The part of the kernel that executes a step.
@@ -518,7 +522,7 @@ pub enum Executor {
     /// Connection tracking.
     Conntrack,
     /// What removes the traces of others than the present backend.
-    Leftovers,
+    Remnants,
 }
 
 impl Step {
@@ -526,15 +530,16 @@ impl Step {
     #[must_use]
     pub fn executor(&self) -> Executor {
         use Step::{
-            AddFloor, AddLocalPods, AddRemotePods, AddRule, AddVip, Block, Exclude,
-            ForgetConnections, ForgetInside, ForgetStrays, Free, Gateway, Include, InstallFirewall,
-            Know, Mark, RemoveFirewall, RemoveFloor, RemoveGateway, RemoveLeftover,
-            RemoveLocalPods, RemoveRemotePods, RemoveRule, RemoveVip, ResumeConnections,
-            SetGateway, Translate, Unblock, Unfree, Ungateway, Unknow, Unmark, Untranslate, Wake,
+            AddFallback, AddLocalPods, AddRemotePods, AddRule, AddVip, Block, Exclude,
+            ForgetConnections, ForgetNewlyExcluded, ForgetWrongSource, Free, Gateway, Include,
+            InstallFirewall, Know, Mark, RemoveFallback, RemoveFirewall, RemoveGateway,
+            RemoveLocalPods, RemoveRemnant, RemoveRemotePods, RemoveRule, RemoveVip,
+            ResumeConnections, SetGateway, Translate, Unblock, Unfree, Ungateway, Unknow, Unmark,
+            Untranslate, Wake,
         };
         match self {
-            AddRule(..) | RemoveRule(..) | AddFloor(..) | RemoveFloor(..) | SetGateway(..)
-            | RemoveGateway(..) => Executor::Routes,
+            AddRule(..) | RemoveRule(..) | AddFallback(..) | RemoveFallback(..)
+            | SetGateway(..) | RemoveGateway(..) => Executor::Routes,
             InstallFirewall(..)
             | RemoveFirewall(_)
             | AddVip(_)
@@ -560,9 +565,9 @@ impl Step {
             ForgetConnections(_)
             | ResumeConnections { .. }
             | Wake(_)
-            | ForgetStrays { .. }
-            | ForgetInside { .. } => Executor::Conntrack,
-            RemoveLeftover(_) => Executor::Leftovers,
+            | ForgetWrongSource { .. }
+            | ForgetNewlyExcluded { .. } => Executor::Conntrack,
+            RemoveRemnant(_) => Executor::Remnants,
         }
     }
 }
@@ -594,16 +599,16 @@ impl Step {
     /// Whether it changes more than what is in doubt: looking for strays comes with every look at the kernel.
     #[must_use]
     pub fn is_change(&self) -> bool {
-        !matches!(self, Step::ForgetStrays { .. })
+        !matches!(self, Step::ForgetWrongSource { .. })
     }
 
     /// Whether this step must not be tried when `failed` could not be done: it would open what the other should
     /// have closed. Blocking a pod is always safe. So is whatever comes after a missing gateway route, because
-    /// the floor below it rejects.
+    /// the fallback below it rejects.
     #[must_use]
     pub fn needs(&self, failed: &Step) -> bool {
         // Until ours does all of the work, it is done by what is left.
-        if let Step::RemoveLeftover(_) = self {
+        if let Step::RemoveRemnant(_) = self {
             return true;
         }
         // Where routes and translation do not agree on what is excluded, the pod's own address leaves.
@@ -617,7 +622,7 @@ impl Step {
         };
         match failed {
             Step::AddRule(family, _)
-            | Step::AddFloor(family, _)
+            | Step::AddFallback(family, _)
             | Step::InstallFirewall(family, _) => Family::of(pod) == *family,
             Step::Exclude(net) => Family::of(pod) == Family::of_net(*net),
             Step::AddVip(failed) => matches!(self, Step::Translate { vip, .. } if vip == failed),
@@ -631,10 +636,10 @@ impl fmt::Display for Step {
         match self {
             Step::AddRule(family, rule) => write!(f, "add {family} rule {rule}"),
             Step::RemoveRule(family, rule) => write!(f, "remove {family} rule {rule}"),
-            Step::AddFloor(family, table) => {
+            Step::AddFallback(family, table) => {
                 write!(f, "add the unreachable {family} default of table {table}")
             }
-            Step::RemoveFloor(family, table) => {
+            Step::RemoveFallback(family, table) => {
                 write!(
                     f,
                     "remove the unreachable {family} default of table {table}"
@@ -673,18 +678,18 @@ impl fmt::Display for Step {
                 write!(f, "resume the connections of pod {pod} as {source}")
             }
             Step::Wake(pod) => write!(f, "have pod {pod} speak on its connections"),
-            Step::ForgetStrays { sources, vips } => write!(
+            Step::ForgetWrongSource { sources, vips } => write!(
                 f,
                 "forget connections of {} pods that have another source than theirs, and unanswered ones to {} VIPs",
                 sources.len(),
                 vips.len()
             ),
-            Step::ForgetInside { pods, nets } => {
+            Step::ForgetNewlyExcluded { pods, nets } => {
                 let nets: Vec<String> = nets.iter().map(IpNet::to_string).collect();
                 let (pods, nets) = (pods.len(), nets.join(", "));
                 write!(f, "forget connections of {pods} pods to {nets}")
             }
-            Step::RemoveLeftover(leftover) => write!(f, "remove {leftover}"),
+            Step::RemoveRemnant(remnant) => write!(f, "remove {remnant}"),
         }
     }
 }

@@ -5,27 +5,28 @@ use std::net::IpAddr;
 
 use tracing::warn;
 
+use crate::announcers::Resolved;
+use crate::cluster::View;
+use crate::lan::{Anomaly, Heard, Lan, Wanted};
+use crate::names::{Interface, NodeName};
 use crate::report::{Report, events};
 use crate::settings::Settings;
-use crate::view::announcers::Resolved;
-use crate::view::{Link, NodeName, View};
-use crate::wire::{Heard, Oddity, Wanted, Wire};
 
 /// The wire, and what was told of it.
 #[derive(Debug)]
-pub(super) struct Lan<'a> {
+pub(super) struct LanSide<'a> {
     settings: &'a Settings,
     report: &'a Report,
     /// None where announcements are read from objects only.
-    wire: Option<&'a Wire>,
-    odd: BTreeSet<Oddity>,
+    wire: Option<&'a Lan>,
+    odd: BTreeSet<Anomaly>,
     disagreements: BTreeMap<IpAddr, (NodeName, NodeName)>,
 }
 
-impl<'a> Lan<'a> {
+impl<'a> LanSide<'a> {
     /// Nothing was told yet.
-    pub(super) fn new(settings: &'a Settings, report: &'a Report, wire: Option<&'a Wire>) -> Self {
-        Lan {
+    pub(super) fn new(settings: &'a Settings, report: &'a Report, wire: Option<&'a Lan>) -> Self {
+        LanSide {
             settings,
             report,
             wire,
@@ -36,7 +37,7 @@ impl<'a> Lan<'a> {
 
     /// Who announces what, as heard.
     pub(super) fn heard(&self) -> BTreeMap<IpAddr, Heard> {
-        self.wire.map(Wire::heard).unwrap_or_default()
+        self.wire.map(Lan::heard).unwrap_or_default()
     }
 
     /// Waits until there is news; for ever where nobody listens.
@@ -53,9 +54,9 @@ impl<'a> Lan<'a> {
             return;
         };
         wire.want(self.wanted(view, resolved));
-        for oddity in wire.oddities().into_keys() {
-            if self.odd.insert(oddity.clone()) {
-                self.tell(oddity.vip(), "StrangeClaim", &oddity.to_string(), view);
+        for anomaly in wire.anomalies().into_keys() {
+            if self.odd.insert(anomaly.clone()) {
+                self.tell(anomaly.vip(), "StrangeClaim", &anomaly.to_string(), view);
             }
         }
         for (vip, (object, voice)) in &resolved.disagreements {
@@ -72,7 +73,7 @@ impl<'a> Lan<'a> {
 
     fn wanted(&self, view: &View, resolved: &Resolved) -> Wanted {
         let own = view.nodes.get(&self.settings.node_name);
-        let is_lan = |link: &&Link| {
+        let is_lan = |link: &&Interface| {
             let mut addresses = own.into_iter().flat_map(|node| &node.addresses);
             addresses.any(|a| link.nets.iter().any(|net| net.contains(a)))
         };

@@ -50,11 +50,11 @@ impl Kernel for FakeKernel {
         })
     }
 
-    async fn links(&mut self) -> Result<Vec<Link>, kernel::Error> {
+    async fn links(&mut self) -> Result<Vec<Interface>, kernel::Error> {
         Ok(Vec::new())
     }
 
-    async fn disturbed(&mut self) {
+    async fn drifted(&mut self) {
         self.shared.disturbance.notified().await;
     }
 

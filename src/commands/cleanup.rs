@@ -101,22 +101,22 @@ pub enum Error {
 /// Nothing of ours; what other backends left stays until `is_last`.
 fn nothing(observed: &KernelState, is_last: bool) -> KernelState {
     let families = observed.families.keys();
-    let leftovers = if is_last {
+    let remnants = if is_last {
         BTreeSet::new()
     } else {
-        observed.leftovers.clone()
+        observed.remnants.clone()
     };
     KernelState {
         families: families
             .map(|family| (*family, FamilyState::default()))
             .collect(),
-        leftovers,
+        remnants,
         doubt: false,
     }
 }
 
 /// Pods and networks go by the thousand: they are counted, or go with the firewall.
 fn is_worth_telling(step: &Step) -> bool {
-    matches!(step.executor(), Executor::Routes | Executor::Leftovers)
+    matches!(step.executor(), Executor::Routes | Executor::Remnants)
         || matches!(step, Step::RemoveFirewall(_))
 }

@@ -9,15 +9,16 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 
 use crate::agent::adopted_announcers;
+use crate::announcers::Announcers;
+use crate::cluster::View;
+use crate::cluster::watch::Cluster;
 use crate::kernel::{self, Kernel};
+use crate::names::{NodeName, ObjectKey};
 use crate::plan::slots::Slots;
 use crate::plan::{Desired, Subject, Verdict, plan};
 use crate::report::Report;
 use crate::settings::{PlanFormat, Settings};
 use crate::state::{Family, PodState, RuleAction};
-use crate::view::announcers::Announcers;
-use crate::view::watch::Cluster;
-use crate::view::{Key, NodeName, View};
 
 /// How long to wait for the API server.
 const PATIENCE: Duration = Duration::from_secs(15);
@@ -133,7 +134,7 @@ impl Shown {
         let owners = owners(desired, view);
         let mut pods = Vec::new();
         for (family, state) in &desired.kernel.families {
-            for (address, pod) in state.firewall.pods.iter().filter(|(_, pod)| pod.known) {
+            for (address, pod) in state.firewall.pods.iter().filter(|(_, pod)| pod.egress) {
                 let owner = owners.get(address);
                 pods.push(ShownPod {
                     address: *address,
@@ -164,7 +165,7 @@ impl Shown {
 }
 
 impl ShownService {
-    fn of(service: &Key, family: Family, verdict: &Verdict) -> ShownService {
+    fn of(service: &ObjectKey, family: Family, verdict: &Verdict) -> ShownService {
         let (word, vip, gateway, reason) = match verdict {
             Verdict::Active { vip, gateway } => ("Active", Some(*vip), Some(gateway), None),
             Verdict::Blocked(reason) => ("Blocked", None, None, Some(reason)),
@@ -185,11 +186,11 @@ impl ShownService {
 fn owners<'a>(
     desired: &Desired,
     view: &'a View,
-) -> BTreeMap<IpAddr, (&'a Key, &'a Option<NodeName>)> {
+) -> BTreeMap<IpAddr, (&'a ObjectKey, &'a Option<NodeName>)> {
     let mut owners = BTreeMap::new();
     // Slices are written over it: they know more.
     for (service, facts) in &view.services {
-        let in_namespace = |key: &Key| key.namespace == service.namespace;
+        let in_namespace = |key: &ObjectKey| key.namespace == service.namespace;
         for (_, pod) in view
             .pods
             .iter()
@@ -228,7 +229,7 @@ fn here(desired: &Desired, family: Family, address: IpAddr, pod: &PodState) -> S
         .map(ToString::to_string)
         .unwrap_or_default();
     let Some(mark) = pod.mark else {
-        return match pod.gatewayed {
+        return match pod.gateway_here {
             true => format!("translated to {vip}: this node is the gateway"),
             false => format!("translated to {vip}, should it pass here"),
         };

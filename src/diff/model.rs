@@ -13,7 +13,10 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use proptest::prelude::*;
 
+use crate::cluster::leases::BootId;
+use crate::cluster::{Endpoint, EndpointSlice, Node, OnNoGateway, Service, Target, View};
 use crate::diff::diff;
+use crate::names::{Interface, NodeName, ObjectKey};
 use crate::plan::slots::Slots;
 use crate::plan::{Desired, plan};
 use crate::settings::{FwMask, Settings};
@@ -21,8 +24,6 @@ use crate::state::{
     Family, FamilyState, FirewallState, KernelState, PodState, RouteState, Rule, RuleAction,
     Skeleton, Step, Table,
 };
-use crate::view::leases::BootId;
-use crate::view::{Endpoint, Key, Link, Node, NodeName, OnNoGateway, Service, Slice, Target, View};
 
 // === the model ===
 
@@ -131,7 +132,7 @@ fn way(routes: &RouteState, mark: u32, packet: &Packet) -> Way {
                 Some(Table {
                     gateway: Some(hop), ..
                 }) => return Way::Via(hop.via),
-                Some(Table { floor: true, .. }) => return Way::Unreachable,
+                Some(Table { fallback: true, .. }) => return Way::Unreachable,
                 _ => {}
             },
             // Without its target, a `goto` is passed over.
@@ -169,13 +170,13 @@ fn guard(firewall: &FirewallState, pod: &PodState, mark: u32, packet: &Packet) -
     // To the kernel, a connection that was translated to its own address is not translated.
     let untranslated = tracking == Tracking::Established(source);
     let escapes = tracking == Tracking::Invalid || (untranslated && mark == 0);
-    if pod.known && escapes {
+    if pod.egress && escapes {
         return Some(Fate::Dropped);
     }
-    if within(&firewall.remote_pods, source) && !pod.known {
+    if within(&firewall.remote_pods, source) && !pod.egress {
         return Some(Fate::Dropped);
     }
-    if within(&firewall.local_pods, source) && !pod.known && !pod.free {
+    if within(&firewall.local_pods, source) && !pod.egress && !pod.ordinary {
         return Some(Fate::Dropped);
     }
     None
@@ -184,7 +185,7 @@ fn guard(firewall: &FirewallState, pod: &PodState, mark: u32, packet: &Packet) -
 /// The source that a new connection gets.
 fn translate(firewall: &FirewallState, pod: &PodState, mark: u32, packet: &Packet) -> IpAddr {
     let excluded = &firewall.excluded;
-    if !pod.known || excluded.iter().any(|n| n.contains(&packet.destination)) {
+    if !pod.egress || excluded.iter().any(|n| n.contains(&packet.destination)) {
         masquerade(packet)
     } else if mark != 0 {
         packet.source
@@ -272,14 +273,14 @@ impl Host {
         let is_forgotten = |c: &Connection| match step {
             Step::ForgetConnections(pod) => c.pod == *pod,
             Step::ResumeConnections { pod, source } => c.pod == *pod && c.bound != *source,
-            Step::ForgetStrays { sources, .. } => {
+            Step::ForgetWrongSource { sources, .. } => {
                 sources.get(&c.pod).is_some_and(|s| *s != c.bound)
             }
             _ => false,
         };
-        self.inside_forgotten |= matches!(step, Step::ForgetInside { .. });
+        self.inside_forgotten |= matches!(step, Step::ForgetNewlyExcluded { .. });
         let is_inside = |c: &Connection| match step {
-            Step::ForgetInside { pods, nets } => {
+            Step::ForgetNewlyExcluded { pods, nets } => {
                 pods.contains(&c.pod) && nets.iter().any(|net| net.contains(&c.destination))
             }
             _ => false,
@@ -330,8 +331,8 @@ fn vip(n: u8) -> IpAddr {
     IpAddr::from([192, 0, 2, 200 + n])
 }
 
-fn key(n: u8) -> Key {
-    Key {
+fn key(n: u8) -> ObjectKey {
+    ObjectKey {
         namespace: "shop".to_owned(),
         name: format!("s{n}"),
     }
@@ -387,7 +388,7 @@ fn is_excluded(state: &FamilyState, destination: IpAddr) -> bool {
 /// Whether the pod's packets pass this node, as far as it knows: the pod is here, or its gateway is.
 fn passes_here(state: &FamilyState, pod: IpAddr) -> bool {
     let state = pod_in(state, pod);
-    is_of_this_node(pod) || state.gatewayed || state.mark.is_some()
+    is_of_this_node(pod) || state.gateway_here || state.mark.is_some()
 }
 
 // === clusters ===
@@ -461,13 +462,16 @@ fn any_view() -> impl Strategy<Value = View> {
                 node: Some(node(n)),
                 target: Target::Pod(key(service)),
             };
-            let slice = view.slices.entry(key(service)).or_insert_with(|| Slice {
-                service: key(service),
-                endpoints: Vec::new(),
-            });
+            let slice = view
+                .slices
+                .entry(key(service))
+                .or_insert_with(|| EndpointSlice {
+                    service: key(service),
+                    endpoints: Vec::new(),
+                });
             slice.endpoints.push(endpoint);
         }
-        let lan = Link {
+        let lan = Interface {
             name: "eth0".to_owned(),
             nets: [net("192.0.2.0/24")].into(),
         };
@@ -532,17 +536,17 @@ fn any_damage() -> impl Strategy<Value = (View, KernelState, KernelState)> {
             let mut keep = || kept.next().unwrap_or(true);
             state.routes.rules.retain(|_| keep());
             for table in state.routes.tables.values_mut() {
-                table.floor = keep();
+                table.fallback = keep();
                 table.gateway = table.gateway.take().filter(|_| keep());
             }
             state.firewall.excluded.retain(|_| keep());
             state.firewall.remote_pods.retain(|_| keep());
             for pod in state.firewall.pods.values_mut() {
-                pod.known &= keep();
+                pod.egress &= keep();
                 pod.mark = pod.mark.filter(|_| keep());
                 pod.vips.retain(|_| keep());
                 pod.blocked ^= !keep();
-                pod.gatewayed &= keep();
+                pod.gateway_here &= keep();
             }
             // What is empty cannot be observed.
             state.routes.tables.retain(|_, t| *t != Table::default());
@@ -578,7 +582,7 @@ fn no_leak_at_a_border(
     let moves = |d: IpAddr| is_excluded(before, d) != is_excluded(after, d);
     let none = BTreeSet::new();
     for (pod, destination) in pairs().filter(|(_, d)| moves(*d)) {
-        if !pod_in(before, pod).known || !pod_in(after, pod).known {
+        if !pod_in(before, pod).egress || !pod_in(after, pod).egress {
             continue;
         }
         let new = packet(pod, destination, Tracking::New);
@@ -612,7 +616,7 @@ fn no_leak(
     let outside = |d: IpAddr| !is_excluded(before, d) && !is_excluded(after, d);
     let none = BTreeSet::new();
     for (pod, destination) in pairs().filter(|(_, d)| outside(*d)) {
-        let (was, is) = (pod_in(before, pod).known, pod_in(after, pod).known);
+        let (was, is) = (pod_in(before, pod).egress, pod_in(after, pod).egress);
         if !was && !is {
             continue;
         }
@@ -620,7 +624,7 @@ fn no_leak(
         let packet = packet(pod, destination, Tracking::New);
         // What an ordinary pod has.
         let here = masquerade(&packet);
-        let known = pod_in(&host.state, pod).known;
+        let known = pod_in(&host.state, pod).egress;
         match fate(&host.state, &packet) {
             Fate::Direct(source) => {
                 let released = was && !is;
@@ -688,7 +692,7 @@ fn no_theft(state: &FamilyState, before: &FamilyState, after: &FamilyState) -> V
         }
         for pod in all_pods() {
             untouched(packet(pod, destination, Tracking::Reply))?;
-            let is_egress = pod_in(before, pod).known || pod_in(after, pod).known;
+            let is_egress = pod_in(before, pod).egress || pod_in(after, pod).egress;
             let ordinary = is_of_this_node(pod) && !is_egress;
             if !ordinary && !excluded {
                 continue;
@@ -750,7 +754,7 @@ fn arrived(host: &Host, view: &View, after: &FamilyState) -> Verdict {
             "{:?}",
             new
         );
-        if is_excluded(after, destination) || !pod_in(after, pod).known {
+        if is_excluded(after, destination) || !pod_in(after, pod).egress {
             if is_of_this_node(pod) || is_excluded(after, destination) {
                 prop_assert_eq!(fate(state, &new), without_us(&new), "{:?}", new);
             }
@@ -847,7 +851,7 @@ fn small() -> View {
         node: Some(node(1)),
         target: Target::Pod(key(0)),
     };
-    let slice = Slice {
+    let slice = EndpointSlice {
         service: key(0),
         endpoints: vec![endpoint],
     };

@@ -12,14 +12,15 @@
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::net::IpAddr;
 
+use crate::cluster::leases::BootId;
+use crate::cluster::{Endpoint, EndpointSlice, Node, OnNoGateway, Service, Target, View};
 use crate::diff::diff;
 use crate::diff::model::{Fate, Packet, Tracking, fate};
+use crate::names::{Interface, NodeName, ObjectKey};
 use crate::plan::plan;
 use crate::plan::slots::Slots;
 use crate::settings::Settings;
 use crate::state::{Family, FamilyState, KernelState, Step};
-use crate::view::leases::BootId;
-use crate::view::{Endpoint, Key, Link, Node, NodeName, OnNoGateway, Service, Slice, Target, View};
 
 const POD: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(10, 244, 1, 11));
 const VIP: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(192, 0, 2, 200));
@@ -152,7 +153,7 @@ fn view(course: &Course, announcer: usize) -> View {
         on_no_gateway: OnNoGateway::Reject,
         selector: BTreeMap::new(),
     };
-    let key = Key {
+    let key = ObjectKey {
         namespace: "shop".to_owned(),
         name: "shop".to_owned(),
     };
@@ -161,7 +162,7 @@ fn view(course: &Course, announcer: usize) -> View {
         node: Some(node(HOME)),
         target: Target::Pod(key.clone()),
     };
-    let slice = Slice {
+    let slice = EndpointSlice {
         service: key.clone(),
         endpoints: vec![endpoint],
     };
@@ -180,7 +181,7 @@ fn view(course: &Course, announcer: usize) -> View {
         slices: [(key, slice)].into(),
         nodes: nodes.collect(),
         announcers: [(VIP, node(announcer))].into(),
-        links: vec![Link {
+        links: vec![Interface {
             name: "eth0".to_owned(),
             nets: ["192.0.2.0/24".parse().unwrap()].into(),
         }],
@@ -523,7 +524,7 @@ fn forget(tracked: &mut Tracked, step: &Step, without: Without) {
             }
             tracked.own.is_some_and(|own| own.source != *source)
         }
-        Step::ForgetStrays { sources, vips } => {
+        Step::ForgetWrongSource { sources, vips } => {
             let is_unanswered = without != Without::Unanswered && vips.contains(&VIP);
             tracked.unanswered &= !is_unanswered;
             let wanted = sources.get(&POD);

@@ -5,7 +5,7 @@ use ipnet::IpNet;
 use proptest::prelude::*;
 
 use super::*;
-use crate::state::{Leftover, Mark, NextHop, Rule, Table, TableId};
+use crate::state::{Mark, NextHop, Remnant, Rule, Table, TableId};
 
 fn ip(last: u8) -> IpAddr {
     IpAddr::from([10, 244, 1, last])
@@ -41,7 +41,7 @@ fn kernel(pod: Option<PodState>) -> KernelState {
 
 fn translated() -> PodState {
     PodState {
-        known: true,
+        egress: true,
         vips: [vip(200)].into(),
         ..PodState::default()
     }
@@ -54,9 +54,9 @@ fn routed(slot: u32) -> PodState {
     }
 }
 
-fn gatewayed() -> PodState {
+fn gateway_here() -> PodState {
     PodState {
-        gatewayed: true,
+        gateway_here: true,
         ..translated()
     }
 }
@@ -131,8 +131,8 @@ fn pods_whose_packets_take_another_way_are_woken_at_last() {
                 via: vip(via),
                 dev: "eth0".to_owned(),
             });
-            let floor = true;
-            routes.tables.insert(table, Table { floor, gateway });
+            let fallback = true;
+            routes.tables.insert(table, Table { fallback, gateway });
         }
         state
     };
@@ -162,7 +162,7 @@ fn pods_whose_packets_take_another_way_are_woken_at_last() {
 #[test]
 fn a_node_that_becomes_or_stops_being_the_gateway_forgets_the_connections() {
     assert_eq!(
-        steps(Some(routed(1)), Some(gatewayed())),
+        steps(Some(routed(1)), Some(gateway_here())),
         [
             "no longer mark pod 10.244.1.11",
             FORGET,
@@ -171,7 +171,7 @@ fn a_node_that_becomes_or_stops_being_the_gateway_forgets_the_connections() {
         ]
     );
     assert_eq!(
-        steps(Some(gatewayed()), Some(translated())),
+        steps(Some(gateway_here()), Some(translated())),
         [FORGET, "no longer be the gateway of pod 10.244.1.11"]
     );
 }
@@ -213,10 +213,10 @@ fn a_pod_is_blocked_before_its_mark_goes_and_unblocked_after_it_is_back() {
 fn a_gateway_that_may_have_been_none_for_a_while_begins_anew_or_stops() {
     let interrupted = PodState {
         interrupted: true,
-        ..gatewayed()
+        ..gateway_here()
     };
     assert_eq!(
-        steps(Some(interrupted.clone()), Some(gatewayed())),
+        steps(Some(interrupted.clone()), Some(gateway_here())),
         [
             "resume the connections of pod 10.244.1.11 as 192.0.2.200",
             "be the gateway of pod 10.244.1.11"
@@ -230,10 +230,10 @@ fn a_gateway_that_may_have_been_none_for_a_while_begins_anew_or_stops() {
 
 #[test]
 fn a_changed_vip_is_added_before_the_old_one_is_removed() {
-    let mut other = gatewayed();
+    let mut other = gateway_here();
     other.vips = [vip(201)].into();
     assert_eq!(
-        steps(Some(gatewayed()), Some(other)),
+        steps(Some(gateway_here()), Some(other)),
         [
             "translate pod 10.244.1.11 to 192.0.2.201",
             "no longer translate pod 10.244.1.11 to 192.0.2.200",
@@ -277,18 +277,18 @@ fn a_table_has_its_floor_first_and_loses_it_last() {
     routes.tables.insert(
         table,
         Table {
-            floor: true,
+            fallback: true,
             gateway,
         },
     );
     fn text(from: &KernelState, to: &KernelState) -> Vec<String> {
         diff(from, to).iter().map(Step::to_string).collect()
     }
-    let floor = "the unreachable IPv4 default of table 100001";
+    let fallback = "the unreachable IPv4 default of table 100001";
     assert_eq!(
         text(&kernel(None), &with),
         [
-            format!("add {floor}"),
+            format!("add {fallback}"),
             "route table 100001 via 192.0.2.12 dev eth0".to_owned(),
             "add IPv4 rule pref 1002 fwmark 0x100000/0xf00000 lookup 100001".to_owned(),
         ]
@@ -298,7 +298,7 @@ fn a_table_has_its_floor_first_and_loses_it_last() {
         [
             "remove IPv4 rule pref 1002 fwmark 0x100000/0xf00000 lookup 100001".to_owned(),
             "remove from table 100001 the route via 192.0.2.12 dev eth0".to_owned(),
-            format!("remove {floor}"),
+            format!("remove {fallback}"),
         ]
     );
 }
@@ -308,14 +308,14 @@ fn any_pod() -> impl Strategy<Value = PodState> {
     let mark = proptest::option::of((1..4_u32).prop_map(mark));
     let flags = any::<[bool; 5]>();
     (vips, mark, flags).prop_map(
-        |(vips, mark, [known, gatewayed, interrupted, blocked, free])| PodState {
-            known,
+        |(vips, mark, [egress, gateway_here, interrupted, blocked, ordinary])| PodState {
+            egress,
             vips,
             mark,
-            gatewayed,
-            interrupted: gatewayed && interrupted,
+            gateway_here,
+            interrupted: gateway_here && interrupted,
             blocked,
-            free,
+            ordinary,
         },
     )
 }
@@ -324,20 +324,20 @@ fn any_pod() -> impl Strategy<Value = PodState> {
 fn wanted_pod() -> impl Strategy<Value = PodState> {
     prop_oneof![
         Just(translated()),
-        Just(gatewayed()),
+        Just(gateway_here()),
         Just(blocked()),
         (1..4_u32).prop_map(routed),
         Just(PodState {
-            known: true,
+            egress: true,
             blocked: true,
             ..PodState::default()
         }),
         (201..203_u8).prop_map(|last| PodState {
             vips: [vip(last)].into(),
-            ..gatewayed()
+            ..gateway_here()
         }),
         Just(PodState {
-            free: true,
+            ordinary: true,
             ..PodState::default()
         }),
     ]
@@ -367,7 +367,7 @@ fn any_routes() -> impl Strategy<Value = RouteState> {
         dev: "eth0".to_owned(),
     });
     let table = (any::<bool>(), proptest::option::of(gateway))
-        .prop_map(|(floor, gateway)| Table { floor, gateway });
+        .prop_map(|(fallback, gateway)| Table { fallback, gateway });
     let tables = proptest::collection::btree_map((1..4_u32).prop_map(TableId), table, 0..3);
     (proptest::collection::btree_set(rule, 0..5), tables).prop_map(|(rules, mut tables)| {
         tables.retain(|_, table| *table != Table::default());
@@ -423,13 +423,13 @@ fn pods(state: &KernelState) -> &BTreeMap<IpAddr, PodState> {
     &state.families[&Family::V4].firewall.pods
 }
 
-fn leftovers() -> impl Strategy<Value = BTreeSet<Leftover>> {
+fn remnants() -> impl Strategy<Value = BTreeSet<Remnant>> {
     let all = vec![
-        Leftover::Nftables,
-        Leftover::IptablesNft,
-        Leftover::IptablesLegacy,
-        Leftover::Ipsets,
-        Leftover::EarlierRelease,
+        Remnant::Nftables,
+        Remnant::IptablesNft,
+        Remnant::IptablesLegacy,
+        Remnant::Ipsets,
+        Remnant::EarlierRelease,
     ];
     proptest::sample::subsequence(all, 0..=5).prop_map(|some| some.into_iter().collect())
 }
@@ -437,9 +437,9 @@ fn leftovers() -> impl Strategy<Value = BTreeSet<Leftover>> {
 proptest! {
     #[test]
     fn i5_from_any_state_the_steps_lead_to_the_desired_one(
-        from in observed(), leftovers in leftovers(), doubt: bool, to in desired()
+        from in observed(), remnants in remnants(), doubt: bool, to in desired()
     ) {
-        let from = KernelState { leftovers, doubt, ..from };
+        let from = KernelState { remnants, doubt, ..from };
         let mut state = from.clone();
         for step in diff(&from, &to) {
             state.apply(&step);
@@ -469,13 +469,13 @@ proptest! {
     #[test]
     fn i1_a_pod_that_stays_an_egress_pod_is_protected_after_every_step(from in desired(), to in desired()) {
         let mut state = from.clone();
-        let is_known = |state: &KernelState, pod: &IpAddr| pods(state).get(pod).is_some_and(|pod| pod.known);
+        let is_known = |state: &KernelState, pod: &IpAddr| pods(state).get(pod).is_some_and(|pod| pod.egress);
         let stays: Vec<IpAddr> = pods(&from).keys().filter(|pod| is_known(&from, pod) && is_known(&to, pod)).copied().collect();
         for step in diff(&from, &to) {
             state.apply(&step);
             for pod in &stays {
                 let now = &pods(&state)[pod];
-                prop_assert!(now.known, "{step}");
+                prop_assert!(now.egress, "{step}");
                 prop_assert!(now.blocked || now.mark.is_some() || !now.vips.is_empty(), "{step}");
             }
         }
@@ -483,7 +483,7 @@ proptest! {
 
     #[test]
     fn i1_a_pod_is_forgotten_before_it_leaves_whenever_the_agent_dies(from in desired(), to in desired()) {
-        let is_known = |state: &KernelState, pod: &IpAddr| pods(state).get(pod).is_some_and(|pod| pod.known);
+        let is_known = |state: &KernelState, pod: &IpAddr| pods(state).get(pod).is_some_and(|pod| pod.egress);
         let leaving: Vec<IpAddr> = pods(&from)
             .iter()
             .filter(|(pod, state)| opens_connections_here(state) && is_known(&from, pod) && !is_known(&to, pod))
@@ -508,7 +508,7 @@ proptest! {
     fn i4_a_classified_pod_never_waits_to_be_classified(from in desired(), to in desired()) {
         let waits = |state: &KernelState, pod: &IpAddr| {
             let firewall = &state.families[&Family::V4].firewall;
-            let is_classified = firewall.pods.get(pod).is_some_and(|pod| pod.known || pod.free);
+            let is_classified = firewall.pods.get(pod).is_some_and(|pod| pod.egress || pod.ordinary);
             !firewall.local_pods.is_empty() && !is_classified
         };
         let all: BTreeSet<IpAddr> = pods(&from).keys().chain(pods(&to).keys()).copied().collect();
@@ -528,7 +528,7 @@ proptest! {
             state.apply(&step);
             let firewall = &state.families[&Family::V4].firewall;
             for now in firewall.pods.values() {
-                prop_assert!(now.mark.is_none() || now.known, "{step}");
+                prop_assert!(now.mark.is_none() || now.egress, "{step}");
                 prop_assert!(now.vips.is_subset(&firewall.vips), "{step}");
             }
         }
@@ -543,7 +543,7 @@ proptest! {
                 RuleAction::Lookup(table) => Some(table),
                 _ => None,
             });
-            used.filter(|table| !routes.tables.get(table).is_some_and(|t| t.floor)).collect()
+            used.filter(|table| !routes.tables.get(table).is_some_and(|t| t.fallback)).collect()
         };
         let before = floors(&from);
         let after = floors(&to);

@@ -2,19 +2,19 @@
 //!
 //! Knows nothing of Kubernetes and decides nothing: which steps, and in which order, is `diff`'s matter.
 
+mod challenge;
 mod conntrack;
-mod disturbance;
+mod drift;
+mod foreign_nat;
 mod iptables;
 #[cfg(feature = "kill-points")]
 mod kill_point;
-mod leftovers;
-mod netlink;
+mod netfilter;
 mod nftables;
-mod rivals;
-mod route;
+mod remnants;
+mod routes;
 mod tag;
 mod tool;
-mod wake;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
@@ -23,19 +23,19 @@ use ipnet::IpNet;
 use tracing::debug;
 
 use crate::error::chain;
-use crate::kernel::conntrack::{ConntrackError, Keep, Late, Which};
-use crate::kernel::disturbance::{Disturbances, Watched};
+use crate::kernel::challenge::Asleep;
+use crate::kernel::conntrack::{ConntrackError, Keep, LateReply, Which};
+use crate::kernel::drift::{DriftListener, Watched};
 use crate::kernel::iptables::Iptables;
-use crate::kernel::netlink::NetlinkError;
+use crate::kernel::netfilter::NetlinkError;
 use crate::kernel::nftables::Nftables;
-use crate::kernel::route::{Ranges, RouteError, Routes};
+use crate::kernel::routes::{Ranges, RouteError, Routes};
 use crate::kernel::tool::ToolError;
-use crate::kernel::wake::Asleep;
+use crate::names::Interface;
 use crate::settings::{FirewallBackend, Settings};
 use crate::state::{
-    Executor, Family, FamilyState, FirewallState, KernelState, Leftover, Step, TableId,
+    Executor, Family, FamilyState, FirewallState, KernelState, Remnant, Step, TableId,
 };
-use crate::view::Link;
 
 /// A step that could not be executed; the steps after it were tried all the same, but for those that rely on it.
 #[derive(Debug, thiserror::Error)]
@@ -98,11 +98,11 @@ pub trait Kernel: Send {
     ///
     /// # Errors
     /// When they cannot be read.
-    fn links(&mut self) -> impl Future<Output = Result<Vec<Link>, Error>> + Send;
+    fn links(&mut self) -> impl Future<Output = Result<Vec<Interface>, Error>> + Send;
 
     /// Waits until others may have changed what is ours. Nothing is lost when the wait is given up and taken up
     /// again.
-    fn disturbed(&mut self) -> impl Future<Output = ()> + Send;
+    fn drifted(&mut self) -> impl Future<Output = ()> + Send;
 
     /// Executes the steps in order; connections to `excluded` destinations are never forgotten.
     /// Returns the steps that failed. A failed step keeps no other from being tried than those that rely on it
@@ -132,15 +132,15 @@ trait Firewall {
 
     /// Keeps late replies of connections that are about to be forgotten from beginning connections of their own: the
     /// pod's next packet would be taken for an answer to one that came from outside, and leave with the pod's address.
-    async fn expect_late(&mut self, replies: &[Late]) -> Result<(), Error>;
+    async fn expect_late_replies(&mut self, replies: &[LateReply]) -> Result<(), Error>;
 }
 
 /// How long late replies are expected: until the node that was the gateway, or the server, has learned of the change;
 /// seconds at most, where both are alive.
-const LATE_SECONDS: u32 = 60;
+const LATE_REPLY_SECONDS: u32 = 60;
 
 /// The steps that rely on none that failed; the others join these.
-fn tryable<'a>(steps: &[&'a Step], failed: &mut Vec<StepError>) -> Vec<&'a Step> {
+fn executable<'a>(steps: &[&'a Step], failed: &mut Vec<StepError>) -> Vec<&'a Step> {
     if failed.is_empty() {
         return steps.to_vec();
     }
@@ -182,10 +182,10 @@ impl Firewall for Backend {
         }
     }
 
-    async fn expect_late(&mut self, replies: &[Late]) -> Result<(), Error> {
+    async fn expect_late_replies(&mut self, replies: &[LateReply]) -> Result<(), Error> {
         match self {
-            Backend::Nftables(nftables) => nftables.expect_late(replies).await,
-            Backend::Iptables(iptables) => iptables.expect_late(replies).await,
+            Backend::Nftables(nftables) => nftables.expect_late_replies(replies).await,
+            Backend::Iptables(iptables) => iptables.expect_late_replies(replies).await,
         }
     }
 }
@@ -195,13 +195,13 @@ impl Firewall for Backend {
 pub struct NodeKernel {
     firewall: Backend,
     routes: Routes,
-    disturbances: Disturbances,
+    drift: DriftListener,
     families: Vec<Family>,
     mask: u32,
     /// Which backend, and why.
     choice: String,
     /// What was left by others than the present backend; looked for until there is nothing any more.
-    leftovers: Option<BTreeSet<Leftover>>,
+    remnants: Option<BTreeSet<Remnant>>,
     /// Pods that are to say something when all steps are done.
     asleep: Asleep,
 }
@@ -257,21 +257,21 @@ impl NodeKernel {
             }
             Backend::Iptables(_) => Watched::IptablesChains,
         };
-        let disturbances = Disturbances::open(own_ports, ranges, watched, routes.devices())?;
+        let drift = DriftListener::open(own_ports, ranges, watched, routes.devices())?;
         Ok(NodeKernel {
             firewall,
             routes,
-            disturbances,
+            drift,
             families,
             mask: mask.bits(),
             choice,
-            leftovers: None,
+            remnants: None,
             asleep: Asleep::default(),
         })
     }
 
-    async fn remove(&self, leftover: Leftover) -> Result<(), Error> {
-        leftovers::remove(leftover, &self.families, self.mask, &self.routes).await
+    async fn remove(&self, remnant: Remnant) -> Result<(), Error> {
+        remnants::remove(remnant, &self.families, self.mask, &self.routes).await
     }
 
     /// One look at the connections for all pods of a batch.
@@ -284,13 +284,13 @@ impl NodeKernel {
                 Step::ResumeConnections { pod, source } => {
                     which.pods.insert(*pod, Keep::Resumed(*source));
                 }
-                Step::ForgetStrays { sources, vips } => {
+                Step::ForgetWrongSource { sources, vips } => {
                     for (pod, source) in sources {
                         which.pods.entry(*pod).or_insert(Keep::WithSource(*source));
                     }
                     which.unanswered.extend(vips);
                 }
-                Step::ForgetInside { pods, nets } => {
+                Step::ForgetNewlyExcluded { pods, nets } => {
                     which.inside.extend(pods);
                     which.newly_excluded.extend(nets);
                 }
@@ -319,7 +319,7 @@ impl NodeKernel {
         let found = conntrack::find(which, excluded.clone()).await?;
         self.asleep.flows.extend(&found.established);
         if !found.late.is_empty() {
-            self.firewall.expect_late(&found.late).await?;
+            self.firewall.expect_late_replies(&found.late).await?;
         }
         Ok(conntrack::forget(found).await?)
     }
@@ -340,14 +340,14 @@ impl Kernel for NodeKernel {
             (family, FamilyState { routes, firewall })
         });
         let families = families.collect();
-        let leftovers = match &self.leftovers {
+        let remnants = match &self.remnants {
             Some(none) if none.is_empty() => BTreeSet::new(),
-            _ => leftovers::find(&self.firewall, &self.families, routes.earlier).await?,
+            _ => remnants::find(&self.firewall, &self.families, routes.earlier).await?,
         };
-        self.leftovers = Some(leftovers.clone());
+        self.remnants = Some(remnants.clone());
         let mut collisions = routes.collisions;
         // Only told, so that a failure to see them stops nothing.
-        let rivals = rivals::find(&self.firewall, &self.families).await;
+        let rivals = foreign_nat::find(&self.firewall, &self.families).await;
         for rival in rivals.unwrap_or_else(|error| {
             debug!("cannot look for NAT of others: {}", chain(&error));
             BTreeSet::new()
@@ -362,7 +362,7 @@ impl Kernel for NodeKernel {
         Ok(Observed {
             state: KernelState {
                 families,
-                leftovers,
+                remnants,
                 doubt: true,
             },
             occupied: routes.occupied,
@@ -370,12 +370,12 @@ impl Kernel for NodeKernel {
         })
     }
 
-    async fn links(&mut self) -> Result<Vec<Link>, Error> {
+    async fn links(&mut self) -> Result<Vec<Interface>, Error> {
         Ok(self.routes.links().await?)
     }
 
-    async fn disturbed(&mut self) {
-        self.disturbances.next().await;
+    async fn drifted(&mut self) {
+        self.drift.next().await;
     }
 
     async fn apply(&mut self, steps: &[Step], excluded: &BTreeSet<IpNet>) -> Vec<StepError> {
@@ -389,13 +389,13 @@ impl Kernel for NodeKernel {
                 Executor::Routes => self.routes.apply(&batch, &mut failed).await,
                 Executor::Firewall => self.firewall.apply(&batch, &mut failed).await,
                 Executor::Conntrack => {
-                    let batch = tryable(&batch, &mut failed);
+                    let batch = executable(&batch, &mut failed);
                     failed.extend(self.forget(&batch, excluded).await);
                 }
-                Executor::Leftovers => {
-                    for step in tryable(&batch, &mut failed) {
-                        if let Step::RemoveLeftover(leftover) = step
-                            && let Err(source) = self.remove(*leftover).await
+                Executor::Remnants => {
+                    for step in executable(&batch, &mut failed) {
+                        if let Step::RemoveRemnant(remnant) = step
+                            && let Err(source) = self.remove(*remnant).await
                         {
                             let step = step.clone();
                             failed.push(StepError { step, source });
@@ -404,7 +404,7 @@ impl Kernel for NodeKernel {
                 }
             }
         }
-        wake::wake(std::mem::take(&mut self.asleep), excluded.clone());
+        challenge::elicit(std::mem::take(&mut self.asleep), excluded.clone());
         failed
     }
 }

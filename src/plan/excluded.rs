@@ -5,9 +5,9 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
+use crate::cluster::View;
 use crate::settings::ExcludedDestinations;
 use crate::state::Family;
-use crate::view::View;
 
 /// Never outside the cluster, whatever else is known: loopback, link-local (cloud metadata, node-local DNS),
 /// multicast and limited broadcast.
@@ -85,7 +85,8 @@ fn constant(nets: &'static [&'static str]) -> impl Iterator<Item = IpNet> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::view::{Node, NodeName};
+    use crate::cluster::Node;
+    use crate::names::NodeName;
 
     fn view() -> View {
         let node = |last: u8| Node {

@@ -12,15 +12,15 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
+use crate::cluster::{
+    Endpoint, Node, ON_NO_GATEWAY_ANNOTATION, OnNoGateway, Pod, Service, Target, View,
+};
+use crate::names::{NodeName, ObjectKey};
 use crate::plan::slots::{Slot, Slots};
 use crate::settings::Settings;
 use crate::state::{
     Family, FamilyState, FirewallState, KernelState, NextHop, PodState, RouteState, Rule,
     RuleAction, Skeleton, Table,
-};
-use crate::view::{
-    Endpoint, Key, Node, NodeName, ON_NO_GATEWAY_ANNOTATION, OnNoGateway, Pod, Service, Target,
-    View,
 };
 
 /// Places of our rules, from `ROUTE_RULE_PRIORITY` on. The first one lets unmarked packets pass all others.
@@ -42,7 +42,7 @@ pub struct Desired {
     /// The slots behind it, for the next plan.
     pub slots: Slots,
     /// What becomes of each labelled Service, by family.
-    pub services: BTreeMap<Key, BTreeMap<Family, Verdict>>,
+    pub services: BTreeMap<ObjectKey, BTreeMap<Family, Verdict>>,
     /// Services and endpoints that are left out.
     pub ignored: BTreeMap<Subject, Ignored>,
     /// Pods outside every known pod network, one for each family: why all private networks are excluded.
@@ -88,13 +88,13 @@ pub enum Blocked {
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Subject {
     /// A Service.
-    Service(Key),
+    Service(ObjectKey),
     /// The annotation of a Service that says what happens without a gateway.
-    OnNoGateway(Key),
+    OnNoGateway(ObjectKey),
     /// An address of an EndpointSlice.
     Endpoint {
         /// The slice.
-        slice: Key,
+        slice: ObjectKey,
         /// The address as it is written there.
         address: String,
     },
@@ -116,9 +116,9 @@ pub enum Ignored {
     /// Nobody may capture what is not a pod of the Service's own namespace with a hand-made slice.
     NotAPodOfItsNamespace(Target),
     /// The address is that of another pod, which a hand-made slice, or one that is late, must not capture.
-    AnotherPod(Key),
+    AnotherPod(ObjectKey),
     /// An older Service has this pod.
-    OwnedBy(Key),
+    OwnedBy(ObjectKey),
 }
 
 /// Makes the plan for this node.
@@ -153,7 +153,7 @@ pub fn plan(
 
 /// A pod that belongs to a labelled Service.
 struct EgressPod<'a> {
-    service: &'a Key,
+    service: &'a ObjectKey,
     /// Its packets enter the network on this node.
     local: bool,
 }
@@ -197,7 +197,7 @@ fn plan_family(
 ) {
     let services = by_age(family, view);
     let pods = egress_pods(family, view, settings, &services, &mut desired.ignored);
-    let egress: BTreeMap<&Key, Egress<'_>> = services
+    let egress: BTreeMap<&ObjectKey, Egress<'_>> = services
         .iter()
         .map(|(key, service)| (*key, egress(family, service, view, settings)))
         .collect();
@@ -238,7 +238,7 @@ fn plan_family(
     }
     if settings.strict_start {
         let free = PodState {
-            free: true,
+            ordinary: true,
             ..PodState::default()
         };
         for address in own_addresses(family, view) {
@@ -271,7 +271,7 @@ fn plan_family(
 }
 
 /// The Services that count in a family, the oldest first: the order in which they may claim pods.
-fn by_age(family: Family, view: &View) -> Vec<(&Key, &Service)> {
+fn by_age(family: Family, view: &View) -> Vec<(&ObjectKey, &Service)> {
     let mut services: Vec<_> = view
         .services
         .iter()
@@ -285,7 +285,7 @@ fn egress_pods<'a>(
     family: Family,
     view: &'a View,
     settings: &Settings,
-    services: &[(&'a Key, &Service)],
+    services: &[(&'a ObjectKey, &Service)],
     ignored: &mut BTreeMap<Subject, Ignored>,
 ) -> BTreeMap<IpAddr, EgressPod<'a>> {
     let node_addresses: BTreeMap<IpAddr, &NodeName> = view
@@ -293,13 +293,13 @@ fn egress_pods<'a>(
         .iter()
         .flat_map(|(name, node)| node.addresses.iter().map(move |address| (*address, name)))
         .collect();
-    let mut slices: BTreeMap<&Key, Vec<(&'a Key, &'a Endpoint)>> = BTreeMap::new();
+    let mut slices: BTreeMap<&ObjectKey, Vec<(&'a ObjectKey, &'a Endpoint)>> = BTreeMap::new();
     for (key, slice) in &view.slices {
         let endpoints = slices.entry(&slice.service).or_default();
         endpoints.extend(slice.endpoints.iter().map(|endpoint| (key, endpoint)));
     }
     let mut own_pods: BTreeMap<&str, Vec<&Pod>> = BTreeMap::new();
-    let mut holders: BTreeMap<IpAddr, BTreeSet<&Key>> = BTreeMap::new();
+    let mut holders: BTreeMap<IpAddr, BTreeSet<&ObjectKey>> = BTreeMap::new();
     for (key, pod) in &view.pods {
         own_pods.entry(&key.namespace).or_default().push(pod);
         for address in &pod.addresses {
@@ -354,9 +354,9 @@ fn egress_pods<'a>(
 fn pod_address(
     written: &str,
     endpoint: &Endpoint,
-    service: &Key,
+    service: &ObjectKey,
     node_addresses: &BTreeMap<IpAddr, &NodeName>,
-    holders: &BTreeMap<IpAddr, BTreeSet<&Key>>,
+    holders: &BTreeMap<IpAddr, BTreeSet<&ObjectKey>>,
 ) -> Result<IpAddr, Ignored> {
     let address: IpAddr = written.parse().map_err(|_| Ignored::NotAnAddress)?;
     let impossible = address.is_loopback()
@@ -454,13 +454,13 @@ fn gateway<'a>(vip: IpAddr, view: &'a View, settings: &Settings) -> Result<Gatew
 
 fn pod_state(local: bool, egress: &Egress<'_>, slots: &Slots, settings: &Settings) -> PodState {
     let mut state = PodState {
-        known: true,
+        egress: true,
         vips: egress.vip.iter().copied().collect(),
         ..PodState::default()
     };
     match (&egress.vip, &egress.gateway) {
         (Err(_), _) => state.blocked = true,
-        (Ok(_), Ok(Gateway { hop: None, .. })) => state.gatewayed = true,
+        (Ok(_), Ok(Gateway { hop: None, .. })) => state.gateway_here = true,
         // Not our pod: its node routes it. Should a packet pass here, it leaves with the VIP all the same.
         (Ok(_), _) if !local => {}
         (Ok(_), Ok(_)) => {
@@ -528,7 +528,7 @@ fn routes(
         state.tables.insert(
             slot.table(settings),
             Table {
-                floor: true,
+                fallback: true,
                 gateway: Some((*hop).clone()),
             },
         );

@@ -4,13 +4,14 @@ use std::net::IpAddr;
 use proptest::prelude::*;
 
 use super::*;
+use crate::cluster::leases::BootId;
+use crate::cluster::{EndpointSlice, Pod};
+use crate::names::Interface;
 use crate::settings::FwMask;
 use crate::state::{Mark, TableId};
-use crate::view::leases::BootId;
-use crate::view::{Link, Pod, Slice};
 
-fn key(name: &str) -> Key {
-    Key {
+fn key(name: &str) -> ObjectKey {
+    ObjectKey {
         namespace: "shop".to_owned(),
         name: name.to_owned(),
     }
@@ -78,11 +79,11 @@ fn cluster() -> View {
     View {
         nodes: nodes.collect(),
         links: vec![
-            Link {
+            Interface {
                 name: "cni0".to_owned(),
                 nets: ["10.244.1.0/24".parse().unwrap()].into(),
             },
-            Link {
+            Interface {
                 name: "eth0".to_owned(),
                 nets: [
                     "192.0.2.0/24".parse().unwrap(),
@@ -108,7 +109,8 @@ impl View {
 
     fn with_slice(mut self, name: &str, service: &str, endpoints: Vec<Endpoint>) -> View {
         let service = key(service);
-        self.slices.insert(key(name), Slice { service, endpoints });
+        self.slices
+            .insert(key(name), EndpointSlice { service, endpoints });
         self
     }
 }
@@ -138,7 +140,7 @@ fn pod_of(desired: &Desired, address: &str) -> Option<PodState> {
 
 fn egress(vip: &str) -> PodState {
     PodState {
-        known: true,
+        egress: true,
         vips: [ip(vip)].into(),
         ..PodState::default()
     }
@@ -168,7 +170,7 @@ fn a_pod_is_marked_on_its_node_translated_on_the_gateway_and_known_everywhere() 
         for (n, mark) in (1..=3).zip(expected) {
             let expected = PodState {
                 mark,
-                gatewayed: on_node == "node2",
+                gateway_here: on_node == "node2",
                 ..plain.clone()
             };
             let address = format!("10.244.{n}.11");
@@ -215,7 +217,7 @@ fn the_routes_are_a_block_that_unmarked_packets_pass_and_marked_ones_cannot_leav
     );
     assert_eq!(rules, expected);
     let table = Table {
-        floor: true,
+        fallback: true,
         gateway: Some(NextHop {
             via: ip("192.0.2.12"),
             dev: "eth0".to_owned(),
@@ -378,8 +380,8 @@ fn pods_of_gateways_beyond_the_marks_are_routed_by_their_address() {
 }
 
 /// A pod of this node in a namespace, with label `app`.
-fn own_pod(namespace: &str, app: &str, addresses: &[&str]) -> (Key, Pod) {
-    let key = Key {
+fn own_pod(namespace: &str, app: &str, addresses: &[&str]) -> (ObjectKey, Pod) {
+    let key = ObjectKey {
         namespace: namespace.to_owned(),
         name: format!("{app}-{}", addresses[0]),
     };
@@ -518,7 +520,7 @@ fn of_two_services_the_older_one_has_the_pod_and_the_name_decides_a_tie() {
             .with_slice("b-4", "b", vec![pod("10.244.1.11", "node1")]);
         let desired = make(&view, &on("node2"));
         let state = PodState {
-            gatewayed: true,
+            gateway_here: true,
             ..egress(vip)
         };
         assert_eq!(pod_of(&desired, "10.244.1.11"), Some(state));
@@ -535,7 +537,7 @@ fn endpoints_that_are_no_pods_of_the_service_are_ignored_with_a_reason() {
         target,
         ..pod("10.244.1.11", "node1")
     };
-    let foreign = Target::Pod(Key {
+    let foreign = Target::Pod(ObjectKey {
         namespace: "bank".to_owned(),
         name: "p".to_owned(),
     });
@@ -702,7 +704,7 @@ fn with_a_strict_start_every_pod_of_this_node_waits_until_it_is_classified() {
     };
     view.pods = [(key("other"), other), (key("pod"), shop)].into();
     let free = PodState {
-        free: true,
+        ordinary: true,
         ..PodState::default()
     };
     let strict = Settings {
@@ -713,7 +715,7 @@ fn with_a_strict_start_every_pod_of_this_node_waits_until_it_is_classified() {
     for address in ["10.244.1.12", "fd00:10:244:1::c"] {
         assert_eq!(pod_of(&desired, address), Some(free.clone()));
     }
-    assert!(!pod_of(&desired, "10.244.1.11").unwrap().free);
+    assert!(!pod_of(&desired, "10.244.1.11").unwrap().ordinary);
     let nets = |desired: &Desired, family| {
         let firewall = &desired.kernel.families[&family].firewall;
         firewall.local_pods.clone()
@@ -837,7 +839,7 @@ proptest! {
         for name in ["node1", "node2", "node3"] {
             for state in make(&view, &on(name)).kernel.families.values() {
                 for pod in state.firewall.pods.values() {
-                    prop_assert!(pod.known);
+                    prop_assert!(pod.egress);
                     prop_assert!(pod.blocked || !pod.vips.is_empty());
                     prop_assert!(pod.vips.len() <= 1);
                     prop_assert!(pod.vips.is_subset(&state.firewall.vips));
@@ -848,7 +850,7 @@ proptest! {
                             _ => None,
                         });
                         let table = &state.routes.tables[&table.expect("a rule for every mark")];
-                        prop_assert!(table.floor && table.gateway.is_some());
+                        prop_assert!(table.fallback && table.gateway.is_some());
                     }
                 }
             }

@@ -12,16 +12,17 @@ use kube::runtime::events::{Event, EventType, Recorder, Reporter};
 use tokio::sync::mpsc::UnboundedReceiver;
 use tracing::debug;
 
+use crate::cluster::View;
 use crate::error::chain;
+use crate::names::{NodeName, ObjectKey};
 use crate::plan::{Blocked, Desired, Ignored, Subject, Verdict};
 use crate::state::Family;
-use crate::view::{Key, NodeName, View};
 
 /// An event about a Service.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Told {
     /// The Service.
-    pub service: Key,
+    pub service: ObjectKey,
     /// Something is not as the operator wants it.
     pub is_warning: bool,
     /// One word.
@@ -35,7 +36,7 @@ pub struct Told {
 pub fn changes(before: &Desired, now: &Desired, view: &View, own: &NodeName) -> Vec<Told> {
     let mut told = Vec::new();
     let mut tellers = None;
-    let mut tell = |service: &Key, is_of_this_node: bool, event: Told| {
+    let mut tell = |service: &ObjectKey, is_of_this_node: bool, event: Told| {
         let tellers = tellers.get_or_insert_with(|| Tellers::of(view, own));
         let is_ours = if is_of_this_node {
             tellers.has_pods_here(service)
@@ -105,7 +106,7 @@ pub fn about_vip(
 }
 
 fn of_verdict(
-    service: &Key,
+    service: &ObjectKey,
     family: Family,
     old: Option<&Verdict>,
     verdict: &Verdict,
@@ -138,7 +139,7 @@ fn is_of_the_node(verdict: &Verdict) -> bool {
     )
 }
 
-fn service_of<'a>(subject: &'a Subject, view: &'a View) -> Option<&'a Key> {
+fn service_of<'a>(subject: &'a Subject, view: &'a View) -> Option<&'a ObjectKey> {
     match subject {
         Subject::Service(key) | Subject::OnNoGateway(key) => Some(key),
         Subject::Endpoint { slice, .. } => Some(&view.slices.get(slice)?.service),
@@ -149,9 +150,9 @@ fn service_of<'a>(subject: &'a Subject, view: &'a View) -> Option<&'a Key> {
 struct Tellers<'a> {
     own: &'a NodeName,
     /// The lowest address of each Service, and its node.
-    lowest: BTreeMap<&'a Key, (IpAddr, &'a NodeName)>,
+    lowest: BTreeMap<&'a ObjectKey, (IpAddr, &'a NodeName)>,
     /// Services with pods on this node.
-    here: Vec<&'a Key>,
+    here: Vec<&'a ObjectKey>,
 }
 
 impl<'a> Tellers<'a> {
@@ -181,13 +182,13 @@ impl<'a> Tellers<'a> {
         tellers
     }
 
-    fn is_ours(&self, service: &Key) -> bool {
+    fn is_ours(&self, service: &ObjectKey) -> bool {
         self.lowest
             .get(service)
             .is_some_and(|(_, node)| *node == self.own)
     }
 
-    fn has_pods_here(&self, service: &Key) -> bool {
+    fn has_pods_here(&self, service: &ObjectKey) -> bool {
         self.here.contains(&service)
     }
 }
@@ -232,10 +233,10 @@ pub async fn publish(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::view::{Endpoint, Slice, Target};
+    use crate::cluster::{Endpoint, EndpointSlice, Target};
 
-    fn key(name: &str) -> Key {
-        Key {
+    fn key(name: &str) -> ObjectKey {
+        ObjectKey {
             namespace: "shop".to_owned(),
             name: name.to_owned(),
         }
@@ -252,7 +253,7 @@ mod tests {
             node: Some(node(n)),
             target: Target::Pod(key("pod")),
         };
-        let slice = Slice {
+        let slice = EndpointSlice {
             service: key("a"),
             endpoints: vec![endpoint("10.244.3.9", 3), endpoint("10.244.2.9", 2)],
         };

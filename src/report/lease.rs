@@ -1,4 +1,4 @@
-//! Tells the other agents that this node is programmed, see [`crate::view::leases`].
+//! Tells the other agents that this node is programmed, see [`crate::cluster::leases`].
 
 use std::future::Future;
 use std::time::Duration;
@@ -10,9 +10,10 @@ use serde_json::json;
 use tokio::sync::watch;
 use tracing::{info, warn};
 
+use crate::cluster::View;
+use crate::cluster::leases::{self, BOOT_ANNOTATION, BootId, LEASE_LABEL, LEASE_VALUE};
 use crate::error::chain;
-use crate::view::leases::{self, BOOT_ANNOTATION, BootId, LEASE_LABEL, LEASE_VALUE};
-use crate::view::{NodeName, View};
+use crate::names::NodeName;
 
 /// First pause after a failure; it doubles up to [`LONGEST_PAUSE`].
 const SHORTEST_PAUSE: Duration = Duration::from_millis(200);

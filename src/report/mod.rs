@@ -17,14 +17,15 @@ use kube::Client;
 use tokio::net::TcpListener;
 use tokio::sync::mpsc::UnboundedSender;
 
+use crate::cluster::View;
+use crate::cluster::leases::BootId;
+use crate::cluster::watch::Cluster;
+use crate::names::NodeName;
 use crate::plan::{Desired, Verdict};
 use crate::report::events::Told;
 use crate::report::lease::Holder;
 use crate::report::metrics::Counters;
 use crate::state::Family;
-use crate::view::leases::BootId;
-use crate::view::watch::Cluster;
-use crate::view::{NodeName, View};
 
 /// A pass that takes longer hangs: every tool it runs has a deadline far below.
 const PASS_HANGS_AFTER: Duration = Duration::from_secs(300);
@@ -94,7 +95,7 @@ impl Summary {
         }
         for (family, state) in &desired.kernel.families {
             let pods = state.firewall.pods.values();
-            let egress = pods.filter(|pod| pod.known).count();
+            let egress = pods.filter(|pod| pod.egress).count();
             summary.pods.insert(*family, egress);
         }
         summary

@@ -101,7 +101,7 @@ fn changed() -> KernelState {
                 dev: "eth0".to_owned(),
             };
             let table_state = Table {
-                floor: true,
+                fallback: true,
                 gateway: Some(gateway),
             };
             routes.tables.insert(table, table_state);
@@ -111,7 +111,7 @@ fn changed() -> KernelState {
         firewall.remote_pods = [remote].into();
         firewall.vips = [vip(family, 0), vip(family, 2)].into();
         let with_vip = |number| PodState {
-            known: true,
+            egress: true,
             vips: [vip(family, number)].into(),
             ..PodState::default()
         };
@@ -120,7 +120,7 @@ fn changed() -> KernelState {
             ..with_vip(number)
         };
         let here = |number| PodState {
-            gatewayed: true,
+            gateway_here: true,
             ..with_vip(number)
         };
         let blocked = PodState {
@@ -462,11 +462,11 @@ fn may_stay(connection: &Connection, from: &KernelState, to: &KernelState) -> bo
     let (before, now) = (of(from), of(to));
     if now.mark.is_some() {
         connection.bound == connection.opened_by
-    } else if now.gatewayed {
+    } else if now.gateway_here {
         now.vips.contains(&connection.bound)
-    } else if !now.known {
+    } else if !now.egress {
         // Otherwise it would go on with the pod's own address, or with a VIP that is none of its own any more.
-        let was_here = before.mark.is_some() || before.gatewayed || before.blocked;
+        let was_here = before.mark.is_some() || before.gateway_here || before.blocked;
         !was_here || connection.bound == node(family)
     } else {
         // Elsewhere, or rejected.
@@ -561,7 +561,7 @@ fn only_connections_with_a_wrong_source_are_forgotten_after_a_death() {
             let (mut next, found) = start(mode).await;
             let steps = diff(&found, &to);
             assert!(
-                matches!(steps[..], [Step::ForgetStrays { .. }]),
+                matches!(steps[..], [Step::ForgetWrongSource { .. }]),
                 "{steps:?}"
             );
             apply(&mut next, &steps, &to).await;
@@ -673,9 +673,9 @@ fn prepare_gateway() {
                 firewall.remote_pods = [net.parse().unwrap()].into();
                 firewall.vips = [vip(*family, 0)].into();
                 let here = PodState {
-                    known: true,
+                    egress: true,
                     vips: firewall.vips.clone(),
-                    gatewayed: true,
+                    gateway_here: true,
                     ..PodState::default()
                 };
                 firewall.pods = [(pod(*family, 12), here)].into();

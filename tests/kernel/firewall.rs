@@ -1,6 +1,6 @@
 use std::time::Instant;
 
-use metaleg::state::{Leftover, Step};
+use metaleg::state::{Remnant, Step};
 
 use super::*;
 
@@ -310,10 +310,10 @@ fn a_step_that_fails_costs_only_the_steps_that_rely_on_it() {
         };
         assert_eq!(pods[&bad], only_blocked);
         let complete = PodState {
-            known: true,
+            egress: true,
             vips: [ip("192.0.2.200")].into(),
             mark: Some(mark),
-            gatewayed: true,
+            gateway_here: true,
             ..PodState::default()
         };
         assert_eq!(pods[&good], complete);
@@ -329,7 +329,7 @@ fn five_thousand_services_fit(mode: Mode) {
             let [high, low] = n.to_be_bytes();
             let vip = IpAddr::from([198, 18, high, low]);
             let state = PodState {
-                known: true,
+                egress: true,
                 vips: [vip].into(),
                 ..PodState::default()
             };
@@ -404,7 +404,7 @@ fn another_backend_takes_over_and_leaves_nothing_of_the_other() {
             let steps = diff(&kernel.observe().await.unwrap().state, &example());
             let at = |wanted: fn(&Step) -> bool| steps.iter().position(wanted).unwrap();
             let installed = at(|step| matches!(step, Step::InstallFirewall(..)));
-            let removed = at(|step| matches!(step, Step::RemoveLeftover(_)));
+            let removed = at(|step| matches!(step, Step::RemoveRemnant(_)));
             assert!(installed < removed, "{steps:?}");
             reach(&mut kernel, &example()).await;
             let own_table = sh("nft list tables").contains("table inet metaleg\n");
@@ -473,7 +473,7 @@ fn an_earlier_release_is_taken_over(of: Mode, by: Mode) {
         );
         let mut kernel = open(by).await;
         let observed = kernel.observe().await.unwrap();
-        assert_eq!(observed.state.leftovers, [Leftover::EarlierRelease].into());
+        assert_eq!(observed.state.remnants, [Remnant::EarlierRelease].into());
         reach(&mut kernel, &example()).await;
         let left = format!("{}{}", of.save(), sh("ipset list -n; ip rule; ip -6 rule"));
         for trace in [
@@ -501,7 +501,7 @@ fn an_earlier_release_is_taken_over(of: Mode, by: Mode) {
         );
         assert_eq!(sh("ip rule | grep -c -e 100009 -e 100007"), "2\n");
         assert_eq!(
-            kernel.observe().await.unwrap().state.leftovers,
+            kernel.observe().await.unwrap().state.remnants,
             BTreeSet::new()
         );
     });

@@ -11,10 +11,10 @@
 
 mod conntrack;
 mod crash;
-mod disturbance;
+mod drift;
 mod firewall;
+mod lan;
 mod routes;
-mod wire;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
@@ -200,7 +200,7 @@ fn example() -> KernelState {
     ] {
         let vips: BTreeSet<IpAddr> = vip.map(ip).into();
         let translated = PodState {
-            known: true,
+            egress: true,
             vips: [ip(vip[0])].into(),
             ..PodState::default()
         };
@@ -211,7 +211,7 @@ fn example() -> KernelState {
                 ..translated.clone()
             },
             PodState {
-                gatewayed: true,
+                gateway_here: true,
                 vips: [ip(vip[1])].into(),
                 ..translated.clone()
             },
@@ -221,7 +221,7 @@ fn example() -> KernelState {
                 ..translated
             },
             PodState {
-                free: true,
+                ordinary: true,
                 ..PodState::default()
             },
         ];
@@ -255,7 +255,7 @@ fn example() -> KernelState {
             dev: "eth0".to_owned(),
         };
         let table_state = Table {
-            floor: true,
+            fallback: true,
             gateway: Some(gateway),
         };
         let state = FamilyState {

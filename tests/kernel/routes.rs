@@ -168,7 +168,7 @@ fn a_hundred_gateways_share_a_mark_and_each_pod_takes_its_own() {
                 dev: "eth0".to_owned(),
             };
             let state = Table {
-                floor: true,
+                fallback: true,
                 gateway: Some(gateway),
             };
             routes.tables.insert(table, state);

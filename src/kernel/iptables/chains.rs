@@ -53,7 +53,7 @@ pub(super) fn chains(family: Family, mask: u32) -> Vec<Chain> {
     let (local, free, late) = (
         set(StaticSet::Local),
         set(StaticSet::Free),
-        set(StaticSet::Late),
+        set(StaticSet::LateReplies),
     );
     let (everything, prohibited) = match family {
         Family::V4 => ("0.0.0.0/0", "icmp-admin-prohibited"),

@@ -8,9 +8,9 @@
 
 mod chains;
 mod mode;
-mod readback;
+mod read;
+pub(crate) mod remnants;
 mod sets;
-pub(crate) mod traces;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
@@ -25,9 +25,9 @@ use self::mode::detect;
 use self::sets::{
     StaticSet, create_vip, destroy, ipset, late_line, member_line, parse_sets, vip_of_set, vip_set,
 };
-use crate::kernel::conntrack::Late;
+use crate::kernel::conntrack::LateReply;
 use crate::kernel::tool::{ToolError, run};
-use crate::kernel::{Error, Firewall, StepError, tryable};
+use crate::kernel::{Error, Firewall, StepError, executable};
 use crate::state::{Family, FirewallState, Step};
 
 /// Seconds to wait for the xtables lock, below the deadline for the tool.
@@ -204,7 +204,7 @@ impl Iptables {
                     failed.push(step_error(step, error));
                     let (done, later) = rest.split_at(bad);
                     let later: Vec<&Step> = later.iter().map(|(step, _)| *step).collect();
-                    let keep = tryable(&later, failed);
+                    let keep = executable(&later, failed);
                     let done = done.iter().map(|(step, _)| *step);
                     rest = done
                         .chain(keep)
@@ -255,14 +255,14 @@ impl Firewall for Iptables {
         for family in self.families.clone() {
             let lines = self.save(family).await?;
             self.translated.extend(translated_vips(&lines));
-            states.insert(family, readback::state(family, self.mask, &lines, &sets));
+            states.insert(family, read::state(family, self.mask, &lines, &sets));
         }
         Ok(states)
     }
 
     async fn apply(&mut self, steps: &[&Step], failed: &mut Vec<StepError>) {
         for batch in steps.chunk_by(|a, b| kind(a) == kind(b)) {
-            let batch = tryable(batch, failed);
+            let batch = executable(batch, failed);
             match batch.first().map(|step| kind(step)) {
                 None => {}
                 Some(Kind::Members) => self.members(&batch, failed).await,
@@ -280,7 +280,7 @@ impl Firewall for Iptables {
         }
     }
 
-    async fn expect_late(&mut self, replies: &[Late]) -> Result<(), Error> {
+    async fn expect_late_replies(&mut self, replies: &[LateReply]) -> Result<(), Error> {
         Ok(ipset(replies.iter().map(late_line).collect()).await?)
     }
 }

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use ipnet::IpNet;
 
-use crate::kernel::LATE_SECONDS;
-use crate::kernel::conntrack::Late;
+use crate::kernel::LATE_REPLY_SECONDS;
+use crate::kernel::conntrack::LateReply;
 use crate::kernel::tool::{ToolError, run};
 use crate::state::{Family, Step};
 
@@ -41,7 +41,7 @@ pub(super) enum StaticSet {
     /// Pods without a way out.
     Blocked,
     /// Replies of forgotten connections: the kernel removes them by itself, and nobody reads them.
-    Late,
+    LateReplies,
 }
 
 impl StaticSet {
@@ -55,7 +55,7 @@ impl StaticSet {
         StaticSet::Mark,
         StaticSet::Gateway,
         StaticSet::Blocked,
-        StaticSet::Late,
+        StaticSet::LateReplies,
     ];
 
     pub(super) fn name(self, family: Family) -> String {
@@ -69,7 +69,7 @@ impl StaticSet {
             StaticSet::Mark => "MARK",
             StaticSet::Gateway => "GATEWAY",
             StaticSet::Blocked => "BLOCKED",
-            StaticSet::Late => "LATE",
+            StaticSet::LateReplies => "LATE",
         };
         let number = match family {
             Family::V4 => 4,
@@ -81,12 +81,12 @@ impl StaticSet {
     pub(super) fn create(self, family: Family) -> String {
         let kind = match self {
             StaticSet::Excluded | StaticSet::Remote | StaticSet::Local => "hash:net",
-            StaticSet::Late => "hash:ip,port,ip",
+            StaticSet::LateReplies => "hash:ip,port,ip",
             _ => "hash:ip",
         };
         let extension = match self {
             StaticSet::Mark => " skbinfo".to_owned(),
-            StaticSet::Late => format!(" timeout {LATE_SECONDS}"),
+            StaticSet::LateReplies => format!(" timeout {LATE_REPLY_SECONDS}"),
             _ => String::new(),
         };
         create(&self.name(family), kind, family, &extension)
@@ -193,8 +193,8 @@ pub(super) fn member_line(step: &Step) -> Option<String> {
 }
 
 /// The `ipset restore` line that expects late replies.
-pub(super) fn late_line(late: &Late) -> String {
-    let set = StaticSet::Late.name(Family::of(late.pod.0));
+pub(super) fn late_line(late: &LateReply) -> String {
+    let set = StaticSet::LateReplies.name(Family::of(late.pod.0));
     let ((pod, port), (outside, _)) = (late.pod, late.outside);
     format!("add {set} {pod},{}:{port},{outside}\n", late.protocol)
 }

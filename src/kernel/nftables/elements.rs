@@ -5,8 +5,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::{IpNet, Ipv4Subnets, Ipv6Subnets};
 
-use crate::kernel::LATE_SECONDS;
-use crate::kernel::conntrack::Late;
+use crate::kernel::LATE_REPLY_SECONDS;
+use crate::kernel::conntrack::LateReply;
 use crate::kernel::nftables::ruleset::{mark_of_chain, slot_chain};
 use crate::state::{Family, FirewallState, PodState, Skeleton};
 
@@ -30,7 +30,7 @@ pub(crate) enum Kind {
     /// Pods without a way out.
     Blocked,
     /// Replies of forgotten connections: the kernel removes them by itself, and nobody reads them.
-    Late,
+    LateReplies,
     /// Pod to the chain that marks its packets for its gateway.
     Slot,
     /// Pod to VIP.
@@ -47,7 +47,7 @@ impl Kind {
         Kind::Pods,
         Kind::Gatewayed,
         Kind::Blocked,
-        Kind::Late,
+        Kind::LateReplies,
         Kind::Slot,
         Kind::Vip,
     ];
@@ -66,9 +66,9 @@ impl Kind {
             Kind::Free => "free",
             Kind::Vips => "vips",
             Kind::Pods => "pods",
-            Kind::Gatewayed => "gatewayed",
+            Kind::Gatewayed => "gateway_here",
             Kind::Blocked => "blocked",
-            Kind::Late => "late",
+            Kind::LateReplies => "late",
             Kind::Slot => "slot",
             Kind::Vip => "vip",
         };
@@ -92,7 +92,7 @@ impl Kind {
         let (word, kind) = match self {
             Kind::Slot => ("map", format!("{address} : verdict")),
             Kind::Vip => ("map", format!("{address} : {address}")),
-            Kind::Late => (
+            Kind::LateReplies => (
                 "set",
                 format!("{address} . inet_proto . inet_service . {address} . inet_service"),
             ),
@@ -100,7 +100,9 @@ impl Kind {
         };
         let flags = match self {
             _ if self.of_networks() => "    flags interval;\n".to_owned(),
-            Kind::Late => format!("    flags timeout;\n    timeout {LATE_SECONDS}s;\n"),
+            Kind::LateReplies => {
+                format!("    flags timeout;\n    timeout {LATE_REPLY_SECONDS}s;\n")
+            }
             _ => String::new(),
         };
         let elements: Vec<String> = elements
@@ -142,16 +144,16 @@ pub(crate) fn of_pod(address: IpAddr, pod: &PodState, elements: &mut Elements) {
         let set = elements.entry(kind).or_default();
         set.insert(IpNet::from(address), value);
     };
-    if pod.known {
+    if pod.egress {
         put(Kind::Pods, Value::None);
     }
-    if pod.gatewayed {
+    if pod.gateway_here {
         put(Kind::Gatewayed, Value::None);
     }
     if pod.blocked {
         put(Kind::Blocked, Value::None);
     }
-    if pod.free {
+    if pod.ordinary {
         put(Kind::Free, Value::None);
     }
     if let Some(mark) = pod.mark {
@@ -195,16 +197,16 @@ pub(crate) fn state_of(elements: &Elements, mask: u32, skeleton: Skeleton) -> Fi
     let keys = |kind: Kind| elements.get(&kind).into_iter().flatten();
     let mut pods: BTreeMap<IpAddr, PodState> = BTreeMap::new();
     for (net, _) in keys(Kind::Pods) {
-        pods.entry(net.addr()).or_default().known = true;
+        pods.entry(net.addr()).or_default().egress = true;
     }
     for (net, _) in keys(Kind::Gatewayed) {
-        pods.entry(net.addr()).or_default().gatewayed = true;
+        pods.entry(net.addr()).or_default().gateway_here = true;
     }
     for (net, _) in keys(Kind::Blocked) {
         pods.entry(net.addr()).or_default().blocked = true;
     }
     for (net, _) in keys(Kind::Free) {
-        pods.entry(net.addr()).or_default().free = true;
+        pods.entry(net.addr()).or_default().ordinary = true;
     }
     for (net, value) in keys(Kind::Slot) {
         if let Value::Chain(chain) = value {
@@ -227,7 +229,7 @@ pub(crate) fn state_of(elements: &Elements, mask: u32, skeleton: Skeleton) -> Fi
 }
 
 /// The key of late replies: each part begins at a multiple of four bytes, as nft concatenates them.
-pub(crate) fn late_key(late: &Late) -> Vec<u8> {
+pub(crate) fn late_key(late: &LateReply) -> Vec<u8> {
     let mut key = octets(late.outside.0);
     key.extend([late.protocol, 0, 0, 0]);
     for (port, address) in [(late.outside.1, Some(late.pod.0)), (late.pod.1, None)] {
@@ -389,7 +391,7 @@ mod tests {
         let ip = |text: &str| text.parse::<IpAddr>().unwrap();
         let mask = 0x00f0_0000;
         let pod = PodState {
-            known: true,
+            egress: true,
             vips: [ip("192.0.2.200")].into(),
             ..PodState::default()
         };
@@ -412,14 +414,14 @@ mod tests {
                 (
                     ip("10.244.1.14"),
                     PodState {
-                        free: true,
+                        ordinary: true,
                         ..PodState::default()
                     },
                 ),
                 (
                     ip("10.244.1.13"),
                     PodState {
-                        gatewayed: true,
+                        gateway_here: true,
                         blocked: true,
                         ..pod
                     },

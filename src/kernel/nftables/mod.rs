@@ -5,7 +5,7 @@
 //! sees the state between two of them.
 
 mod elements;
-mod parse;
+mod read;
 mod ruleset;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -22,13 +22,13 @@ use netlink_packet_netfilter::none::ControlMessage;
 use netlink_packet_netfilter::{NetfilterMessageInner, NetfilterProtoFamily};
 
 use self::elements::{Elements, Kind, Value, late_key, octets};
-pub(crate) use self::parse::{BaseChain, any_chain};
+pub(crate) use self::read::{BaseChain, any_chain};
 use self::ruleset::{Chain, chains};
 pub(crate) use self::ruleset::{TABLE, TRANSLATION_PRIORITY};
-use crate::kernel::conntrack::Late;
-use crate::kernel::netlink::{Message, Netfilter, NetlinkError, message};
+use crate::kernel::conntrack::LateReply;
+use crate::kernel::netfilter::{Message, Netfilter, NetlinkError, message};
 use crate::kernel::tool::run;
-use crate::kernel::{Error, Firewall, LATE_SECONDS, StepError, tryable};
+use crate::kernel::{Error, Firewall, LATE_REPLY_SECONDS, StepError, executable};
 use crate::settings::FwMask;
 use crate::state::{Family, FirewallState, KernelState, Skeleton, Step};
 
@@ -77,7 +77,10 @@ impl Nftables {
         let mut states = BTreeMap::new();
         for &family in &self.families {
             let mut elements = Elements::new();
-            for kind in Kind::ALL.into_iter().filter(|kind| *kind != Kind::Late) {
+            for kind in Kind::ALL
+                .into_iter()
+                .filter(|kind| *kind != Kind::LateReplies)
+            {
                 if sets.contains(&kind.name(family)) {
                     elements.insert(kind, self.members(kind, family)?);
                 }
@@ -115,7 +118,7 @@ impl Nftables {
         let attributes = vec![SetAttribute::Table(TABLE.to_owned())];
         self.dump(
             NfTablesMessage::GetSet(SetMessage { attributes }),
-            |sets: &mut BTreeSet<String>, answer| sets.extend(parse::set(answer)),
+            |sets: &mut BTreeSet<String>, answer| sets.extend(read::set(answer)),
         )
     }
 
@@ -124,7 +127,7 @@ impl Nftables {
         let attributes = Vec::new();
         let present: BTreeMap<String, Option<BaseChain>> = self.dump(
             NfTablesMessage::GetChain(ChainMessage { attributes }),
-            |chains: &mut BTreeMap<_, _>, answer| chains.extend(parse::chain(answer)),
+            |chains: &mut BTreeMap<_, _>, answer| chains.extend(read::chain(answer)),
         )?;
         if present.is_empty() && sets.is_empty() {
             return Ok(None);
@@ -133,7 +136,7 @@ impl Nftables {
         let tags: BTreeMap<String, Vec<String>> = self.dump(
             NfTablesMessage::GetRule(RuleMessage { attributes }),
             |tags: &mut BTreeMap<String, Vec<String>>, answer| {
-                if let Some((chain, tag)) = parse::rule(answer) {
+                if let Some((chain, tag)) = read::rule(answer) {
                     tags.entry(chain).or_default().push(tag);
                 }
             },
@@ -159,16 +162,16 @@ impl Nftables {
             SetElementList::Table(TABLE.to_owned()),
             SetElementList::Set(kind.name(family)),
         ];
-        let elements: Vec<parse::Element> = self.dump(
+        let elements: Vec<read::Element> = self.dump(
             NfTablesMessage::GetSetElement(SetElementMessage { attributes }),
-            |all: &mut Vec<_>, answer| all.extend(parse::elements(answer)),
+            |all: &mut Vec<_>, answer| all.extend(read::elements(answer)),
         )?;
         if kind.of_networks() {
             let ends = elements.iter().map(|element| (element.key, element.is_end));
             let nets = elements::networks(family, ends.collect());
             return Ok(nets.into_iter().map(|net| (net, Value::None)).collect());
         }
-        let member = |element: parse::Element| (IpNet::from(element.key), element.value);
+        let member = |element: read::Element| (IpNet::from(element.key), element.value);
         Ok(elements.into_iter().map(member).collect())
     }
 
@@ -224,7 +227,7 @@ pub(crate) fn exists() -> Result<bool, NetlinkError> {
         NetfilterProtoFamily::Inet,
         &NetfilterMessageInner::NfTables(question),
         |found: &mut bool, answer| {
-            *found |= parse::is_own_table(answer);
+            *found |= read::is_own_table(answer);
             Ok(())
         },
     )
@@ -256,7 +259,7 @@ impl Firewall for Nftables {
     }
 
     async fn apply(&mut self, steps: &[&Step], failed: &mut Vec<StepError>) {
-        let batch = tryable(steps, failed);
+        let batch = executable(steps, failed);
         if batch.is_empty() || self.transaction(&batch).await.is_ok() {
             return;
         }
@@ -270,7 +273,7 @@ impl Firewall for Nftables {
             return;
         }
         for step in batch {
-            for step in tryable(&[step], failed) {
+            for step in executable(&[step], failed) {
                 if let Err(source) = self.transaction(&[step]).await {
                     failed.push(StepError {
                         step: step.clone(),
@@ -281,8 +284,8 @@ impl Firewall for Nftables {
         }
     }
 
-    async fn expect_late(&mut self, replies: &[Late]) -> Result<(), Error> {
-        let (v4, v6): (Vec<Late>, Vec<Late>) =
+    async fn expect_late_replies(&mut self, replies: &[LateReply]) -> Result<(), Error> {
+        let (v4, v6): (Vec<LateReply>, Vec<LateReply>) =
             replies.iter().partition(|late| late.pod.0.is_ipv4());
         let mut messages = late_messages(Family::V4, &v4);
         messages.extend(late_messages(Family::V6, &v6));
@@ -291,18 +294,18 @@ impl Firewall for Nftables {
 }
 
 /// The messages that add late replies to a family's set.
-fn late_messages(family: Family, replies: &[Late]) -> Vec<u8> {
+fn late_messages(family: Family, replies: &[LateReply]) -> Vec<u8> {
     let mut messages = Vec::new();
     for part in replies.chunks(ELEMENTS_AT_ONCE) {
         // The time is said again, so that it begins again for an element that is there (kernel 6.12 and newer).
         let elements = part.iter().map(|late| {
             ListAttribute::Element(vec![
                 SetElementAttribute::Key(DataAttribute::Value(late_key(late))),
-                SetElementAttribute::Timeout(u64::from(LATE_SECONDS) * 1000),
-                SetElementAttribute::Expiration(u64::from(LATE_SECONDS) * 1000),
+                SetElementAttribute::Timeout(u64::from(LATE_REPLY_SECONDS) * 1000),
+                SetElementAttribute::Expiration(u64::from(LATE_REPLY_SECONDS) * 1000),
             ])
         });
-        messages.extend(add(&Kind::Late.name(family), elements.collect()));
+        messages.extend(add(&Kind::LateReplies.name(family), elements.collect()));
     }
     messages
 }

@@ -6,9 +6,7 @@ use super::*;
 const SOON: Duration = Duration::from_millis(800);
 
 async fn is_disturbed(kernel: &mut NodeKernel, within: Duration) -> bool {
-    tokio::time::timeout(within, kernel.disturbed())
-        .await
-        .is_ok()
+    tokio::time::timeout(within, kernel.drifted()).await.is_ok()
 }
 
 /// Lets what belongs to the start pass by.

@@ -21,9 +21,9 @@ use socket2::{Domain, Socket, Type};
 use tracing::debug;
 
 use crate::error::chain;
+use crate::ethernet::{Mac, checksum, sum};
 use crate::kernel::conntrack::{self, Flow};
-use crate::wire::frame::{Mac, checksum, sum};
-use crate::wire::neighbour_table;
+use crate::lan::neighbour_table;
 
 /// Pauses before the pods are asked again: the new gateway's agent may not know yet that it is one. A kernel answers such
 /// questions about a connection every 0.5 s (`tcp_invalid_ratelimit`).
@@ -46,7 +46,7 @@ pub(super) struct Asleep {
 
 /// Asks the pods, now and twice more, while the caller goes on; one that is not on a link of this node is passed over.
 /// Nothing is lost but time when that fails: a pod speaks when it has something to say.
-pub(super) fn wake(asleep: Asleep, excluded: BTreeSet<IpNet>) {
+pub(super) fn elicit(asleep: Asleep, excluded: BTreeSet<IpNet>) {
     let Asleep { mut flows, pods } = asleep;
     if pods.is_empty() {
         return;

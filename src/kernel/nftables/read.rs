@@ -4,7 +4,7 @@
 
 use std::net::IpAddr;
 
-use crate::kernel::netlink::{Message, attributes};
+use crate::kernel::netfilter::{Message, attributes};
 use crate::kernel::nftables::elements::Value;
 use crate::kernel::nftables::ruleset::TABLE;
 use crate::kernel::tag::TAG;

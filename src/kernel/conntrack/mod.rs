@@ -15,7 +15,7 @@ use netlink_packet_netfilter::conntrack::{
 };
 use netlink_packet_netfilter::{NetfilterMessageInner, NetfilterProtoFamily};
 
-use crate::kernel::netlink::{Message, Netfilter, NetlinkError, message};
+use crate::kernel::netfilter::{Message, Netfilter, NetlinkError, message};
 use crate::state::Family;
 
 /// `TCP_CONNTRACK_ESTABLISHED` of nf_conntrack_tcp.h.
@@ -82,7 +82,7 @@ impl Which {
 /// Replies that may still come to a pod's own address when their connection is forgotten: from the node that was its
 /// gateway, or from a server that has seen the pod itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) struct Late {
+pub(crate) struct LateReply {
     /// TCP or UDP, as a number of IP.
     pub(crate) protocol: u8,
     /// Address and port that they come from.
@@ -107,7 +107,7 @@ pub(crate) struct Found {
     /// Those of them whose ends may go on talking.
     pub(crate) established: Vec<Flow>,
     /// What may still come of them.
-    pub(crate) late: Vec<Late>,
+    pub(crate) late: Vec<LateReply>,
     /// Connections that are kept and taken up anew.
     resumed: Vec<(Family, Entry)>,
 }
@@ -295,13 +295,13 @@ fn established(attributes: &[ConntrackAttribute]) -> Option<Flow> {
 }
 
 /// What may still come of a connection that is forgotten; `None` where replies do not come to the pod's own address.
-fn late(attributes: &[ConntrackAttribute]) -> Option<Late> {
+fn late(attributes: &[ConntrackAttribute]) -> Option<LateReply> {
     let (sender, _) = original(attributes).and_then(ends)?;
     let tuple = reply(attributes)?;
     let (outside, pod) = ends(tuple)?;
     // Others than TCP and UDP begin no connection with a reply.
     let (protocol, from, to) = ports(tuple)?;
-    (pod == sender).then_some(Late {
+    (pod == sender).then_some(LateReply {
         protocol,
         outside: (outside, from),
         pod: (pod, to),

@@ -22,16 +22,16 @@ use netlink_sys::AsyncSocket;
 use rtnetlink::Handle;
 
 use crate::kernel::StepError;
-use crate::kernel::disturbance::Devices;
+use crate::kernel::drift::Devices;
+use crate::names::Interface;
 use crate::state::{Family, Mark, NextHop, RouteState, Rule, RuleAction, Step, Table, TableId};
-use crate::view::Link;
 
 /// Protocol number of our rules and routes: in none of the lists of iproute2, FRR or BIRD. Shown by `ip rule`
 /// and `ip route` as `proto 77`.
 pub(crate) const PROTOCOL_NUMBER: u8 = 77;
 const PROTOCOL: RouteProtocol = RouteProtocol::Other(PROTOCOL_NUMBER);
-/// Metric of a table's floor: 0xff000000 + 8192, which no routing daemon uses.
-const FLOOR_METRIC: u32 = 4_278_198_272;
+/// Metric of a table's fallback: 0xff000000 + 8192, which no routing daemon uses.
+const FALLBACK_METRIC: u32 = 4_278_198_272;
 /// Metric of the route to a gateway. Given for both families: IPv6 would choose 1024 by itself.
 const GATEWAY_METRIC: u32 = 100;
 
@@ -209,14 +209,14 @@ impl Routes {
     }
 
     /// The interfaces that are up, but for loopback, with their connected networks.
-    pub(crate) async fn links(&self) -> Result<Vec<Link>, RouteError> {
-        let mut links: BTreeMap<u32, Link> = self
+    pub(crate) async fn links(&self) -> Result<Vec<Interface>, RouteError> {
+        let mut links: BTreeMap<u32, Interface> = self
             .interfaces()
             .await?
             .into_iter()
             .filter(|interface| interface.up && !interface.loopback)
             .map(|interface| {
-                let link = Link {
+                let link = Interface {
                     name: interface.name,
                     nets: BTreeSet::new(),
                 };
@@ -273,12 +273,12 @@ impl Routes {
                 let request = self.handle.rule().del(rule_message(*family, rule));
                 absent(request.execute().await).map_err(refused("remove the rule"))
             }
-            Step::AddFloor(family, table) => {
-                let request = self.handle.route().add(floor_message(*family, *table));
+            Step::AddFallback(family, table) => {
+                let request = self.handle.route().add(fallback_message(*family, *table));
                 present(request.execute().await).map_err(refused("add the route"))
             }
-            Step::RemoveFloor(family, table) => {
-                let request = self.handle.route().del(floor_message(*family, *table));
+            Step::RemoveFallback(family, table) => {
+                let request = self.handle.route().del(fallback_message(*family, *table));
                 absent(request.execute().await).map_err(refused("remove the route"))
             }
             Step::SetGateway(table, hop) => {
@@ -318,7 +318,7 @@ impl Routes {
         Ok(message)
     }
 
-    async fn interfaces(&self) -> Result<Vec<Interface>, RouteError> {
+    async fn interfaces(&self) -> Result<Vec<Link>, RouteError> {
         let links: Vec<_> = self
             .handle
             .link()
@@ -335,7 +335,7 @@ impl Routes {
                     LinkAttribute::IfName(name) => Some(name.clone()),
                     _ => None,
                 })?;
-            Some(Interface {
+            Some(Link {
                 index: link.header.index,
                 name,
                 up: link.header.flags.contains(LinkFlags::Up),
@@ -347,7 +347,7 @@ impl Routes {
 }
 
 #[derive(Debug)]
-struct Interface {
+struct Link {
     index: u32,
     name: String,
     up: bool,
@@ -533,8 +533,8 @@ fn route_message(family: Family, table: TableId, metric: u32) -> RouteMessage {
     message
 }
 
-fn floor_message(family: Family, table: TableId) -> RouteMessage {
-    let mut message = route_message(family, table, FLOOR_METRIC);
+fn fallback_message(family: Family, table: TableId) -> RouteMessage {
+    let mut message = route_message(family, table, FALLBACK_METRIC);
     message.header.kind = RouteType::Unreachable;
     message
 }
@@ -559,8 +559,8 @@ fn take_route(
             _ => {}
         }
     }
-    if message.header.kind == RouteType::Unreachable && metric == FLOOR_METRIC {
-        tables.entry(table).or_default().floor = true;
+    if message.header.kind == RouteType::Unreachable && metric == FALLBACK_METRIC {
+        tables.entry(table).or_default().fallback = true;
     }
     if let (RouteType::Unicast, Some(via), Some(dev)) = (message.header.kind, via, dev) {
         tables.entry(table).or_default().gateway = Some(NextHop { via, dev });

@@ -8,7 +8,7 @@
 use k8s_openapi::api::coordination::v1 as coordination;
 use kube::ResourceExt;
 
-use crate::view::NodeName;
+use crate::names::NodeName;
 
 /// By which our Leases are found.
 pub const LEASE_LABEL: &str = "app.kubernetes.io/name";

@@ -2,9 +2,9 @@ use std::io::Read;
 use std::os::fd::AsRawFd;
 use std::time::Duration;
 
-use metaleg::view::NodeName;
-use metaleg::wire::frame::{Mac, Own};
-use metaleg::wire::{Oddity, Wanted, Wire};
+use metaleg::ethernet::{Mac, Own};
+use metaleg::lan::{Anomaly, Lan, Wanted};
+use metaleg::names::NodeName;
 use nix::ifaddrs::getifaddrs;
 use nix::sys::socket::bind;
 use socket2::{Domain, Protocol, Socket, Type};
@@ -101,7 +101,7 @@ fn wanted(unsettled: &[&str]) -> Wanted {
 }
 
 /// Waits until a VIP is heard from a node.
-async fn hears(wire: &Wire, vip: &str, from: u8, mut say: impl FnMut()) {
+async fn hears(wire: &Lan, vip: &str, from: u8, mut say: impl FnMut()) {
     let deadline = tokio::time::Instant::now() + Duration::from_secs(5);
     loop {
         say();
@@ -129,7 +129,7 @@ fn neighbours() {
 fn announcements_of_nodes_are_heard_in_both_families_and_our_own_too() {
     in_namespace(|| async {
         neighbours();
-        let wire = Wire::start().unwrap();
+        let wire = Lan::start().unwrap();
         wire.want(wanted(&[]));
         let (lan, own) = (Host::on("wire"), Host::on("eth0"));
         hears(&wire, VIPS[0], 2, || {
@@ -149,7 +149,7 @@ fn announcements_of_nodes_are_heard_in_both_families_and_our_own_too() {
 fn a_stranger_is_told_and_not_believed() {
     in_namespace(|| async {
         neighbours();
-        let wire = Wire::start().unwrap();
+        let wire = Lan::start().unwrap();
         wire.want(wanted(&[]));
         let lan = Host::on("wire");
         hears(&wire, VIPS[0], 2, || {
@@ -157,12 +157,12 @@ fn a_stranger_is_told_and_not_believed() {
         })
         .await;
         let deadline = tokio::time::Instant::now() + Duration::from_secs(8);
-        let stranger = Oddity::Stranger(ip(VIPS[0]), mac(66));
-        while !wire.oddities().contains_key(&stranger) {
+        let stranger = Anomaly::UnknownSender(ip(VIPS[0]), mac(66));
+        while !wire.anomalies().contains_key(&stranger) {
             assert!(
                 tokio::time::Instant::now() < deadline,
                 "{:?}",
-                wire.oddities()
+                wire.anomalies()
             );
             lan.gratuitous_arp(mac(66), ip(VIPS[0]));
             tokio::time::sleep(Duration::from_millis(100)).await;
@@ -175,7 +175,7 @@ fn a_stranger_is_told_and_not_believed() {
 fn a_vip_in_doubt_is_asked_for_every_second_and_the_others_are_not() {
     in_namespace(|| async {
         neighbours();
-        let wire = Wire::start().unwrap();
+        let wire = Lan::start().unwrap();
         wire.want(wanted(&[VIPS[0]]));
         for _ in 0..3 {
             // The test's runtime must go on listening meanwhile.
@@ -197,7 +197,7 @@ fn a_vip_in_doubt_is_asked_for_every_second_and_the_others_are_not() {
 fn an_interface_that_goes_down_and_comes_up_again_is_heard_again() {
     in_namespace(|| async {
         neighbours();
-        let wire = Wire::start().unwrap();
+        let wire = Lan::start().unwrap();
         wire.want(wanted(&[]));
         let lan = Host::on("wire");
         hears(&wire, VIPS[0], 2, || {

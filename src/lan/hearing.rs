@@ -5,8 +5,8 @@ use std::fmt;
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
-use crate::view::NodeName;
-use crate::wire::frame::{Claim, Mac};
+use crate::ethernet::{Claim, Mac};
+use crate::names::NodeName;
 
 /// At most one question for an address, and one change of its announcer, in this time.
 const PACE: Duration = Duration::from_secs(1);
@@ -69,31 +69,31 @@ impl Heard {
 
 /// What an operator should know of.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Oddity {
+pub enum Anomaly {
     /// Somebody who is no node claims a VIP.
-    Stranger(IpAddr, Mac),
+    UnknownSender(IpAddr, Mac),
     /// Two nodes claim a VIP again and again.
-    Contested(IpAddr, NodeName, NodeName),
+    DuplicateAnnouncer(IpAddr, NodeName, NodeName),
 }
 
-impl Oddity {
+impl Anomaly {
     /// The VIP that it is about.
     #[must_use]
     pub fn vip(&self) -> IpAddr {
         match self {
-            Oddity::Stranger(vip, _) | Oddity::Contested(vip, ..) => *vip,
+            Anomaly::UnknownSender(vip, _) | Anomaly::DuplicateAnnouncer(vip, ..) => *vip,
         }
     }
 }
 
-impl fmt::Display for Oddity {
+impl fmt::Display for Anomaly {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Oddity::Stranger(vip, mac) => write!(
+            Anomaly::UnknownSender(vip, mac) => write!(
                 f,
                 "{mac}, which is no node's, claims VIP {vip} on the LAN: not believed"
             ),
-            Oddity::Contested(vip, one, other) => write!(
+            Anomaly::DuplicateAnnouncer(vip, one, other) => write!(
                 f,
                 "{one} and {other} claim VIP {vip} on the LAN by turns: following whoever was heard last"
             ),
@@ -111,8 +111,8 @@ pub(crate) struct Hearing {
     asked: BTreeMap<IpAddr, Instant>,
     /// Claims of unknown senders.
     waiting: Vec<(Claim, Instant)>,
-    /// Oddities, and how often each was met.
-    odd: BTreeMap<Oddity, u64>,
+    /// Anomalies, and how often each was met.
+    odd: BTreeMap<Anomaly, u64>,
 }
 
 impl Hearing {
@@ -130,14 +130,14 @@ impl Hearing {
             self.asked.entry(*vip).or_insert(now);
         }
         self.odd
-            .retain(|oddity, _| wanted.vips.contains_key(&oddity.vip()));
+            .retain(|anomaly, _| wanted.vips.contains_key(&anomaly.vip()));
         let names: BTreeSet<&NodeName> = wanted.nodes.values().collect();
         self.nodes.retain(|_, node| names.contains(node));
         self.wanted = wanted;
     }
 
     /// Takes a claim; returns whether there is news: of another announcer than the one that is taken for it, or than
-    /// the one heard before, or an oddity not met before.
+    /// the one heard before, or an anomaly not met before.
     pub(crate) fn claim(&mut self, claim: Claim, now: Instant) -> bool {
         if let Some(node) = self.wanted.nodes.get(&claim.address).cloned() {
             // An answer to our own question, as the kernel would take it into its neighbour table.
@@ -224,7 +224,7 @@ impl Hearing {
     }
 
     /// What an operator should know of, and how often it was met.
-    pub(crate) fn oddities(&self) -> &BTreeMap<Oddity, u64> {
+    pub(crate) fn anomalies(&self) -> &BTreeMap<Anomaly, u64> {
         &self.odd
     }
 
@@ -251,8 +251,8 @@ impl Hearing {
         }
         heard.turns += 1;
         if heard.turns >= MOST_TURNS {
-            let oddity = Oddity::Contested(vip, heard.node.clone(), node.clone());
-            meet(&mut self.odd, oddity);
+            let anomaly = Anomaly::DuplicateAnnouncer(vip, heard.node.clone(), node.clone());
+            meet(&mut self.odd, anomaly);
         }
         heard.node = node;
         heard.at = now;
@@ -268,17 +268,17 @@ impl Hearing {
             } else if now.saturating_duration_since(at) < LOOKUP_PATIENCE {
                 self.waiting.push((claim, at));
             } else {
-                let oddity = Oddity::Stranger(claim.address, claim.mac);
-                changed |= meet(&mut self.odd, oddity);
+                let anomaly = Anomaly::UnknownSender(claim.address, claim.mac);
+                changed |= meet(&mut self.odd, anomaly);
             }
         }
         changed
     }
 }
 
-/// Counts an oddity; returns whether it is new.
-fn meet(odd: &mut BTreeMap<Oddity, u64>, oddity: Oddity) -> bool {
-    let count = odd.entry(oddity).or_default();
+/// Counts an anomaly; returns whether it is new.
+fn meet(odd: &mut BTreeMap<Anomaly, u64>, anomaly: Anomaly) -> bool {
+    let count = odd.entry(anomaly).or_default();
     *count += 1;
     *count == 1
 }
@@ -366,8 +366,8 @@ mod tests {
         let later = now + LOOKUP_PATIENCE;
         assert!(hearing.neighbours(&[], OWN, later), "it is news");
         assert_eq!(announcer(&hearing, "192.0.2.200"), Some(name(2)));
-        let stranger = Oddity::Stranger(ip("192.0.2.200"), mac(66));
-        assert_eq!(hearing.oddities(), &[(stranger, 1)].into());
+        let stranger = Anomaly::UnknownSender(ip("192.0.2.200"), mac(66));
+        assert_eq!(hearing.anomalies(), &[(stranger, 1)].into());
         assert!(!hearing.is_waiting());
     }
 
@@ -394,7 +394,7 @@ mod tests {
         assert_eq!(announcer(&hearing, "192.0.2.200"), Some(name(2)));
         assert!(hearing.claim(claim("192.0.2.200", 3), now + PACE));
         assert_eq!(announcer(&hearing, "192.0.2.200"), Some(name(3)));
-        assert!(hearing.oddities().is_empty(), "that was a move");
+        assert!(hearing.anomalies().is_empty(), "that was a move");
     }
 
     #[test]
@@ -415,8 +415,8 @@ mod tests {
             let by = if turn % 2 == 0 { 2 } else { 3 };
             assert!(hearing.claim(claim("192.0.2.200", by), now + turn * PACE));
         }
-        let contested = Oddity::Contested(ip("192.0.2.200"), name(3), name(2));
-        assert_eq!(hearing.oddities(), &[(contested, 1)].into());
+        let contested = Anomaly::DuplicateAnnouncer(ip("192.0.2.200"), name(3), name(2));
+        assert_eq!(hearing.anomalies(), &[(contested, 1)].into());
     }
 
     #[test]

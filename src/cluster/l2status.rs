@@ -5,7 +5,7 @@
 
 use kube::core::{ApiResource, DynamicObject, GroupVersionKind};
 
-use crate::view::{Key, NodeName};
+use crate::names::{NodeName, ObjectKey};
 
 /// The resource that MetalLB's speakers write.
 #[must_use]
@@ -18,7 +18,7 @@ pub fn resource() -> ApiResource {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct L2Status {
     /// The Service.
-    pub service: Key,
+    pub service: ObjectKey,
     /// The node that announces its VIPs.
     pub node: NodeName,
     /// Age of this claim, the newest being the largest: the object's resource version.
@@ -36,7 +36,7 @@ impl L2Status {
             (!value.is_empty()).then(|| value.to_owned())
         };
         Some(L2Status {
-            service: Key {
+            service: ObjectKey {
                 namespace: label("metallb.io/service-namespace")
                     .or_else(|| status("serviceNamespace"))?,
                 name: label("metallb.io/service-name").or_else(|| status("serviceName"))?,
@@ -57,8 +57,8 @@ mod tests {
     use super::*;
     use k8s_openapi::serde_json::{self, json};
 
-    fn key() -> Key {
-        Key {
+    fn key() -> ObjectKey {
+        ObjectKey {
             namespace: "shop".to_owned(),
             name: "a".to_owned(),
         }

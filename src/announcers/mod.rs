@@ -8,10 +8,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
-use crate::view::l2status::L2Status;
-use crate::view::leases::BootId;
-use crate::view::{Key, Node, NodeName, Service};
-use crate::wire::Heard;
+use crate::cluster::l2status::L2Status;
+use crate::cluster::leases::BootId;
+use crate::cluster::{Node, Service};
+use crate::lan::Heard;
+use crate::names::{NodeName, ObjectKey};
 
 /// Objects follow the wire within 30 ms; a difference that stays this long is worth telling.
 const DISAGREEMENT: Duration = Duration::from_secs(5);
@@ -20,9 +21,9 @@ const DISAGREEMENT: Duration = Duration::from_secs(5);
 #[derive(Clone, Copy, Debug)]
 pub struct Claims<'a> {
     /// Labelled Services: whose VIPs matter.
-    pub services: &'a BTreeMap<Key, Service>,
+    pub services: &'a BTreeMap<ObjectKey, Service>,
     /// MetalLB's objects.
-    pub statuses: &'a BTreeMap<Key, L2Status>,
+    pub statuses: &'a BTreeMap<ObjectKey, L2Status>,
     /// What was heard on the LAN.
     pub heard: &'a BTreeMap<IpAddr, Heard>,
     /// The nodes.
@@ -101,13 +102,13 @@ impl Announcers {
 
     /// The announcers at the time `now`.
     pub fn resolve(&mut self, claims: Claims<'_>, now: Instant) -> Resolved {
-        let mut users: BTreeMap<IpAddr, Vec<&Key>> = BTreeMap::new();
+        let mut users: BTreeMap<IpAddr, Vec<&ObjectKey>> = BTreeMap::new();
         for (key, service) in claims.services {
             for vip in service.vips.values() {
                 users.entry(*vip).or_default().push(key);
             }
         }
-        let mut of_service: BTreeMap<&Key, Vec<&L2Status>> = BTreeMap::new();
+        let mut of_service: BTreeMap<&ObjectKey, Vec<&L2Status>> = BTreeMap::new();
         for status in claims.statuses.values() {
             of_service.entry(&status.service).or_default().push(status);
         }
@@ -262,8 +263,8 @@ impl Known {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cluster::OnNoGateway;
     use crate::state::Family;
-    use crate::view::OnNoGateway;
 
     const GRACE: Duration = Duration::from_secs(30);
 
@@ -271,8 +272,8 @@ mod tests {
     struct Case {
         announcers: Announcers,
         start: Instant,
-        services: BTreeMap<Key, Service>,
-        statuses: BTreeMap<Key, L2Status>,
+        services: BTreeMap<ObjectKey, Service>,
+        statuses: BTreeMap<ObjectKey, L2Status>,
         heard: BTreeMap<IpAddr, Heard>,
         nodes: BTreeMap<NodeName, Node>,
         away: bool,
@@ -282,8 +283,8 @@ mod tests {
         IpAddr::from([192, 0, 2, 200])
     }
 
-    fn key(name: &str) -> Key {
-        Key {
+    fn key(name: &str) -> ObjectKey {
+        ObjectKey {
             namespace: "shop".to_owned(),
             name: name.to_owned(),
         }

@@ -9,8 +9,8 @@ use std::collections::BTreeSet;
 use netlink_packet_netfilter::nftables::{ChainMessage, NfTablesMessage};
 use netlink_packet_netfilter::{NetfilterMessageInner, NetfilterProtoFamily};
 
-use crate::kernel::iptables::{Variant, traces};
-use crate::kernel::netlink::Netfilter;
+use crate::kernel::iptables::{Variant, remnants as iptables_remnants};
+use crate::kernel::netfilter::Netfilter;
 use crate::kernel::nftables::{BaseChain, TABLE, TRANSLATION_PRIORITY, any_chain};
 use crate::kernel::{Backend, Error};
 use crate::state::Family;
@@ -63,7 +63,7 @@ pub(crate) async fn find(in_use: &Backend, families: &[Family]) -> Result<BTreeS
             Variant::Nft => (Variant::Legacy, "legacy"),
             Variant::Legacy => (Variant::Nft, "nf_tables"),
         };
-        for chain in traces::translating_chains(other, families).await? {
+        for chain in iptables_remnants::translating_chains(other, families).await? {
             rivals.insert(format!("chain {chain} of iptables in {mode} mode"));
         }
     }

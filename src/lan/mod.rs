@@ -3,7 +3,6 @@
 //! At every move a VIP moves on the wire first, and MetalLB's object follows 20 to 30 ms later, or never. A claim
 //! counts only when it comes from a node. Nothing here knows of Services.
 
-pub mod frame;
 mod hearing;
 mod socket;
 
@@ -18,18 +17,18 @@ use tokio::sync::{Notify, watch};
 use tokio::task::JoinHandle;
 use tracing::{debug, warn};
 
-use self::frame::Mac;
 use self::hearing::Hearing;
-pub use self::hearing::{Heard, Oddity, Wanted};
+pub use self::hearing::{Anomaly, Heard, Wanted};
 use self::socket::LanSocket;
 use crate::error::chain;
+use crate::ethernet::Mac;
 
 /// Pause before an interface that went away is tried again, and resolution of the questions' times.
 const PAUSE: Duration = Duration::from_millis(250);
 
 /// Listens on the LAN for as long as it lives.
 #[derive(Debug)]
-pub struct Wire {
+pub struct Lan {
     shared: Arc<Shared>,
     wanted: watch::Sender<Wanted>,
     task: JoinHandle<()>,
@@ -48,18 +47,18 @@ impl Shared {
     }
 }
 
-impl Wire {
+impl Lan {
     /// Starts to listen, in the network namespace of the calling thread, as soon as something is wanted.
     ///
     /// # Errors
     /// When no netlink socket can be had to look nodes up in the neighbour table.
-    pub fn start() -> std::io::Result<Wire> {
+    pub fn start() -> std::io::Result<Lan> {
         let (connection, handle, _) = rtnetlink::new_connection()?;
         tokio::spawn(connection);
         let shared = Arc::new(Shared::default());
         let (wanted, changes) = watch::channel(Wanted::default());
         let task = tokio::spawn(listen(shared.clone(), changes, handle));
-        Ok(Wire {
+        Ok(Lan {
             shared,
             wanted,
             task,
@@ -83,8 +82,8 @@ impl Wire {
 
     /// What an operator should know of, and how often it was met.
     #[must_use]
-    pub fn oddities(&self) -> BTreeMap<Oddity, u64> {
-        self.shared.hearing().oddities().clone()
+    pub fn anomalies(&self) -> BTreeMap<Anomaly, u64> {
+        self.shared.hearing().anomalies().clone()
     }
 
     /// Waits for news: another announcer, or something odd.
@@ -93,7 +92,7 @@ impl Wire {
     }
 }
 
-impl Drop for Wire {
+impl Drop for Lan {
     fn drop(&mut self) {
         self.task.abort();
     }

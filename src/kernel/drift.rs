@@ -13,9 +13,9 @@ use netlink_sys::protocols::{NETLINK_NETFILTER, NETLINK_ROUTE};
 use netlink_sys::{AsyncSocket, AsyncSocketExt, SocketAddr, TokioSocket};
 use tokio::time::Instant;
 
-use crate::kernel::netlink::{Message, NetlinkError, attributes, messages};
+use crate::kernel::netfilter::{Message, NetlinkError, attributes, messages};
 use crate::kernel::nftables::TABLE;
-use crate::kernel::route::{PROTOCOL_NUMBER, Ranges};
+use crate::kernel::routes::{PROTOCOL_NUMBER, Ranges};
 
 /// `RTNLGRP_…` of rtnetlink.h: links, IPv4 addresses, routes and rules, and the same of IPv6.
 const ROUTE_GROUPS: [u32; 7] = [1, 5, 7, 8, 9, 11, 19];
@@ -54,7 +54,7 @@ pub(crate) enum Watched {
 }
 
 /// Hears what the kernel tells.
-pub(crate) struct Disturbances {
+pub(crate) struct DriftListener {
     routes: TokioSocket,
     netfilter: TokioSocket,
     filter: Filter,
@@ -63,9 +63,9 @@ pub(crate) struct Disturbances {
     told: Option<Instant>,
 }
 
-impl std::fmt::Debug for Disturbances {
+impl std::fmt::Debug for DriftListener {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Disturbances")
+        f.debug_struct("DriftListener")
             .field("filter", &self.filter)
             .finish_non_exhaustive()
     }
@@ -90,15 +90,15 @@ fn listen(protocol: isize, groups: &[u32]) -> Result<TokioSocket, NetlinkError> 
     Ok(socket)
 }
 
-impl Disturbances {
+impl DriftListener {
     /// Starts to listen.
     pub(crate) fn open(
         own_ports: Vec<u32>,
         ranges: Ranges,
         watched: Watched,
         devices: Devices,
-    ) -> Result<Disturbances, NetlinkError> {
-        Ok(Disturbances {
+    ) -> Result<DriftListener, NetlinkError> {
+        Ok(DriftListener {
             routes: listen(NETLINK_ROUTE, &ROUTE_GROUPS)?,
             netfilter: listen(NETLINK_NETFILTER, &[NFTABLES_GROUP])?,
             filter: Filter {

@@ -3,14 +3,13 @@
 //!
 //! Pure: no watch, no clock. A fact that compares equal to the one before it causes no work.
 
-pub mod announcers;
+pub mod client;
 pub mod l2status;
 pub mod leases;
 pub mod pools;
 pub mod watch;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fmt;
 use std::net::IpAddr;
 
 use ipnet::IpNet;
@@ -18,8 +17,9 @@ use k8s_openapi::api::core::v1 as core;
 use k8s_openapi::api::discovery::v1 as discovery;
 use k8s_openapi::api::networking::v1 as networking;
 
+use crate::cluster::leases::BootId;
+use crate::names::{Interface, NodeName, ObjectKey};
 use crate::state::Family;
-use crate::view::leases::BootId;
 
 /// Label that opts a Service in, when its value is [`EGRESS_VALUE`].
 pub const EGRESS_LABEL: &str = "metaleg.de/rewriteSrcIP";
@@ -39,31 +39,6 @@ pub enum OnNoGateway {
     NodeAddress,
     /// Something that means nothing: as `Reject`.
     Unknown(String),
-}
-
-/// Name of a Kubernetes node.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct NodeName(pub String);
-
-impl fmt::Display for NodeName {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-/// Namespace and name of an object.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Key {
-    /// The namespace.
-    pub namespace: String,
-    /// The name within it.
-    pub name: String,
-}
-
-impl fmt::Display for Key {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}/{}", self.namespace, self.name)
-    }
 }
 
 /// A labelled Service.
@@ -91,7 +66,7 @@ pub struct Service {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Target {
     /// A pod.
-    Pod(Key),
+    Pod(ObjectKey),
     /// Anything else, or nothing: the text names it.
     Other(String),
 }
@@ -109,9 +84,9 @@ pub struct Endpoint {
 
 /// An EndpointSlice of a labelled Service.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Slice {
+pub struct EndpointSlice {
     /// The Service that it belongs to.
-    pub service: Key,
+    pub service: ObjectKey,
     /// Its endpoints: ready, not ready and terminating alike, for a starting or draining pod sends too.
     pub endpoints: Vec<Endpoint>,
 }
@@ -142,24 +117,15 @@ pub struct Node {
     pub programmed: Option<BootId>,
 }
 
-/// An interface of this node with the networks that are directly reachable on it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Link {
-    /// Name of the interface.
-    pub name: String,
-    /// Connected networks.
-    pub nets: BTreeSet<IpNet>,
-}
-
 /// Everything that a plan is made from.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct View {
     /// Labelled Services.
-    pub services: BTreeMap<Key, Service>,
+    pub services: BTreeMap<ObjectKey, Service>,
     /// Their EndpointSlices.
-    pub slices: BTreeMap<Key, Slice>,
+    pub slices: BTreeMap<ObjectKey, EndpointSlice>,
     /// The pods of this node.
-    pub pods: BTreeMap<Key, Pod>,
+    pub pods: BTreeMap<ObjectKey, Pod>,
     /// All nodes.
     pub nodes: BTreeMap<NodeName, Node>,
     /// The node that pods of each VIP leave through: the one that announces it, as a rule.
@@ -169,7 +135,7 @@ pub struct View {
     /// Pod networks that the CNI plugin keeps in objects of its own.
     pub pod_pools: BTreeSet<IpNet>,
     /// The interfaces of this node.
-    pub links: Vec<Link>,
+    pub links: Vec<Interface>,
 }
 
 impl Service {
@@ -248,10 +214,10 @@ impl Pod {
     }
 }
 
-impl Slice {
+impl EndpointSlice {
     /// The facts of an EndpointSlice object; `None` when it belongs to no Service.
     #[must_use]
-    pub fn of(object: &discovery::EndpointSlice) -> Option<Slice> {
+    pub fn of(object: &discovery::EndpointSlice) -> Option<EndpointSlice> {
         let namespace = object.metadata.namespace.clone()?;
         let service = object
             .metadata
@@ -269,8 +235,8 @@ impl Slice {
                 target: target(endpoint.target_ref.as_ref(), &namespace),
             })
             .collect();
-        Some(Slice {
-            service: Key {
+        Some(EndpointSlice {
+            service: ObjectKey {
                 namespace: namespace.clone(),
                 name: service.clone(),
             },
@@ -287,7 +253,7 @@ fn target(reference: Option<&core::ObjectReference>, own_namespace: &str) -> Tar
     let name = reference.name.clone().unwrap_or_default();
     if kind == "Pod" {
         let namespace = reference.namespace.as_deref().unwrap_or(own_namespace);
-        Target::Pod(Key {
+        Target::Pod(ObjectKey {
             namespace: namespace.to_owned(),
             name,
         })
@@ -415,7 +381,7 @@ mod tests {
             ]
         }))
         .unwrap();
-        let key = |name: &str| Key {
+        let key = |name: &str| ObjectKey {
             namespace: "shop".to_owned(),
             name: name.to_owned(),
         };
@@ -425,8 +391,8 @@ mod tests {
             target,
         };
         assert_eq!(
-            Slice::of(&slice),
-            Some(Slice {
+            EndpointSlice::of(&slice),
+            Some(EndpointSlice {
                 service: key("a"),
                 endpoints: vec![
                     endpoint("10.244.1.2", Some("node1"), Target::Pod(key("p"))),
@@ -443,7 +409,7 @@ mod tests {
             json!({"metadata": {"namespace": "shop"}, "addressType": "IPv4", "endpoints": []}),
         )
         .unwrap();
-        assert_eq!(Slice::of(&stray), None);
+        assert_eq!(EndpointSlice::of(&stray), None);
     }
 
     #[test]

@@ -31,16 +31,16 @@ pub(super) fn state(family: Family, mask: u32, lines: &[Line], sets: &Sets) -> F
     };
     let mut pods: BTreeMap<IpAddr, PodState> = BTreeMap::new();
     for pod in addresses(StaticSet::Pods) {
-        pods.entry(pod).or_default().known = true;
+        pods.entry(pod).or_default().egress = true;
     }
     for pod in addresses(StaticSet::Gateway) {
-        pods.entry(pod).or_default().gatewayed = true;
+        pods.entry(pod).or_default().gateway_here = true;
     }
     for pod in addresses(StaticSet::Blocked) {
         pods.entry(pod).or_default().blocked = true;
     }
     for pod in addresses(StaticSet::Free) {
-        pods.entry(pod).or_default().free = true;
+        pods.entry(pod).or_default().ordinary = true;
     }
     for (pod, rest) in members(StaticSet::Mark) {
         if let (Ok(pod), Some(mark)) = (pod.parse(), skbmark(rest)) {

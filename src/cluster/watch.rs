@@ -23,15 +23,16 @@ use tokio::sync::Notify;
 use tokio::task::JoinSet;
 use tracing::{info, warn};
 
-use crate::error::chain;
-use crate::view::announcers::{Announcers, Claims, Resolved};
-use crate::view::l2status::{self, L2Status};
-use crate::view::leases::{self, BootId, LEASE_LABEL, LEASE_VALUE};
-use crate::view::pools;
-use crate::view::{
-    EGRESS_LABEL, EGRESS_VALUE, Key, Node, NodeName, Pod, Service, Slice, View, service_cidrs,
+use crate::announcers::{Announcers, Claims, Resolved};
+use crate::cluster::l2status::{self, L2Status};
+use crate::cluster::leases::{self, BootId, LEASE_LABEL, LEASE_VALUE};
+use crate::cluster::pools;
+use crate::cluster::{
+    EGRESS_LABEL, EGRESS_VALUE, EndpointSlice, Node, Pod, Service, View, service_cidrs,
 };
-use crate::wire::Heard;
+use crate::error::chain;
+use crate::lan::Heard;
+use crate::names::{NodeName, ObjectKey};
 
 /// First pause after a failed watch; it doubles up to [`LONGEST_PAUSE`].
 const SHORTEST_PAUSE: Duration = Duration::from_millis(200);
@@ -150,12 +151,12 @@ impl<K: Ord, F: PartialEq> Facts<K, F> {
 
 #[derive(Debug, Default)]
 struct Index {
-    services: Facts<Key, Service>,
-    slices: Facts<Key, Slice>,
+    services: Facts<ObjectKey, Service>,
+    slices: Facts<ObjectKey, EndpointSlice>,
     nodes: Facts<NodeName, Node>,
-    pods: Facts<Key, Pod>,
-    statuses: Facts<Key, L2Status>,
-    leases: Facts<Key, (NodeName, BootId)>,
+    pods: Facts<ObjectKey, Pod>,
+    statuses: Facts<ObjectKey, L2Status>,
+    leases: Facts<ObjectKey, (NodeName, BootId)>,
     service_cidrs: Facts<String, BTreeSet<IpNet>>,
     ip_pools: Facts<String, BTreeSet<IpNet>>,
     cilium_nodes: Facts<String, BTreeSet<IpNet>>,
@@ -323,7 +324,7 @@ pub fn start(
         cluster.clone(),
         |index| &mut index.slices,
         key,
-        guarded(Slice::of),
+        guarded(EndpointSlice::of),
     ));
     watches.spawn(follow(
         Watch::Nodes,
@@ -394,8 +395,8 @@ pub fn start(
     watches
 }
 
-fn key(object: &impl ResourceExt) -> Key {
-    Key {
+fn key(object: &impl ResourceExt) -> ObjectKey {
+    ObjectKey {
         namespace: object.namespace().unwrap_or_default(),
         name: object.name_any(),
     }

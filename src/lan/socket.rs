@@ -10,7 +10,7 @@ use nix::sys::socket::{LinkAddr, bind};
 use socket2::{Domain, Protocol, SockFilter, Socket, Type};
 use tokio::net::UdpSocket;
 
-use crate::wire::frame::{Claim, Mac, Own};
+use crate::ethernet::{Claim, Mac, Own};
 
 /// `ETH_P_ALL` of if_ether.h: only a socket for all protocols hears what this node itself sends, and that is how
 /// its own announcements are known.

@@ -1,0 +1,69 @@
+//! What another backend or an earlier release left: found at the start, removed when the present backend does
+//! all of the work.
+
+use std::collections::BTreeSet;
+
+use crate::kernel::iptables::{Variant, remnants as iptables_remnants};
+use crate::kernel::routes::Routes;
+use crate::kernel::{Backend, Error, nftables};
+use crate::state::{Family, Remnant};
+
+/// Looks for what does not belong to the backend in use.
+pub(crate) async fn find(
+    in_use: &Backend,
+    families: &[Family],
+    earlier_rules: bool,
+) -> Result<BTreeSet<Remnant>, Error> {
+    let mut remnants = BTreeSet::new();
+    let mut earlier = earlier_rules;
+    let uses = |variant: Variant| matches!(in_use, Backend::Iptables(i) if i.variant() == variant);
+    for (variant, remnant) in [
+        (Variant::Nft, Remnant::IptablesNft),
+        (Variant::Legacy, Remnant::IptablesLegacy),
+    ] {
+        let found = iptables_remnants::chain_traces(variant, families).await?;
+        earlier |= found.earlier;
+        if found.own && !uses(variant) {
+            remnants.insert(remnant);
+        }
+    }
+    let sets = iptables_remnants::set_traces().await?;
+    if sets.own && matches!(in_use, Backend::Nftables(_)) {
+        remnants.insert(Remnant::Ipsets);
+    }
+    if earlier || sets.earlier {
+        remnants.insert(Remnant::EarlierRelease);
+    }
+    if matches!(in_use, Backend::Iptables(_)) && nftables::exists()? {
+        remnants.insert(Remnant::Nftables);
+    }
+    Ok(remnants)
+}
+
+/// Removes it; absent is fine.
+pub(crate) async fn remove(
+    remnant: Remnant,
+    families: &[Family],
+    mask: u32,
+    routes: &Routes,
+) -> Result<(), Error> {
+    match remnant {
+        Remnant::Nftables => nftables::remove()?,
+        Remnant::IptablesNft => {
+            iptables_remnants::remove_own_chains(Variant::Nft, families).await?
+        }
+        Remnant::IptablesLegacy => {
+            iptables_remnants::remove_own_chains(Variant::Legacy, families).await?
+        }
+        Remnant::Ipsets => iptables_remnants::remove_own_sets().await?,
+        Remnant::EarlierRelease => {
+            // What marks goes first, what a marked packet needs last.
+            for variant in [Variant::Nft, Variant::Legacy] {
+                iptables_remnants::remove_earlier_chains(variant, families, mask).await?;
+            }
+            iptables_remnants::remove_earlier_sets().await?;
+            routes.remove_earlier().await?;
+        }
+    }
+    Ok(())
+}
