@@ -6,7 +6,7 @@
 
 mod lan;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::future::Future;
 use std::net::IpAddr;
 use std::pin::pin;
@@ -25,12 +25,12 @@ use crate::diff::diff;
 use crate::error::chain;
 use crate::kernel::{self, Kernel, StepError};
 use crate::lan::Lan;
-use crate::names::{Interface, NodeName};
+use crate::names::Interface;
 use crate::plan::slots::Slots;
-use crate::plan::{Desired, plan};
+use crate::plan::{Desired, adopt, plan};
 use crate::report::{Outcome, Report, events};
 use crate::settings::Settings;
-use crate::state::{Executor, Family, KernelState, RuleAction, Step, TableId};
+use crate::state::{Executor, Family, KernelState, Step, TableId};
 
 /// First pause after a failed pass; it doubles up to [`LONGEST_PAUSE`].
 const SHORTEST_PAUSE: Duration = Duration::from_millis(500);
@@ -265,7 +265,7 @@ impl<K: Kernel> Agent<'_, K> {
     /// Takes over who was the gateway of which Service before the agent was restarted.
     fn adopt(&mut self, observed: &KernelState, now: Instant) {
         let (view, _) = self.look(now);
-        for (vip, node) in adopted_announcers(&view, observed, self.settings) {
+        for (vip, node) in adopt::gateways(observed, &view.nodes, &self.settings.node_name) {
             self.announcers.adopt(vip, node, now.into_std());
         }
     }
@@ -307,59 +307,6 @@ fn executor(step: &Step) -> &'static str {
         Executor::Conntrack => "conntrack",
         Executor::Remnants => "remnants",
     }
-}
-
-/// The gateways that pods of each VIP are routed to in the kernel, as nodes.
-pub(crate) fn adopted_announcers(
-    view: &View,
-    observed: &KernelState,
-    settings: &Settings,
-) -> BTreeMap<IpAddr, NodeName> {
-    let mut announcers = BTreeMap::new();
-    for state in observed.families.values() {
-        for (pod, state) in &state.firewall.pods {
-            let vip = state
-                .vips
-                .first()
-                .filter(|vip| !announcers.contains_key(*vip));
-            let node = || gateway_in(observed, *pod, view, settings);
-            if let Some((vip, node)) = vip.and_then(|vip| Some((*vip, node()?))) {
-                announcers.insert(vip, node);
-            }
-        }
-    }
-    announcers
-}
-
-fn gateway_in(
-    observed: &KernelState,
-    pod: IpAddr,
-    view: &View,
-    settings: &Settings,
-) -> Option<NodeName> {
-    let family = observed.families.get(&Family::of(pod))?;
-    let state = family.firewall.pods.get(&pod)?;
-    if state.gateway_here {
-        return Some(settings.node_name.clone());
-    }
-    let mark = state.mark?;
-    let table = family
-        .routes
-        .rules
-        .iter()
-        .find_map(|rule| match rule.action {
-            RuleAction::Lookup(table)
-                if rule.mark == Some(mark) && rule.from.is_none_or(|from| from == pod) =>
-            {
-                Some(table)
-            }
-            _ => None,
-        })?;
-    let via = family.routes.tables.get(&table)?.gateway.as_ref()?.via;
-    let mut nodes = view.nodes.iter();
-    nodes
-        .find(|(_, node)| node.addresses.contains(&via))
-        .map(|(name, _)| name.clone())
 }
 
 /// Says what became different for whom.

@@ -70,7 +70,7 @@ mod tests {
         for (file, text) in [
             ("plan/mod.rs", include_str!("plan/mod.rs")),
             ("plan/slots.rs", include_str!("plan/slots.rs")),
-            ("plan/excluded.rs", include_str!("plan/excluded.rs")),
+            ("plan/networks.rs", include_str!("plan/networks.rs")),
             ("diff.rs", include_str!("diff.rs")),
             ("state.rs", include_str!("state.rs")),
         ] {

@@ -8,17 +8,16 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
-use crate::agent::adopted_announcers;
 use crate::announcers::Announcers;
 use crate::cluster::View;
 use crate::cluster::watch::Cluster;
 use crate::kernel::{self, Kernel};
 use crate::names::{NodeName, ObjectKey};
 use crate::plan::slots::Slots;
-use crate::plan::{Desired, Subject, Verdict, plan};
+use crate::plan::{Desired, Subject, Verdict, adopt, plan};
 use crate::report::Report;
 use crate::settings::{PlanFormat, Settings};
-use crate::state::{Family, PodState, RuleAction};
+use crate::state::{Family, FamilyState, PodState};
 
 /// How long to wait for the API server.
 const PATIENCE: Duration = Duration::from_secs(15);
@@ -104,7 +103,7 @@ pub async fn run(
     let now = Instant::now();
     let silence = BTreeMap::new();
     let (view, _) = cluster.view(&mut announcers, &silence, now);
-    for (vip, node) in adopted_announcers(&view, &observed.state, settings) {
+    for (vip, node) in adopt::gateways(&observed.state, &view.nodes, &settings.node_name) {
         announcers.adopt(vip, node, now);
     }
     let (mut view, _) = cluster.view(&mut announcers, &silence, now);
@@ -133,14 +132,14 @@ impl Shown {
         }
         let owners = owners(desired, view);
         let mut pods = Vec::new();
-        for (family, state) in &desired.kernel.families {
+        for state in desired.kernel.families.values() {
             for (address, pod) in state.firewall.pods.iter().filter(|(_, pod)| pod.egress) {
                 let owner = owners.get(address);
                 pods.push(ShownPod {
                     address: *address,
                     service: owner.map_or_else(String::new, |(service, _)| service.to_string()),
                     node: owner.and_then(|(_, node)| Some(node.as_ref()?.to_string())),
-                    here: here(desired, *family, *address, pod),
+                    here: here(state, *address, pod),
                 });
             }
         }
@@ -219,7 +218,7 @@ fn owners<'a>(
 }
 
 /// What this node does with a pod's packets to outside.
-fn here(desired: &Desired, family: Family, address: IpAddr, pod: &PodState) -> String {
+fn here(state: &FamilyState, address: IpAddr, pod: &PodState) -> String {
     if pod.blocked {
         return "rejected".to_owned();
     }
@@ -234,27 +233,11 @@ fn here(desired: &Desired, family: Family, address: IpAddr, pod: &PodState) -> S
             false => format!("translated to {vip}, should it pass here"),
         };
     };
-    let routes = desired
-        .kernel
-        .families
-        .get(&family)
-        .map(|state| &state.routes);
-    let table = routes.and_then(|routes| {
-        routes.rules.iter().find_map(|rule| match rule.action {
-            RuleAction::Lookup(table)
-                if rule.mark == Some(mark) && rule.from.is_none_or(|from| from == address) =>
-            {
-                Some(table)
-            }
-            _ => None,
-        })
-    });
-    let hop = table.and_then(|table| routes?.tables.get(&table)?.gateway.as_ref());
-    match (table, hop) {
-        (Some(table), Some(hop)) => {
+    match adopt::next_hop_of(state, address) {
+        Some((table, hop)) => {
             format!("routed to {hop} (mark {mark}, table {table}), {vip} there")
         }
-        _ => format!("marked {mark}"),
+        None => format!("marked {mark}"),
     }
 }
 

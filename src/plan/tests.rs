@@ -1,14 +1,15 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
+use ipnet::IpNet;
 use proptest::prelude::*;
 
 use super::*;
 use crate::cluster::leases::BootId;
-use crate::cluster::{EndpointSlice, Pod};
-use crate::names::Interface;
+use crate::cluster::{Endpoint, EndpointSlice, Node, OnNoGateway, Pod, Target};
+use crate::names::{Interface, NodeName};
 use crate::settings::FwMask;
-use crate::state::{Mark, TableId};
+use crate::state::{Mark, Rule, RuleAction, Table, TableId};
 
 fn key(name: &str) -> ObjectKey {
     ObjectKey {
