@@ -49,6 +49,8 @@
 
 pub mod agent;
 pub mod announcers;
+mod backoff;
+pub mod cli;
 pub mod cluster;
 pub mod commands;
 pub mod diff;

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result};
 
 use metaleg::agent;
+use metaleg::cli::{self, Action, CliError, PlanFormat};
 use metaleg::cluster::client;
 use metaleg::cluster::leases::BootId;
 use metaleg::cluster::watch::{self, Cluster};
@@ -15,7 +16,7 @@ use metaleg::commands;
 use metaleg::kernel::NodeKernel;
 use metaleg::lan::Lan;
 use metaleg::report::{self, Report, events, health, metrics};
-use metaleg::settings::{Action, LogFormat, PlanFormat, Settings, SettingsError};
+use metaleg::settings::{LogFormat, Settings};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::info;
 use tracing_subscriber::EnvFilter;
@@ -24,14 +25,14 @@ use tracing_subscriber::EnvFilter;
 const BAD_SETTINGS: u8 = 2;
 
 fn main() -> ExitCode {
-    let (action, settings) = match Settings::load(std::env::args_os()) {
+    let (action, settings) = match cli::load(std::env::args_os()) {
         Ok(loaded) => loaded,
-        Err(SettingsError::Asked(text)) => {
+        Err(CliError::Asked(text)) => {
             // A reader that goes away early is no failure.
             let _ = write!(std::io::stdout(), "{text}");
             return ExitCode::SUCCESS;
         }
-        Err(error @ SettingsError::Bad(_)) => return fail(&error.into(), BAD_SETTINGS),
+        Err(error @ CliError::Bad(_)) => return fail(&error.into(), BAD_SETTINGS),
     };
     start_logging(&settings);
     // One core is plenty, and each further thread costs memory on every node.

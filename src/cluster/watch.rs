@@ -24,6 +24,7 @@ use tokio::task::JoinSet;
 use tracing::{info, warn};
 
 use crate::announcers::{Announcers, Claims, Resolved};
+use crate::backoff::Backoff;
 use crate::cluster::l2status::{self, L2Status};
 use crate::cluster::leases::{self, BootId, LEASE_LABEL, LEASE_VALUE};
 use crate::cluster::pools;
@@ -34,10 +35,8 @@ use crate::error::chain;
 use crate::lan::Heard;
 use crate::names::{NodeName, ObjectKey};
 
-/// First pause after a failed watch; it doubles up to [`LONGEST_PAUSE`].
-const SHORTEST_PAUSE: Duration = Duration::from_millis(200);
-/// An API server that is back is noticed within this time.
-const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+/// Pauses after failures: an API server that is back is noticed within the longest.
+const BACKOFF: Backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(5));
 
 /// How often to look whether what a cluster may do without has come.
 const NOT_SERVED_PAUSE: Duration = Duration::from_secs(60);
@@ -426,7 +425,7 @@ async fn follow<O, K, F>(
     F: PartialEq + Clone + Send,
 {
     let mut events = watcher::watcher(api, config).boxed();
-    let mut pause = SHORTEST_PAUSE;
+    let mut backoff = BACKOFF;
     while let Some(event) = events.next().await {
         let mut failed = event.is_err();
         let changed = {
@@ -438,7 +437,7 @@ async fn follow<O, K, F>(
                     false
                 }
                 Ok(event) => {
-                    pause = SHORTEST_PAUSE;
+                    backoff.reset();
                     if std::mem::take(&mut index.away) {
                         info!("the API server answers again");
                     }
@@ -472,8 +471,7 @@ async fn follow<O, K, F>(
             if not_served {
                 tokio::time::sleep(NOT_SERVED_PAUSE).await;
             } else {
-                tokio::time::sleep(pause).await;
-                pause = LONGEST_PAUSE.min(pause * 2);
+                tokio::time::sleep(backoff.pause()).await;
             }
         }
     }

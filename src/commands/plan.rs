@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 
 use crate::announcers::Announcers;
+use crate::cli::PlanFormat;
 use crate::cluster::View;
 use crate::cluster::watch::Cluster;
 use crate::kernel::{self, Kernel};
@@ -16,7 +17,7 @@ use crate::names::{NodeName, ObjectKey};
 use crate::plan::slots::Slots;
 use crate::plan::{Desired, Subject, Verdict, adopt, plan};
 use crate::report::Report;
-use crate::settings::{PlanFormat, Settings};
+use crate::settings::Settings;
 use crate::state::{Family, FamilyState, PodState};
 
 /// How long to wait for the API server.

@@ -10,15 +10,14 @@ use serde_json::json;
 use tokio::sync::watch;
 use tracing::{info, warn};
 
+use crate::backoff::Backoff;
 use crate::cluster::View;
 use crate::cluster::leases::{self, BOOT_ANNOTATION, BootId, LEASE_LABEL, LEASE_VALUE};
 use crate::error::chain;
 use crate::names::NodeName;
 
-/// First pause after a failure; it doubles up to [`LONGEST_PAUSE`].
-const SHORTEST_PAUSE: Duration = Duration::from_millis(200);
-/// A cause that was removed is noticed within this time.
-const LONGEST_PAUSE: Duration = Duration::from_secs(10);
+/// Pauses after failures: a cause that was removed is noticed within the longest.
+const BACKOFF: Backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(10));
 
 /// What a Lease says: the UID of the node's object, which owns it.
 type Owner = String;
@@ -32,7 +31,7 @@ pub(super) struct Holder {
 }
 
 impl Holder {
-    /// The node is programmed: says so where the other agents cannot know it. Returns whether they can.
+    /// Publishes the Lease unless ours already names this boot; returns whether it does.
     pub(super) fn programmed(&self, view: &View) -> bool {
         // Without its object nobody routes to the node.
         let Some(node) = view.nodes.get(&self.node) else {
@@ -66,7 +65,7 @@ async fn write(
     mut asked: watch::Receiver<Option<Owner>>,
 ) {
     let name = leases::name(&node);
-    let mut pause = SHORTEST_PAUSE;
+    let mut backoff = BACKOFF;
     while asked.changed().await.is_ok() {
         let Some(owner) = asked.borrow_and_update().clone() else {
             continue;
@@ -75,7 +74,7 @@ async fn write(
         let by_us = PatchParams::apply("metaleg-agent").force();
         match api.patch(&name, &by_us, &Patch::Apply(&lease)).await {
             Ok(_) => {
-                pause = SHORTEST_PAUSE;
+                backoff.reset();
                 info!(lease = name, "other nodes know that this one is programmed");
             }
             Err(error) => {
@@ -84,8 +83,7 @@ async fn write(
                     api.resource_url(),
                     chain(&error)
                 );
-                tokio::time::sleep(pause).await;
-                pause = LONGEST_PAUSE.min(pause * 2);
+                tokio::time::sleep(backoff.pause()).await;
                 asked.mark_changed();
             }
         }
