@@ -59,10 +59,12 @@ pub mod ethernet;
 pub mod kernel;
 pub mod lan;
 pub mod names;
+pub mod pass;
 pub mod plan;
 pub mod report;
 pub mod settings;
 pub mod state;
+pub mod tasks;
 
 #[cfg(test)]
 mod tests {

@@ -99,7 +99,9 @@ pub const DEFINITIONS: &[Definition] = &[
     Definition {
         name: "ANNOUNCER_GRACE_PERIOD",
         default: "30s",
-        help: "How long a VIP's last known announcer is kept as gateway when MetalLB names none",
+        help: "How long a VIP's gateway is kept while nothing names an announcer, the announcer is not programmed, or \
+               its Lease is lost; after a restart also how long an object that contradicts the kernel's gateway is \
+               checked on the LAN",
     },
     Definition {
         name: "ANNOUNCER_SOURCES",
@@ -159,6 +161,15 @@ pub enum FirewallBackend {
     Iptables,
 }
 
+/// Where claims to announce a VIP come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum AnnouncerSource {
+    /// MetalLB's ServiceL2Status objects.
+    Status,
+    /// ARP and neighbour discovery on the LAN.
+    Lan,
+}
+
 /// How log lines look.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LogFormat {
@@ -193,9 +204,9 @@ pub struct Settings {
     pub strict_start: bool,
     /// Drop what unknown pods of other nodes send through this node.
     pub guard_transit: bool,
-    /// Listen on the LAN for announcements.
-    pub wire: bool,
-    /// How long the last known announcer is kept.
+    /// Where claims to announce a VIP are read from.
+    pub sources: BTreeSet<AnnouncerSource>,
+    /// How long the last known announcer or gateway is kept.
     pub grace: Duration,
     /// The interface towards the gateways, if the operator names it.
     pub lan_interface: Option<String>,
@@ -243,9 +254,6 @@ impl Settings {
             _ => FirewallBackend::Auto,
         };
         one_of(&value("ROUTE_BACKEND"), &["netlink"])?;
-        let sources = value("ANNOUNCER_SOURCES");
-        let wire = one_of(&sources, &["status,wire", "status"])? == "status,wire";
-
         let mask = mask(&value("FIREWALL_MASK"))?;
         let (_, lan_interface) = value("LAN_INTERFACE");
         let log_format = match one_of(&value("LOG_FORMAT"), &["text", "json"])? {
@@ -267,7 +275,7 @@ impl Settings {
             filter_endpoints_for_node: boolean(&value("FILTER_ENDPOINTS_FOR_NODE"))?,
             strict_start: boolean(&value("STRICT_START"))?,
             guard_transit: boolean(&value("GUARD_TRANSIT"))?,
-            wire,
+            sources: sources(&value("ANNOUNCER_SOURCES"))?,
             grace: duration(&value("ANNOUNCER_GRACE_PERIOD"), Duration::ZERO)?,
             lan_interface: (!lan_interface.is_empty()).then_some(lan_interface),
             metrics_address: bind_address(&value("METRICS_BIND_ADDRESS"))?,
@@ -347,6 +355,18 @@ fn excluded(value: &Value) -> Result<ExcludedDestinations, BadSetting> {
         excluded.listed.insert(net.trunc());
     }
     Ok(excluded)
+}
+
+fn sources(value: &Value) -> Result<BTreeSet<AnnouncerSource>, BadSetting> {
+    let parsed = value.1.split(',').map(|word| match word.trim() {
+        "status" => Some(AnnouncerSource::Status),
+        "wire" => Some(AnnouncerSource::Lan),
+        _ => None,
+    });
+    let parsed: Option<BTreeSet<AnnouncerSource>> = parsed.collect();
+    parsed
+        .filter(|sources| sources.contains(&AnnouncerSource::Status))
+        .ok_or_else(|| bad(value, "unknown, must be status,wire or status"))
 }
 
 fn number(value: &Value) -> Result<u32, BadSetting> {

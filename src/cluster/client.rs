@@ -2,7 +2,6 @@
 
 use std::time::Duration;
 
-use anyhow::{Context, Result};
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
 use kube::client::{Body, ConfigExt};
@@ -26,13 +25,21 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 ///
 /// # Errors
 /// When there is no configuration, or it makes no sense.
-pub async fn connect() -> Result<(Client, String)> {
-    let config = Config::infer().await.context(
-        "no way to the API server: neither a ServiceAccount of a pod nor a kubeconfig is here",
-    )?;
+pub async fn connect() -> Result<(Client, String), ConnectError> {
+    let config = Config::infer().await?;
     let server = config.cluster_url.to_string();
-    let client = client(config).context("cannot make a client of the API server")?;
-    Ok((client, server))
+    Ok((client(config)?, server))
+}
+
+/// Why there is no client.
+#[derive(Debug, thiserror::Error)]
+pub enum ConnectError {
+    /// Nothing says where the API server is.
+    #[error("no way to the API server: neither a ServiceAccount of a pod nor a kubeconfig is here")]
+    NoConfig(#[from] kube::config::InferConfigError),
+    /// What says so makes no sense.
+    #[error("cannot make a client of the API server")]
+    BadConfig(#[from] kube::Error),
 }
 
 fn client(config: Config) -> kube::Result<Client> {

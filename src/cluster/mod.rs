@@ -4,6 +4,7 @@
 //! Pure: no watch, no clock. A fact that compares equal to the one before it causes no work.
 
 pub mod client;
+pub mod index;
 pub mod l2status;
 pub mod leases;
 pub mod pools;

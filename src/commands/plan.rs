@@ -1,5 +1,4 @@
-//! Shows what this node would be made into, and why: the same view and the same plan as the agent's, without
-//! a change.
+//! Shows what this node would be made into, and why: the pass that an agent would begin with now, without a change.
 
 use std::collections::BTreeMap;
 use std::fmt::{self, Write as _};
@@ -8,15 +7,13 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
-use crate::announcers::Announcers;
 use crate::cli::PlanFormat;
 use crate::cluster::View;
 use crate::cluster::watch::Cluster;
 use crate::kernel::{self, Kernel};
 use crate::names::{NodeName, ObjectKey};
-use crate::plan::slots::Slots;
-use crate::plan::{Desired, Subject, Verdict, adopt, plan};
-use crate::report::Report;
+use crate::pass::{Confirmed, Memory};
+use crate::plan::{Desired, Subject, Verdict, adopt};
 use crate::settings::Settings;
 use crate::state::{Family, FamilyState, PodState};
 
@@ -86,33 +83,28 @@ struct ShownIgnored {
 pub async fn run(
     settings: &Settings,
     cluster: &Cluster,
-    report: &Report,
     kernel: &mut impl Kernel,
     format: PlanFormat,
 ) -> Result<String, Error> {
     let synced = async {
-        while report.not_synced().is_some() {
+        while cluster.not_synced().is_some() {
             cluster.changed().await;
         }
     };
     if tokio::time::timeout(PATIENCE, synced).await.is_err() {
-        let missing = report.not_synced().unwrap_or_default();
+        let missing = cluster.not_synced().unwrap_or_default();
         return Err(Error::NotSynced(missing));
     }
     let observed = kernel.observe().await?;
-    let mut announcers = Announcers::new(settings.node_name.clone(), settings.grace);
-    let now = Instant::now();
-    let silence = BTreeMap::new();
-    let (view, _) = cluster.view(&mut announcers, &silence, now);
-    for (vip, node) in adopt::gateways(&observed.state, &view.nodes, &settings.node_name) {
-        announcers.adopt(vip, node, now);
-    }
-    let (mut view, _) = cluster.view(&mut announcers, &silence, now);
-    view.links = kernel.links().await?;
-    let families = observed.state.families.keys().copied().collect();
-    let slots = Slots::adopt(&observed.state, settings).avoiding(observed.occupied);
-    let desired = plan(&view, settings, &families, &slots);
-    let shown = Shown::of(&desired, &view, &settings.node_name);
+    let mut confirmed = Confirmed {
+        state: observed.state,
+        interfaces: kernel.links().await?,
+        occupied: observed.occupied,
+    };
+    let (heard, now) = (BTreeMap::new(), Instant::now());
+    let mut memory = Memory::new(settings);
+    let pass = memory.plan(cluster.facts(), &heard, &mut confirmed, settings, now);
+    let shown = Shown::of(&pass.desired, &pass.view, &settings.node_name);
     match format {
         PlanFormat::Table => Ok(shown.to_string()),
         PlanFormat::Json => serde_json::to_string_pretty(&shown)

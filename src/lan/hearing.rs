@@ -1,4 +1,4 @@
-//! What is made of what is heard. Pure: the time comes in as a value.
+//! Which claims are believed, and what is asked. Pure: the time comes in as a value.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -10,8 +10,9 @@ use crate::names::NodeName;
 
 /// At most one question for an address, and one change of its announcer, in this time.
 const PACE: Duration = Duration::from_secs(1);
-/// So many changes of an announcer in so long a time are no moves: two nodes answer.
+/// This many changes of an announcer within [`CONTEST`] are no moves: two nodes answer for one VIP (duplicate address).
 const MOST_TURNS: u32 = 4;
+/// See [`MOST_TURNS`].
 const CONTEST: Duration = Duration::from_secs(10);
 /// How long a claim waits for its sender to be found among the nodes.
 const LOOKUP_PATIENCE: Duration = Duration::from_secs(3);
@@ -77,6 +78,18 @@ pub enum Anomaly {
 }
 
 impl Anomaly {
+    /// What [`Anomaly::kind`] can be.
+    pub const KINDS: [&'static str; 2] = ["DuplicateAnnouncer", "UnknownSender"];
+
+    /// One word for metrics.
+    #[must_use]
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Anomaly::UnknownSender(..) => "UnknownSender",
+            Anomaly::DuplicateAnnouncer(..) => "DuplicateAnnouncer",
+        }
+    }
+
     /// The VIP that it is about.
     #[must_use]
     pub fn vip(&self) -> IpAddr {
@@ -112,7 +125,9 @@ pub(crate) struct Hearing {
     /// Claims of unknown senders.
     waiting: Vec<(Claim, Instant)>,
     /// Anomalies, and how often each was met.
-    odd: BTreeMap<Anomaly, u64>,
+    anomalies: BTreeMap<Anomaly, u64>,
+    /// How often each kind was met, also of VIPs that are wanted no more.
+    counts: BTreeMap<&'static str, u64>,
 }
 
 impl Hearing {
@@ -124,12 +139,12 @@ impl Hearing {
         self.asked.retain(|address, _| {
             wanted.vips.contains_key(address) || wanted.nodes.contains_key(address)
         });
-        // Nothing speaks against what is settled: no question before its time.
+        // What is settled is asked for after `audit`, not at once.
         let vips = wanted.vips.keys();
         for vip in vips.filter(|vip| !wanted.unsettled.contains(vip)) {
             self.asked.entry(*vip).or_insert(now);
         }
-        self.odd
+        self.anomalies
             .retain(|anomaly, _| wanted.vips.contains_key(&anomaly.vip()));
         let names: BTreeSet<&NodeName> = wanted.nodes.values().collect();
         self.nodes.retain(|_, node| names.contains(node));
@@ -225,7 +240,12 @@ impl Hearing {
 
     /// What an operator should know of, and how often it was met.
     pub(crate) fn anomalies(&self) -> &BTreeMap<Anomaly, u64> {
-        &self.odd
+        &self.anomalies
+    }
+
+    /// How often each kind of anomaly was met.
+    pub(crate) fn anomaly_counts(&self) -> &BTreeMap<&'static str, u64> {
+        &self.counts
     }
 
     fn accept(&mut self, vip: IpAddr, node: NodeName, now: Instant) -> bool {
@@ -240,8 +260,8 @@ impl Hearing {
             return taken.is_some_and(|taken| taken.as_ref() != Some(&node));
         }
         heard.others += 1;
-        // Two that answer at once would turn us to and fro. Who is right says so again; and the old one may still
-        // answer in the moment of a move.
+        // An announcer is held for at least PACE: with two answering we would flap. The right one repeats itself, and
+        // the old one may still answer during a move.
         if now.saturating_duration_since(heard.since) < PACE {
             return true;
         }
@@ -250,13 +270,13 @@ impl Hearing {
             heard.turns = 0;
         }
         heard.turns += 1;
-        if heard.turns >= MOST_TURNS {
-            let anomaly = Anomaly::DuplicateAnnouncer(vip, heard.node.clone(), node.clone());
-            meet(&mut self.odd, anomaly);
-        }
-        heard.node = node;
+        let is_contested = heard.turns >= MOST_TURNS;
+        let before = std::mem::replace(&mut heard.node, node.clone());
         heard.at = now;
         heard.since = now;
+        if is_contested {
+            self.meet(Anomaly::DuplicateAnnouncer(vip, before, node));
+        }
         true
     }
 
@@ -269,18 +289,19 @@ impl Hearing {
                 self.waiting.push((claim, at));
             } else {
                 let anomaly = Anomaly::UnknownSender(claim.address, claim.mac);
-                changed |= meet(&mut self.odd, anomaly);
+                changed |= self.meet(anomaly);
             }
         }
         changed
     }
-}
 
-/// Counts an anomaly; returns whether it is new.
-fn meet(odd: &mut BTreeMap<Anomaly, u64>, anomaly: Anomaly) -> bool {
-    let count = odd.entry(anomaly).or_default();
-    *count += 1;
-    *count == 1
+    /// Counts an anomaly; returns whether it is new.
+    fn meet(&mut self, anomaly: Anomaly) -> bool {
+        *self.counts.entry(anomaly.kind()).or_default() += 1;
+        let count = self.anomalies.entry(anomaly).or_default();
+        *count += 1;
+        *count == 1
+    }
 }
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! Tells the other agents that this node is programmed, see [`crate::cluster::leases`].
+//! The Lease by which other agents know that this node is programmed, see [`crate::cluster::leases`].
 
 use std::future::Future;
 use std::time::Duration;
@@ -15,14 +15,15 @@ use crate::cluster::View;
 use crate::cluster::leases::{self, BOOT_ANNOTATION, BootId, LEASE_LABEL, LEASE_VALUE};
 use crate::error::chain;
 use crate::names::NodeName;
+use crate::settings::Settings;
 
 /// Pauses after failures: a cause that was removed is noticed within the longest.
 const BACKOFF: Backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(10));
 
-/// What a Lease says: the UID of the node's object, which owns it.
-type Owner = String;
+/// The UID of the Node that owns the Lease.
+pub(super) type Owner = String;
 
-/// This node in this boot, and who tells of it.
+/// This node in this boot, and the way to the task that writes its Lease.
 #[derive(Debug)]
 pub(super) struct Holder {
     node: NodeName,
@@ -31,6 +32,12 @@ pub(super) struct Holder {
 }
 
 impl Holder {
+    /// A holder, and what receives the Leases that it wants written.
+    pub(super) fn new(node: NodeName, boot: BootId) -> (Holder, watch::Receiver<Option<Owner>>) {
+        let (wanted, asked) = watch::channel(None);
+        (Holder { node, boot, wanted }, asked)
+    }
+
     /// Publishes the Lease unless ours already names this boot; returns whether it does.
     pub(super) fn programmed(&self, view: &View) -> bool {
         // Without its object nobody routes to the node.
@@ -48,14 +55,13 @@ impl Holder {
 /// A holder for this node, and the task that writes its Lease when it says so.
 pub(super) fn hold(
     client: Client,
-    namespace: &str,
-    node: NodeName,
+    settings: &Settings,
     boot: BootId,
 ) -> (Holder, impl Future<Output = ()> + Send + use<>) {
-    let (wanted, asked) = watch::channel(None);
-    let api = Api::namespaced(client, namespace);
-    let writer = write(api, node.clone(), boot.clone(), asked);
-    (Holder { node, boot, wanted }, writer)
+    let node = settings.node_name.clone();
+    let api = Api::namespaced(client, &settings.metallb_namespace);
+    let (holder, asked) = Holder::new(node.clone(), boot.clone());
+    (holder, write(api, node, boot, asked))
 }
 
 async fn write(

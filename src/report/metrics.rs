@@ -1,4 +1,4 @@
-//! `/metrics`: counters of what happened, and gauges computed from the last plan when they are asked for.
+//! `/metrics`: counters of what happened, and gauges that are computed when they are scraped.
 
 use std::sync::Arc;
 
@@ -14,7 +14,10 @@ use prometheus_client::metrics::family::Family as Labelled;
 use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::{Registry, Unit};
 
+use crate::kernel::StepError;
+use crate::lan::{Anomaly, Lan};
 use crate::report::Report;
+use crate::state::{Executor, Step};
 
 type Labels = Vec<(&'static str, &'static str)>;
 
@@ -31,6 +34,39 @@ pub struct Counters {
     pub pass_seconds: Counter<f64, std::sync::atomic::AtomicU64>,
 }
 
+impl Counters {
+    /// Counts a pass.
+    pub fn pass(&self, result: &'static str) {
+        let labels = vec![("result", result)];
+        self.passes.get_or_create(&labels).inc();
+    }
+
+    /// Counts the steps of a pass, and the pass unless one of them `failed`.
+    pub fn steps(&self, steps: &[Step], failed: &[StepError]) {
+        let by = |step: &Step| vec![("executor", executor(step))];
+        for step in steps {
+            self.steps.get_or_create(&by(step)).inc();
+        }
+        for failure in failed {
+            let label = by(&failure.step);
+            self.failed_steps.get_or_create(&label).inc();
+        }
+        if failed.is_empty() {
+            let is_change = steps.iter().any(Step::is_change);
+            self.pass(if is_change { "changed" } else { "unchanged" });
+        }
+    }
+}
+
+fn executor(step: &Step) -> &'static str {
+    match step.executor() {
+        Executor::Routes => "routes",
+        Executor::Firewall => "firewall",
+        Executor::Conntrack => "conntrack",
+        Executor::Remnants => "remnants",
+    }
+}
+
 /// The metrics endpoint.
 pub fn router(report: Arc<Report>) -> Router {
     let mut registry = Registry::with_prefix("metaleg");
@@ -42,7 +78,7 @@ pub fn router(report: Arc<Report>) -> Router {
     );
     registry.register(
         "steps",
-        "Kernel changes by executor: routes, firewall or conntrack",
+        "Kernel changes by executor: routes, firewall, conntrack or remnants",
         counters.steps.clone(),
     );
     registry.register(
@@ -121,6 +157,17 @@ impl Collector for Scrape {
             let labels = [("watch", watch.to_string())];
             let count = ConstCounter::new(state.failures);
             count.encode(failures.encode_family(&labels)?)?;
+        }
+        let Some(counts) = self.0.lan.as_deref().map(Lan::anomaly_counts) else {
+            return Ok(());
+        };
+        let help = "Claims on the LAN that are not believed, or contradict each other, by kind";
+        let kind = zero.metric_type();
+        let mut anomalies =
+            encoder.encode_descriptor("announcement_anomalies", help, None, kind)?;
+        for kind in Anomaly::KINDS {
+            let count = ConstCounter::new(counts.get(kind).copied().unwrap_or_default());
+            count.encode(anomalies.encode_family(&[("kind", kind)])?)?;
         }
         Ok(())
     }
