@@ -18,7 +18,6 @@ use metaleg::lan::Lan;
 use metaleg::report::{self, Report};
 use metaleg::settings::{AnnouncerSource, Settings};
 use metaleg::tasks::Tasks;
-use tokio::signal::unix::{SignalKind, signal};
 use tracing::info;
 
 /// Exit code for settings that make no sense: nothing was changed.
@@ -35,23 +34,24 @@ fn main() -> ExitCode {
         Err(error @ CliError::Bad(_)) => return fail(&error.into(), BAD_SETTINGS),
     };
     report::log::start(&settings);
-    start(action, &settings).unwrap_or_else(|error| fail(&error, 1))
+    // One core is plenty, and each further thread costs memory on every node.
+    let mut runtime = tokio::runtime::Builder::new_current_thread();
+    let runtime = runtime.enable_all().build();
+    let runtime = runtime.context("cannot start the async runtime");
+    let result = runtime.and_then(|runtime| runtime.block_on(start(action, &settings)));
+    result.unwrap_or_else(|error| fail(&error, 1))
 }
 
-// One core is plenty, and each further thread costs memory on every node.
-#[tokio::main(flavor = "current_thread")]
 async fn start(action: Action, settings: &Settings) -> Result<ExitCode> {
-    match action {
-        Action::Run => run(settings).await,
-        Action::Plan(format) => show_plan(settings, format).await,
-        Action::Cleanup => {
-            let is_clean = commands::cleanup::run(settings, &mut std::io::stdout()).await?;
-            Ok(ExitCode::from(u8::from(!is_clean)))
-        }
-    }
+    let is_good = match action {
+        Action::Run => run(settings).await.map(|()| true)?,
+        Action::Plan(format) => show_plan(settings, format).await.map(|()| true)?,
+        Action::Cleanup => commands::cleanup::run(settings, &mut std::io::stdout()).await?,
+    };
+    Ok(ExitCode::from(u8::from(!is_good)))
 }
 
-async fn show_plan(settings: &Settings, format: PlanFormat) -> Result<ExitCode> {
+async fn show_plan(settings: &Settings, format: PlanFormat) -> Result<()> {
     let (client, _) = client::connect().await?;
     let mut kernel = NodeKernel::open(settings).await?;
     let (cluster, mut tasks) = (Arc::new(Cluster::default()), Tasks::default());
@@ -59,10 +59,10 @@ async fn show_plan(settings: &Settings, format: PlanFormat) -> Result<ExitCode> 
     let text = commands::plan::run(settings, &cluster, &mut kernel, format).await?;
     // A reader that goes away early is no failure.
     let _ = write!(std::io::stdout(), "{text}");
-    Ok(ExitCode::SUCCESS)
+    Ok(())
 }
 
-async fn run(settings: &Settings) -> Result<ExitCode> {
+async fn run(settings: &Settings) -> Result<()> {
     let (client, server) = client::connect().await?;
     let mut kernel = NodeKernel::open(settings).await?;
     let (cluster, mut tasks) = (Arc::new(Cluster::default()), Tasks::default());
@@ -83,27 +83,11 @@ async fn run(settings: &Settings) -> Result<ExitCode> {
         kernel = %kernel.describe(),
         "starting"
     );
-    let mut terminate = signal(SignalKind::terminate()).context("cannot wait for SIGTERM")?;
-    let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for SIGINT")?;
     watch::start(client, settings, &cluster, &mut tasks);
-    let stop = async {
-        tokio::select! {
-            _ = terminate.recv() => Ok(ExitCode::SUCCESS),
-            _ = interrupt.recv() => Ok(ExitCode::SUCCESS),
-            error = tasks.ended() => Err(error.into()),
-        }
-    };
-    let code = agent::run(
-        settings,
-        &cluster,
-        &report,
-        &mut kernel,
-        lan.as_deref(),
-        stop,
-    )
-    .await;
+    let (lan, stop) = (lan.as_deref(), tasks.run());
+    let result = agent::run(settings, &cluster, &report, &mut kernel, lan, stop).await;
     info!("stopped: the data plane stays as it is");
-    code
+    Ok(result?)
 }
 
 fn fail(error: &anyhow::Error, code: u8) -> ExitCode {

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::future::Future;
 
+use tokio::signal::unix::{SignalKind, signal};
 use tokio::task::{Id, JoinError, JoinSet};
 
 /// The tasks of the program, by name. Dropped, they end.
@@ -12,7 +13,7 @@ pub struct Tasks {
     names: BTreeMap<Id, String>,
 }
 
-/// Why a task does not run any more.
+/// Why the program cannot go on.
 #[derive(Debug, thiserror::Error)]
 pub enum TaskError {
     /// It came to an end by itself.
@@ -21,6 +22,9 @@ pub enum TaskError {
     /// It panicked.
     #[error("the task `{0}` has failed")]
     Failed(String, #[source] JoinError),
+    /// Nobody could stop the program.
+    #[error("cannot wait for SIGTERM and SIGINT")]
+    Signal(#[source] std::io::Error),
 }
 
 impl Tasks {
@@ -34,8 +38,22 @@ impl Tasks {
         self.names.insert(id, name.into());
     }
 
+    /// Waits until a signal ends the program, or a task that should not has ended.
+    ///
+    /// # Errors
+    /// When a task has ended, or signals cannot be received.
+    pub async fn run(&mut self) -> Result<(), TaskError> {
+        let mut terminate = signal(SignalKind::terminate()).map_err(TaskError::Signal)?;
+        let mut interrupt = signal(SignalKind::interrupt()).map_err(TaskError::Signal)?;
+        tokio::select! {
+            _ = terminate.recv() => Ok(()),
+            _ = interrupt.recv() => Ok(()),
+            error = self.ended() => Err(error),
+        }
+    }
+
     /// Waits until a task ends, and says which; for ever where there is none. Cancel-safe.
-    pub async fn ended(&mut self) -> TaskError {
+    async fn ended(&mut self) -> TaskError {
         let Some(ended) = self.running.join_next_with_id().await else {
             return std::future::pending().await;
         };
