@@ -97,7 +97,7 @@ pub async fn run<K: Kernel, T>(
         tokio::select! {
             why = &mut shutdown => return why,
             () = cluster.changed() => reason = "cluster",
-            () = heard(lan) => reason = "wire",
+            () = heard(lan) => reason = "lan",
             () = agent.kernel.drifted() => {
                 reason = "drifted";
                 agent.confirmed = None;
@@ -150,7 +150,7 @@ impl<K: Kernel> Agent<'_, K> {
         let (facts, now) = (self.cluster.facts(), started.into_std());
         let memory = &mut self.memory;
         let pass = memory.plan(facts, &heard, &mut confirmed, self.settings, now);
-        self.tell(&pass);
+        self.publish(&pass);
         let steps = diff(&confirmed.state, &pass.desired.kernel);
         for step in &steps {
             debug!(reason, "{step}");
@@ -192,8 +192,8 @@ impl<K: Kernel> Agent<'_, K> {
         })
     }
 
-    /// Tells the LAN what to listen for, and the operator what is new.
-    fn tell(&mut self, pass: &Pass) {
+    /// Tells the LAN listener what is wanted, and publishes what is new.
+    fn publish(&mut self, pass: &Pass) {
         let own = &self.settings.node_name;
         let mut news = Vec::new();
         if let Some(lan) = self.lan {

@@ -32,7 +32,7 @@
 //! From top to bottom; a module imports only from those below it (tested here).
 //!
 //! * [`agent`]: the loop; one task owns the kernel. [`commands`]: what the operator can ask for beside it.
-//! * [`report`]: log, Events, metrics, probes, and the Lease that tells other nodes of this one.
+//! * [`report`]: log, Events, metrics, probes, and the Lease by which other nodes know that this one is programmed.
 //! * [`pass`]: the head of a pass, from facts to plan, for agent and `plan` command. Pure.
 //! * [`announcers`]: who announces each VIP, and through which node its pods leave. Pure.
 //! * [`mod@plan`]: every rule of the product, and why. Pure. [`mod@diff`]: which steps, in which order. Pure.

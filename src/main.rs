@@ -91,7 +91,7 @@ async fn run(settings: &Settings) -> Result<()> {
 }
 
 fn fail(error: &anyhow::Error, code: u8) -> ExitCode {
-    // Nobody is left to tell when this fails.
+    // Nothing is left to report to when this fails.
     let _ = writeln!(std::io::stderr(), "metaleg-agent: {error:#}");
     ExitCode::from(code)
 }

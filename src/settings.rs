@@ -1,8 +1,7 @@
 //! Settings: one definition for each (environment variable, flag, default, help). What was given on the command line
 //! and in the environment comes from [`crate::cli`].
 //!
-//! What was typed is turned once into what it means; a value that makes no sense is one line that names the
-//! setting, before anything is done.
+//! Text is parsed once, before anything is done; a value that makes no sense is one line that names the setting.
 
 mod mask;
 
@@ -144,7 +143,7 @@ pub const DEFINITIONS: &[Definition] = &[
 /// Which destinations are not egress.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ExcludedDestinations {
-    /// Those that the agent finds out by itself.
+    /// Those that the agent finds in the cluster.
     pub auto: bool,
     /// Those that the operator names.
     pub listed: BTreeSet<IpNet>,
@@ -200,9 +199,9 @@ pub struct Settings {
     pub reconciliation_interval: Duration,
     /// Route only pods of this node.
     pub filter_endpoints_for_node: bool,
-    /// Drop what pods of this node send before they are classified.
+    /// Drop what pods of this node send to outside before they are classified.
     pub strict_start: bool,
-    /// Drop what unknown pods of other nodes send through this node.
+    /// Drop what pods of other nodes send to outside through this node, unless they are egress pods.
     pub guard_transit: bool,
     /// Where claims to announce a VIP are read from.
     pub sources: BTreeSet<AnnouncerSource>,
@@ -388,7 +387,8 @@ fn table_offset(value: &Value) -> Result<u32, BadSetting> {
     Ok(offset)
 }
 
-/// Gateways have no limit: tables for this many must have numbers.
+/// The number of gateways has no limit of ours; the offset must leave table numbers for this many, the most nodes that
+/// Kubernetes supports.
 const MOST_TABLES: u32 = 5_000;
 
 /// The last of our 100 priorities must be ahead of the `main` table's rule at 32766.

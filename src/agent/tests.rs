@@ -8,7 +8,7 @@ use crate::cluster::leases::BootId;
 use crate::names::{Interface, NodeName};
 use crate::state::{Family, FamilyState, KernelState, Skeleton};
 
-/// A kernel that remembers what was done to it, and fails where it is told to.
+/// A kernel that remembers what was done to it, and fails where a test wants it.
 #[derive(Debug, Default)]
 struct FakeKernel {
     shared: Arc<Shared>,
@@ -144,7 +144,7 @@ fn never() -> Failing {
 }
 
 fn pretend_synced(cluster: &Cluster) {
-    // Its own Lease tells that it is programmed, so that the agent is ready.
+    // Its Lease says that it is programmed, so that the agent becomes ready.
     let facts = Node {
         programmed: Some(BootId("first".to_owned())),
         ..Node::default()

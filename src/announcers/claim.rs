@@ -75,7 +75,12 @@ impl Announcer {
     /// Judges what the sources say now. Of two claims of the same moment the later in the list counts.
     pub(super) fn judge(&mut self, said: &[Said], now: Instant, grace: Duration) -> Judgement {
         self.note(said, now);
-        let is_standing = self.claims.iter().any(|claim| claim.source.is_standing());
+        let (standing, heard): (Vec<_>, Vec<_>) = self
+            .claims
+            .iter()
+            .partition(|claim| claim.source.is_standing());
+        let (is_standing, is_heard) = (!standing.is_empty(), !heard.is_empty());
+        // What is heard counts from when it was heard, and no longer than for the grace period.
         let mut ends = None;
         if let Some(evidence) = self.evidence.filter(|_| !is_standing) {
             if now.saturating_duration_since(evidence) < grace {
@@ -84,31 +89,42 @@ impl Announcer {
                 self.newest = None;
             }
         }
-        let differing = self.claims.split_first().and_then(|(first, others)| {
-            let other = others.iter().find(|other| other.node != first.node)?;
-            Some([first, other].map(|claim| (claim.source, claim.node.clone())))
-        });
-        let is_undisputed = differing.is_none() && !said.iter().any(|said| said.is_doubled);
-        let since = differing
-            .as_ref()
-            .map(|_| *self.disagree.get_or_insert(now));
-        self.disagree = since;
-        let is_new = |since: &Instant| now.saturating_duration_since(*since) < DISAGREEMENT;
-        let new = since.filter(is_new).map(|since| since + DISAGREEMENT);
-        let announcer = self.newest.as_ref().map(|(node, _)| node.clone());
         // At a start an object looks new, and may be older than what the earlier run has heard.
-        let is_heard = self.claims.iter().any(|claim| !claim.source.is_standing());
         let is_fresh = |at: &Instant| !is_heard && now.saturating_duration_since(*at) < grace;
         self.adopted = self.adopted.take().filter(|(_, at)| is_fresh(at));
         let adopted = self.adopted.as_ref().map(|(node, _)| node);
+        let announcer = self.newest.as_ref().map(|(node, _)| node.clone());
+        let is_as_adopted = adopted.is_none_or(|adopted| announcer.as_ref() == Some(adopted));
+        let is_doubled = said.iter().any(|said| said.is_doubled);
+
+        let differing = self.differing();
+        let is_undisputed = differing.is_none() && !is_doubled;
+        let reported_at = self.disagree_since(differing.is_some(), now) + DISAGREEMENT;
+        let (disagreement, waits) = match differing {
+            Some(both) if now >= reported_at => (Some(both), None),
+            Some(_) => (None, Some(reported_at)),
+            None => (None, None),
+        };
         Judgement {
-            is_settled: is_standing
-                && is_undisputed
-                && adopted.is_none_or(|adopted| announcer.as_ref() == Some(adopted)),
-            disagreement: differing.filter(|_| new.is_none()),
-            ends: ends.into_iter().chain(new).min(),
             announcer,
+            is_settled: is_standing && is_undisputed && is_as_adopted,
+            disagreement,
+            ends: ends.into_iter().chain(waits).min(),
         }
+    }
+
+    /// Two claims that name different nodes.
+    fn differing(&self) -> Option<[(Source, NodeName); 2]> {
+        let (first, others) = self.claims.split_first()?;
+        let other = others.iter().find(|other| other.node != first.node)?;
+        Some([first, other].map(|claim| (claim.source, claim.node.clone())))
+    }
+
+    /// Since when the claims disagree, if they do.
+    fn disagree_since(&mut self, they_do: bool, now: Instant) -> Instant {
+        let since = self.disagree.unwrap_or(now);
+        self.disagree = they_do.then_some(since);
+        since
     }
 
     /// Replaces the claims by what is said now, and follows the newest.

@@ -73,7 +73,7 @@ impl Case {
         self.heard.insert(vip(), Heard::new(node(from), at));
     }
 
-    /// The announcer, and whether the wire is to be asked.
+    /// The announcer, and whether the LAN is to be asked.
     fn at(&mut self, seconds: u64) -> (Option<NodeName>, bool) {
         let resolved = self.resolve(seconds);
         let announcer = resolved.announcers.get(&vip()).cloned();
@@ -103,7 +103,7 @@ fn an_object_that_nothing_contradicts_is_settled() {
 }
 
 #[test]
-fn at_a_move_the_wire_comes_first_and_the_object_follows() {
+fn at_a_move_the_lan_comes_first_and_the_object_follows() {
     let mut case = case();
     case.status("s", 1, 5);
     case.at(0);
@@ -114,7 +114,7 @@ fn at_a_move_the_wire_comes_first_and_the_object_follows() {
 }
 
 #[test]
-fn an_object_that_is_newer_than_the_last_claim_on_the_lan_wins_and_the_wire_is_asked() {
+fn an_object_that_is_newer_than_the_last_claim_on_the_lan_wins_and_the_lan_is_asked() {
     let mut case = case();
     case.status("s", 1, 5);
     case.hear(1, 0);
@@ -127,7 +127,7 @@ fn an_object_that_is_newer_than_the_last_claim_on_the_lan_wins_and_the_wire_is_a
 }
 
 #[test]
-fn without_an_object_the_wire_serves_for_as_long_as_it_answers() {
+fn without_an_object_the_lan_serves_for_as_long_as_it_answers() {
     let mut case = case();
     case.status("s", 1, 5);
     case.at(0);
@@ -170,7 +170,7 @@ fn the_last_announcer_is_kept_for_the_grace_period_and_not_longer() {
 }
 
 #[test]
-fn the_newest_of_two_objects_wins_and_the_wire_is_asked() {
+fn the_newest_of_two_objects_wins_and_the_lan_is_asked() {
     for (first, second) in [((1, 5), (2, 6)), ((2, 6), (1, 5))] {
         let mut case = case();
         case.status("x", first.0, first.1);
@@ -196,7 +196,7 @@ fn a_node_that_is_gone_or_not_ready_and_a_silent_api_server_put_it_in_doubt() {
 }
 
 #[test]
-fn a_disagreement_that_lasts_is_told() {
+fn a_disagreement_that_lasts_is_reported() {
     let mut case = case();
     case.status("s", 1, 5);
     case.at(0);
@@ -221,7 +221,7 @@ fn an_adopted_announcer_serves_until_something_names_one() {
 }
 
 #[test]
-fn an_object_that_contradicts_an_adopted_announcer_is_held_against_the_wire() {
+fn an_object_that_contradicts_an_adopted_announcer_is_checked_on_the_lan() {
     let mut case = case();
     case.status("s", 1, 5);
     case.at(0);
@@ -276,7 +276,7 @@ fn the_gateway_before_serves_while_the_announcer_is_not_programmed() {
     let mut case = case();
     case.status("s", 1, 5);
     assert_eq!(case.at(0).0, Some(node(1)));
-    // Rebooted: its Lease tells of the boot before.
+    // Rebooted: its Lease names the boot before.
     case.nodes.entry(node(2)).or_default().boot = boot("second");
     case.status("s", 2, 6);
     let end = Some(case.start + Duration::from_secs(40));

@@ -20,7 +20,7 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// A client of the API server that pod or kubeconfig name, and its address.
 ///
-/// A watch only receives: when the API server's machine dies without closing its connections, nothing tells that they
+/// A watch only receives: when the API server's machine dies without closing its connections, nothing shows that they
 /// are dead. Keepalive makes the watch fail after 25 s; without it kube gives it up after 5 minutes.
 ///
 /// # Errors

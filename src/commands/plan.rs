@@ -180,7 +180,7 @@ fn owners<'a>(
     view: &'a View,
 ) -> BTreeMap<IpAddr, (&'a ObjectKey, &'a Option<NodeName>)> {
     let mut owners = BTreeMap::new();
-    // Slices are written over it: they know more.
+    // Slices come second and win: they name the node.
     for (service, facts) in &view.services {
         let in_namespace = |key: &ObjectKey| key.namespace == service.namespace;
         for (_, pod) in view

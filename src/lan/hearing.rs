@@ -1,4 +1,6 @@
-//! Which claims are believed, and what is asked. Pure: the time comes in as a value.
+//! Which claims are believed, and which addresses are asked for (by an ARP request or a neighbour solicitation).
+//!
+//! Pure: the time comes in as a value.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -8,7 +10,7 @@ use std::time::{Duration, Instant};
 use crate::ethernet::{Claim, Mac};
 use crate::names::NodeName;
 
-/// At most one question for an address, and one change of its announcer, in this time.
+/// Least time between two questions for an address, and between two changes of its announcer.
 const PACE: Duration = Duration::from_secs(1);
 /// This many changes of an announcer within [`CONTEST`] are no moves: two nodes answer for one VIP (duplicate address).
 const MOST_TURNS: u32 = 4;
@@ -30,28 +32,28 @@ pub struct Wanted {
     pub own: Option<NodeName>,
     /// The nodes' addresses.
     pub nodes: BTreeMap<IpAddr, NodeName>,
-    /// Addresses whose announcer matters, and who is taken for it.
+    /// The VIPs, and the announcer that the agent believes each to have.
     pub vips: BTreeMap<IpAddr, Option<NodeName>>,
-    /// Those of them that are asked for once a second: who announces them is in doubt.
+    /// Those of them whose announcer is in doubt: they are asked for once a second.
     pub unsettled: BTreeSet<IpAddr>,
-    /// The others are asked for so often.
+    /// The others are asked for when they were not heard for this long.
     pub audit: Duration,
 }
 
-/// The last confirmed claim to a VIP.
+/// The last claim to a VIP that came from a node.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Heard {
     /// The node that announces it.
     pub node: NodeName,
     /// When it was heard last.
     pub at: Instant,
-    /// How often another node than the one before was heard, believed or not.
+    /// How many claims came from another node than the announcer, believed or not.
     pub others: u64,
-    /// When it became this node.
+    /// When it became the announcer.
     since: Instant,
-    /// How often the announcer changed since `quiet`.
+    /// How often the announcer changed since `turns_since`.
     turns: u32,
-    quiet: Instant,
+    turns_since: Instant,
 }
 
 impl Heard {
@@ -63,17 +65,17 @@ impl Heard {
             others: 0,
             since: at,
             turns: 0,
-            quiet: at,
+            turns_since: at,
         }
     }
 }
 
-/// What an operator should know of.
+/// What an operator should know of the LAN.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Anomaly {
-    /// Somebody who is no node claims a VIP.
+    /// A VIP is claimed by a link-layer address that no node has.
     UnknownSender(IpAddr, Mac),
-    /// Two nodes claim a VIP again and again.
+    /// Two nodes claim a VIP by turns.
     DuplicateAnnouncer(IpAddr, NodeName, NodeName),
 }
 
@@ -114,19 +116,19 @@ impl fmt::Display for Anomaly {
     }
 }
 
-/// What was heard so far.
+/// Remembers what was heard.
 #[derive(Debug, Default)]
 pub(crate) struct Hearing {
     wanted: Wanted,
-    /// Nodes by link-layer address, of the neighbour table and of answers to our own questions.
+    /// Nodes by link-layer address, from the neighbour table and from answers to our questions.
     nodes: BTreeMap<Mac, NodeName>,
     heard: BTreeMap<IpAddr, Heard>,
     asked: BTreeMap<IpAddr, Instant>,
-    /// Claims of unknown senders.
+    /// Claims of senders that are not known yet, and when they came.
     waiting: Vec<(Claim, Instant)>,
     /// Anomalies, and how often each was met.
     anomalies: BTreeMap<Anomaly, u64>,
-    /// How often each kind was met, also of VIPs that are wanted no more.
+    /// How often each kind was met, also for VIPs that are no longer wanted.
     counts: BTreeMap<&'static str, u64>,
 }
 
@@ -151,8 +153,8 @@ impl Hearing {
         self.wanted = wanted;
     }
 
-    /// Takes a claim; returns whether there is news: of another announcer than the one that is taken for it, or than
-    /// the one heard before, or an anomaly not met before.
+    /// Takes a claim; returns whether that is news: another announcer than the agent believes in or than was heard before,
+    /// or a new anomaly.
     pub(crate) fn claim(&mut self, claim: Claim, now: Instant) -> bool {
         if let Some(node) = self.wanted.nodes.get(&claim.address).cloned() {
             // An answer to our own question, as the kernel would take it into its neighbour table.
@@ -179,13 +181,13 @@ impl Hearing {
         }
     }
 
-    /// Takes the nodes' link-layer addresses; returns whether there is news.
+    /// Takes the neighbour table; returns whether that makes news of a claim that was waiting.
     pub(crate) fn neighbours(&mut self, table: &[(Mac, IpAddr)], own: Mac, now: Instant) -> bool {
         let found: BTreeMap<Mac, NodeName> = table
             .iter()
             .filter_map(|(mac, address)| Some((*mac, self.wanted.nodes.get(address)?.clone())))
             .collect();
-        // A node with a new card has lost the old one.
+        // A node with a new network card has lost its old address.
         self.nodes
             .retain(|_, node| !found.values().any(|found| found == node));
         self.nodes.extend(found);
@@ -221,7 +223,7 @@ impl Hearing {
                 && is_due(address, PACE)
         });
         let nodes = nodes.map(|(address, _)| address);
-        // Whoever has waited longest first: every one has its turn, however many there are.
+        // Longest unasked first: each has its turn, however many there are.
         let vips: BTreeSet<_> = unsettled
             .chain(audited)
             .map(|vip| (self.asked.get(vip), vip))
@@ -238,7 +240,7 @@ impl Hearing {
         &self.heard
     }
 
-    /// What an operator should know of, and how often it was met.
+    /// Anomalies of wanted VIPs, and how often each was met.
     pub(crate) fn anomalies(&self) -> &BTreeMap<Anomaly, u64> {
         &self.anomalies
     }
@@ -255,7 +257,7 @@ impl Hearing {
         };
         if heard.node == node {
             heard.at = now;
-            // An object may have spoken for another one since: this claim is the newer one.
+            // An object may have named another node since: this claim is newer.
             let taken = self.wanted.vips.get(&vip);
             return taken.is_some_and(|taken| taken.as_ref() != Some(&node));
         }
@@ -265,8 +267,8 @@ impl Hearing {
         if now.saturating_duration_since(heard.since) < PACE {
             return true;
         }
-        if now.saturating_duration_since(heard.quiet) >= CONTEST {
-            heard.quiet = now;
+        if now.saturating_duration_since(heard.turns_since) >= CONTEST {
+            heard.turns_since = now;
             heard.turns = 0;
         }
         heard.turns += 1;
@@ -379,7 +381,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stranger_moves_nothing_and_is_told() {
+    fn an_unknown_sender_moves_nothing_and_is_an_anomaly() {
         let (mut hearing, now) = hearing(&[]);
         hearing.claim(claim("192.0.2.200", 2), now);
         assert!(!hearing.claim(claim("192.0.2.200", 66), now));
@@ -424,13 +426,13 @@ mod tests {
         hearing.claim(claim("192.0.2.200", 2), now);
         for (taken, is_news) in [(Some(name(2)), false), (Some(name(3)), true), (None, true)] {
             hearing.wanted.vips.insert(ip("192.0.2.200"), taken.clone());
-            let told = hearing.claim(claim("192.0.2.200", 2), now);
-            assert_eq!(told, is_news, "while {taken:?} is taken for it");
+            let news = hearing.claim(claim("192.0.2.200", 2), now);
+            assert_eq!(news, is_news, "while {taken:?} is taken for it");
         }
     }
 
     #[test]
-    fn two_nodes_that_answer_by_turns_are_told() {
+    fn two_nodes_that_answer_by_turns_are_an_anomaly() {
         let (mut hearing, now) = hearing(&[]);
         for turn in 0..=MOST_TURNS {
             let by = if turn % 2 == 0 { 2 } else { 3 };

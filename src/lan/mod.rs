@@ -45,10 +45,10 @@ impl Shared {
 }
 
 impl Lan {
-    /// Starts to listen, in the network namespace of the calling thread, as soon as something is wanted.
+    /// Starts to listen as soon as an interface is wanted, in the network namespace of the calling thread.
     ///
     /// # Errors
-    /// When no netlink socket can be had to look nodes up in the neighbour table.
+    /// When no netlink socket can be opened, to read the neighbour table.
     pub fn start(tasks: &mut Tasks) -> std::io::Result<Lan> {
         let (connection, handle, _) = rtnetlink::new_connection()?;
         tasks.spawn("netlink connection of the LAN listener", connection);
@@ -73,7 +73,7 @@ impl Lan {
         self.shared.hearing().heard().clone()
     }
 
-    /// What an operator should know of, and how often it was met.
+    /// Anomalies of wanted VIPs, and how often each was met.
     #[must_use]
     pub fn anomalies(&self) -> BTreeMap<Anomaly, u64> {
         self.shared.hearing().anomalies().clone()

@@ -1,7 +1,7 @@
 //! Which node was the gateway of each VIP, as an earlier run of the agent left it in the kernel.
 //!
-//! A restarted agent may find no announcer at first: MetalLB's object can be missing for long. The routes in the kernel
-//! say through whom the pods left until now.
+//! A restarted agent may find no announcer: MetalLB's object can be missing for long. The routes in the kernel show
+//! which node the pods left through until now.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;

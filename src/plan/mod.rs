@@ -82,7 +82,7 @@ fn plan_family(
         .map(|hop| (hop.via, hop))
         .collect();
     let slots = slots.assign(family, &hops.keys().copied().collect(), settings);
-    // What pods elsewhere may reach inside is their own nodes' matter.
+    // Only pods of this node: those of others are excluded from what by their own nodes.
     let own = local.map(|(address, _)| *address);
     let excluded = networks::excluded(family, view, &settings.excluded, own);
 

@@ -34,7 +34,7 @@ const PRIVATE: [&str; 5] = [
 /// The excluded destinations of one family.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Excluded {
-    /// As few networks as cover them.
+    /// Merged into as few networks as possible.
     pub(super) nets: BTreeSet<IpNet>,
     /// A pod outside every known pod network: the reason why all private networks are excluded.
     pub(super) unknown_network_of: Option<IpAddr>,
@@ -81,8 +81,8 @@ fn constant(nets: &'static [&'static str]) -> impl Iterator<Item = IpNet> {
     nets.iter().filter_map(|net| net.parse().ok())
 }
 
-/// The pod networks of the other nodes, unless this node may be their router. Neighbours are one network, as the
-/// kernel keeps them: others would be found changed at each look.
+/// The pod networks of the other nodes, unless this node may be their router. Adjacent networks are merged, as the
+/// kernel merges them: else each would be found changed when it is read back.
 pub(super) fn remote_pods(family: Family, view: &View, settings: &Settings) -> BTreeSet<IpNet> {
     if !pods_are_where_their_nodes_say(family, view, settings) {
         return BTreeSet::new();
@@ -98,8 +98,8 @@ pub(super) fn remote_pods(family: Family, view: &View, settings: &Settings) -> B
     IpNet::aggregate(&nets).into_iter().collect()
 }
 
-/// Whether pods have addresses of their nodes' podCIDRs. Where a CNI plugin gives them others, as Calico does, podCIDRs
-/// mean nothing: a pod of this node may have an address of another one's.
+/// Whether pods have addresses of their nodes' podCIDRs. Where a CNI plugin has pools of its own, as Calico does, podCIDRs
+/// mean nothing: a pod of this node may have an address from another node's podCIDR.
 fn pods_are_where_their_nodes_say(family: Family, view: &View, settings: &Settings) -> bool {
     let own_nets = view
         .nodes
@@ -118,7 +118,7 @@ fn pods_are_where_their_nodes_say(family: Family, view: &View, settings: &Settin
     }
 }
 
-/// The networks that pods of this node have their addresses of, if they are to wait until they are classified.
+/// The networks that pods of this node get addresses from, if pods are to wait until they are classified.
 pub(super) fn local_pods(family: Family, view: &View, settings: &Settings) -> BTreeSet<IpNet> {
     if !settings.strict_start {
         return BTreeSet::new();

@@ -18,7 +18,7 @@ pub(super) struct EgressPod<'a> {
     pub(super) local: bool,
 }
 
-/// The facts of a view that claims are held against, by what they are looked up by.
+/// The facts of a view that claims are checked against, indexed.
 pub(super) struct Lookup<'a> {
     node_addresses: BTreeMap<IpAddr, &'a NodeName>,
     own_node: Option<&'a Node>,
@@ -59,7 +59,7 @@ impl<'a> Lookup<'a> {
 struct Claim<'a> {
     service: &'a ObjectKey,
     local: bool,
-    /// Where it is written: slice and address. A pod that is selected by its labels is written nowhere.
+    /// The slices that name it, with the address as written; none where only the pod's labels say so.
     written: Vec<(&'a ObjectKey, &'a str)>,
 }
 
@@ -173,7 +173,7 @@ fn pod_address(
         Target::Pod(pod) if pod.namespace == service.namespace => pod,
         other => return Err(Ignored::NotAPodOfItsNamespace(other.clone())),
     };
-    // Only a pod's own node knows; only there is it marked.
+    // Only the pod's own node knows who has the address; only there is the pod marked.
     let holders = lookup.holders.get(&address);
     let holders = holders.filter(|pods| !pods.contains(pod));
     match holders.and_then(|pods| pods.first()) {
@@ -215,11 +215,11 @@ pub(super) fn state(
     match (&egress.vip, &egress.gateway) {
         (Err(_), _) => state.blocked = true,
         (Ok(_), Ok(Gateway { hop: None, .. })) => state.gateway_here = true,
-        // Not our pod: its node routes it. Should a packet pass here, it leaves with the VIP all the same.
+        // A pod of another node, which routes it. Should a packet pass here, it still leaves with the VIP.
         (Ok(_), _) if !pod.local => {}
         (Ok(_), Ok(_)) => {
             state.mark = egress.slot(slots).map(|slot| slot.mark(settings.mask));
-            // Every gateway in use has a slot; if not, better rejected than leaked.
+            // Every gateway in use has a slot. If one had none: better rejected than leaked.
             state.blocked = state.mark.is_none();
         }
         (Ok(_), Err(_)) => state.blocked = true,

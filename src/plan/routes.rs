@@ -9,7 +9,7 @@ use crate::plan::slots::{Slot, Slots};
 use crate::settings::Settings;
 use crate::state::{Family, NextHop, RouteState, Rule, RuleAction, Table};
 
-/// Places of our rules, from `ROUTE_RULE_PRIORITY` on. The first one lets unmarked packets pass all others.
+/// Offsets of our rules from `ROUTE_RULE_PRIORITY`. The first rule lets unmarked packets skip all others.
 const PASS_UNMARKED: u32 = 0;
 
 /// Excluded destinations are routed as without us.
@@ -21,10 +21,10 @@ const TO_GATEWAY: u32 = 2;
 /// Whatever is marked and found no gateway is rejected.
 const REJECT_REST: u32 = 98;
 
-/// Where passing packets go on.
+/// The target of `goto`: the end of our block.
 const END: u32 = 99;
 
-/// Rules and tables: a block of rules that unmarked packets pass in one step.
+/// Rules and tables.
 pub(super) fn routes(
     family: Family,
     settings: &Settings,
@@ -47,8 +47,8 @@ pub(super) fn routes(
         to: Some(*net),
         ..rule(PASS_EXCLUDED, RuleAction::Goto(end))
     }));
-    // Says itself that it means marked packets only: were the first rule lost, an unconditional one would cut
-    // the node off.
+    // Matches marked packets only, although unmarked ones never come here: if the first rule were lost, an unconditional
+    // one would cut the node off.
     state.rules.insert(Rule {
         mark: Some(unmarked),
         not: true,

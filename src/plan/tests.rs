@@ -495,10 +495,10 @@ fn without_a_gateway_the_service_may_choose_the_nodes_address() {
             assert_eq!(*verdict, Verdict::Blocked(Blocked::NoAnnouncer));
             assert!(pod.unwrap().blocked);
         }
-        let told = desired
+        let is_reported = desired
             .ignored
             .contains_key(&Subject::OnNoGateway(key("a")));
-        assert_eq!(told, matches!(value, OnNoGateway::Unknown(_)));
+        assert_eq!(is_reported, matches!(value, OnNoGateway::Unknown(_)));
         // With a gateway there is no choice.
         let active = make(&view(Some("node2")), &on("node1"));
         assert!(pod_of(&active, "10.244.1.11").unwrap().mark.is_some());

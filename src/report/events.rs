@@ -31,7 +31,7 @@ const MOST_TRIES: usize = 5;
 pub struct ServiceEvent {
     /// The Service.
     pub service: ObjectKey,
-    /// Something is not as the operator wants it.
+    /// Its type is `Warning`.
     pub is_warning: bool,
     /// One word.
     pub reason: &'static str,
@@ -114,7 +114,7 @@ fn of_verdict(
     verdict: &Verdict,
 ) -> Option<ServiceEvent> {
     let (is_warning, reason) = match verdict {
-        // Said where it is news: after trouble.
+        // Only after trouble is it news.
         Verdict::Active { .. } => match old {
             Some(Verdict::Blocked(_) | Verdict::Released(_)) => (false, "Active"),
             _ => return None,
@@ -130,7 +130,7 @@ fn of_verdict(
     })
 }
 
-/// Whether nodes may come to different verdicts.
+/// Whether other nodes may come to another verdict.
 fn is_of_the_node(verdict: &Verdict) -> bool {
     let (Verdict::Blocked(reason) | Verdict::Released(reason)) = verdict else {
         return false;
@@ -295,11 +295,11 @@ mod tests {
         }
     }
 
-    /// The reasons that each of three nodes tells.
-    fn told(before: &Desired, now: &Desired) -> [Vec<&'static str>; 3] {
+    /// The reasons that each of three nodes publishes.
+    fn published(before: &Desired, now: &Desired) -> [Vec<&'static str>; 3] {
         [1, 2, 3].map(|n| {
-            let told = changes(before, now, &view(), &node(n));
-            told.iter().map(|told| told.reason).collect()
+            let events = changes(before, now, &view(), &node(n));
+            events.iter().map(|event| event.reason).collect()
         })
     }
 
@@ -309,25 +309,31 @@ mod tests {
         let blocked = desired(Verdict::Blocked(Blocked::NoVip));
         let off_link = Blocked::GatewayOffLink(node(1), IpAddr::from([203, 0, 113, 1]));
         let off_link = desired(Verdict::Blocked(off_link));
-        assert_eq!(told(&nothing, &blocked), [vec![], vec!["NoVip"], vec![]]);
-        assert_eq!(told(&blocked, &blocked).concat(), [""; 0]);
         assert_eq!(
-            told(&nothing, &off_link),
+            published(&nothing, &blocked),
+            [vec![], vec!["NoVip"], vec![]]
+        );
+        assert_eq!(published(&blocked, &blocked).concat(), [""; 0]);
+        assert_eq!(
+            published(&nothing, &off_link),
             [vec![], vec!["GatewayOffLink"], vec!["GatewayOffLink"]]
         );
     }
 
     #[test]
-    fn that_all_is_well_is_told_after_trouble_only() {
+    fn that_all_is_well_is_published_after_trouble_only() {
         let nothing = Desired::default();
         let active = desired(active());
         let blocked = desired(Verdict::Blocked(Blocked::NoVip));
-        assert_eq!(told(&nothing, &active).concat(), [""; 0]);
-        assert_eq!(told(&blocked, &active), [vec![], vec!["Active"], vec![]]);
+        assert_eq!(published(&nothing, &active).concat(), [""; 0]);
+        assert_eq!(
+            published(&blocked, &active),
+            [vec![], vec!["Active"], vec![]]
+        );
     }
 
     #[test]
-    fn what_is_ignored_is_told_to_its_service() {
+    fn what_is_ignored_is_an_event_of_its_service() {
         let subject = Subject::Endpoint {
             slice: key("a-1"),
             address: "10.244.2.9".to_owned(),
@@ -337,12 +343,12 @@ mod tests {
             ..Desired::default()
         };
         assert_eq!(
-            told(&Desired::default(), &now),
+            published(&Desired::default(), &now),
             [vec![], vec!["Ignored"], vec![]]
         );
-        let told = changes(&Desired::default(), &now, &view(), &node(2));
+        let events = changes(&Desired::default(), &now, &view(), &node(2));
         assert_eq!(
-            told[0].note,
+            events[0].note,
             "ignoring endpoint 10.244.2.9 of EndpointSlice shop/a-1: belongs to Service shop/older, which is older"
         );
     }

@@ -40,7 +40,7 @@ impl Holder {
 
     /// Publishes the Lease unless ours already names this boot; returns whether it does.
     pub(super) fn programmed(&self, view: &View) -> bool {
-        // Without its object nobody routes to the node.
+        // Without a Node nobody routes to this node, and nothing could own the Lease.
         let Some(node) = view.nodes.get(&self.node) else {
             return false;
         };
@@ -52,7 +52,7 @@ impl Holder {
     }
 }
 
-/// A holder for this node, and the task that writes its Lease when it says so.
+/// A holder for this node, and the task that writes its Lease.
 pub(super) fn hold(
     client: Client,
     settings: &Settings,
@@ -104,10 +104,10 @@ fn document(name: &str, node: &NodeName, boot: &BootId, owner: &Owner) -> serde_
             "name": name,
             "labels": {LEASE_LABEL: LEASE_VALUE, "app.kubernetes.io/component": "agent"},
             "annotations": {BOOT_ANNOTATION: boot.0},
-            // Goes with the node.
+            // Garbage collected with the Node.
             "ownerReferences": [{"apiVersion": "v1", "kind": "Node", "name": node.0, "uid": owner}],
         },
-        // No duration and no renewal: it does not say that an agent runs, but what a node's kernel holds.
+        // No duration and no renewal: it says what the node's kernel holds, not that an agent runs.
         "spec": {"holderIdentity": node.0},
     })
 }

@@ -22,8 +22,7 @@ const MOST_FAILURES: usize = 10;
 
 /// Starts logging, to standard error.
 pub fn start(settings: &Settings) {
-    // The client's own complaints come first, so that the operator's words override: the watch that failed says each of
-    // them too, and only once.
+    // The client logs every try; the watch that failed logs the same once. First, so that the operator can override it.
     let filter = EnvFilter::new(format!("kube_client=off,{}", settings.log_filter));
     let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
@@ -55,7 +54,7 @@ pub struct Notice {
 }
 
 impl Log {
-    /// Warns of what of others gets in the way of ours, when it is new.
+    /// Warns of objects of others that get in the way of ours, when they are new.
     pub fn collisions(&mut self, collisions: BTreeSet<String>) {
         for collision in collisions.difference(&self.collisions) {
             warn!("{collision}");
@@ -63,7 +62,7 @@ impl Log {
         self.collisions = collisions;
     }
 
-    /// What is new of anomalies on the LAN, and of sources that disagree.
+    /// New anomalies of the LAN, and sources that disagree from now on.
     pub fn notices(
         &mut self,
         anomalies: BTreeSet<Anomaly>,
@@ -202,7 +201,7 @@ mod tests {
     }
 
     #[test]
-    fn anomalies_are_told_once_and_disagreements_each_time_they_begin() {
+    fn anomalies_are_noticed_once_and_disagreements_each_time_they_begin() {
         let mut log = Log::default();
         let stranger = Anomaly::UnknownSender(vip(), Mac([2, 0, 0, 0, 0, 66]));
         let contested = Anomaly::DuplicateAnnouncer(vip(), node(1), node(2));

@@ -21,14 +21,14 @@ use crate::state::{Executor, Step};
 
 type Labels = Vec<(&'static str, &'static str)>;
 
-/// What has happened so often since the agent started.
+/// What is counted since the agent started.
 #[derive(Debug, Default)]
 pub struct Counters {
     /// Passes by result: `unchanged`, `changed`, `failed`.
     pub passes: Labelled<Labels, Counter>,
-    /// Steps by who executes them.
+    /// Steps by executor.
     pub steps: Labelled<Labels, Counter>,
-    /// Steps that failed, by who executes them.
+    /// Steps that failed, by executor.
     pub failed_steps: Labelled<Labels, Counter>,
     /// Time spent in passes.
     pub pass_seconds: Counter<f64, std::sync::atomic::AtomicU64>,
@@ -106,7 +106,7 @@ async fn metrics(State(registry): State<Arc<Registry>>) -> impl IntoResponse {
     ([(CONTENT_TYPE, kind)], body)
 }
 
-/// Gauges of the last plan and of the watches.
+/// What is read when metrics are scraped: the last plan, the watches, anomalies of the LAN.
 #[derive(Debug)]
 struct Scrape(Arc<Report>);
 

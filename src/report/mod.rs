@@ -27,7 +27,7 @@ use crate::settings::Settings;
 use crate::state::Family;
 use crate::tasks::Tasks;
 
-/// A pass that takes longer hangs: every tool it runs has a deadline far below.
+/// A pass that takes longer hangs: every tool that it runs has a deadline far below this.
 const PASS_HANGS_AFTER: Duration = Duration::from_secs(300);
 
 /// What probes and metrics are answered from. The agent writes it, the servers read it.
@@ -36,7 +36,7 @@ pub struct Report {
     cluster: Arc<Cluster>,
     /// None where announcements are read from objects only.
     lan: Option<Arc<Lan>>,
-    /// What has happened so often.
+    /// What is counted.
     pub counters: Counters,
     state: Mutex<State>,
     /// Where Events go, with the UID of the Service; none in commands and tests.
@@ -57,7 +57,7 @@ struct State {
 /// How the last pass ended.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Outcome {
-    /// There was none yet.
+    /// There was none.
     #[default]
     None,
     /// The kernel is what it should be.
@@ -73,7 +73,7 @@ pub struct Summary {
     pub services: BTreeMap<(Family, &'static str), usize>,
     /// Egress pods of the cluster by family.
     pub pods: BTreeMap<Family, usize>,
-    /// Services and endpoints that are left out.
+    /// Services and endpoints that are ignored.
     pub ignored: usize,
 }
 
@@ -150,7 +150,7 @@ impl Report {
         self
     }
 
-    /// The kernel is what a gateway's should be: has the Lease say so, unless it does.
+    /// The kernel is what a gateway's should be: publishes the Lease, unless it says so already.
     pub fn programmed(&self, view: &View) {
         if let Some(lease) = &self.lease {
             self.state().is_lease_missing = !lease.programmed(view);

@@ -31,7 +31,7 @@ impl FwMask {
         self.0
     }
 
-    /// How many slots there are: all values but 0, which means unmarked, and at most [`MOST_SLOTS`].
+    /// How many slots there are: all values but 0, which means unmarked, and at most `MOST_SLOTS`.
     #[must_use]
     pub fn slots(self) -> u32 {
         MOST_SLOTS.min(self.0 >> self.0.trailing_zeros())
