@@ -23,7 +23,7 @@ use crate::lan::Lan;
 use crate::pass::{Confirmed, Memory, Pass};
 use crate::plan::Desired;
 use crate::report::log::{self, Log};
-use crate::report::{Outcome, Report, events};
+use crate::report::{Report, events};
 use crate::settings::Settings;
 use crate::state::{Executor, Step};
 
@@ -126,13 +126,10 @@ impl<K: Kernel> Agent<'_, K> {
         let started = Instant::now();
         self.report.pass_started();
         let result = self.reconcile(reason, started).await;
-        let outcome = match &result {
-            Ok(_) => Outcome::Done,
-            Err(why) => {
-                warn!(reason, "pass failed, trying again: {why}");
-                Outcome::Failed(why.clone())
-            }
-        };
+        if let Err(why) = &result {
+            warn!(reason, "pass failed, trying again: {why}");
+        }
+        let outcome = result.clone().map(drop);
         self.report.pass_ended(outcome, started.elapsed());
         result
     }
@@ -198,7 +195,7 @@ impl<K: Kernel> Agent<'_, K> {
         let mut news = Vec::new();
         if let Some(lan) = self.lan {
             lan.want(pass.wanted.clone());
-            let anomalies = lan.anomalies().into_keys().collect();
+            let anomalies = lan.anomalies();
             for notice in self.log.notices(anomalies, &pass.disagreements) {
                 warn!("{}", notice.text);
                 news.extend(events::of_notice(&notice, &pass.view, own));

@@ -66,15 +66,11 @@ async fn run(settings: &Settings) -> Result<()> {
     let (client, server) = client::connect().await?;
     let mut kernel = NodeKernel::open(settings).await?;
     let (cluster, mut tasks) = (Arc::new(Cluster::default()), Tasks::default());
-    let is_heard = settings.sources.contains(&AnnouncerSource::Lan);
-    let lan = is_heard.then(|| Lan::start(&mut tasks)).transpose();
+    let is_wanted = settings.sources.contains(&AnnouncerSource::Lan);
+    let lan = is_wanted.then(|| Lan::start(&mut tasks)).transpose();
     let lan = lan.context("cannot listen on the LAN")?.map(Arc::new);
     let boot = BootId::of_this_node().context("cannot read which boot of the node this is")?;
-    let report = Report::new(cluster.clone())
-        .with_lan(lan.clone())
-        .with_events(client.clone(), settings, &mut tasks)
-        .with_lease(client.clone(), settings, boot, &mut tasks);
-    let report = Arc::new(report);
+    let report = Report::start(&cluster, lan.clone(), &client, settings, boot, &mut tasks);
     report::serve(&report, settings, &mut tasks).await?;
     info!(
         version = env!("CARGO_PKG_VERSION"),

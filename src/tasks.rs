@@ -77,7 +77,7 @@ mod tests {
         let none_ends = tokio::time::timeout(std::time::Duration::ZERO, tasks.ended());
         assert!(none_ends.await.is_err());
         tasks.spawn("writer", async {});
-        let error = tasks.ended().await;
+        let error = tasks.run().await.unwrap_err();
         assert_eq!(chain(&error), "the task `writer` has ended");
         tasks.spawn("reader", async { panic!("out of luck") });
         let text = chain(&tasks.ended().await);

@@ -115,7 +115,7 @@ fn node1() -> NodeName {
 fn start(failing: Failing) -> Running {
     let cluster = Arc::new(Cluster::default());
     let boot = BootId("first".to_owned());
-    let (report, lease) = Report::new(cluster.clone()).with_recorded_lease(node1(), boot);
+    let (report, lease) = Report::recorded(cluster.clone(), node1(), boot);
     let report = Arc::new(report);
     let mut kernel = FakeKernel::default();
     *kernel.shared.failing.lock().unwrap() = failing;

@@ -8,23 +8,15 @@ use crate::settings::AnnouncerSource as Source;
 /// MetalLB's objects follow the LAN within 30 ms; a disagreement that lasts this long is worth a warning.
 const DISAGREEMENT: Duration = Duration::from_secs(5);
 
-/// What a source says at the moment.
-#[derive(Clone, Debug)]
-pub(super) struct Said {
-    pub(super) source: Source,
-    pub(super) node: NodeName,
-    /// When it was said, where that is known: an object only shows that it has changed since the last look.
-    pub(super) at: Option<Instant>,
-    /// Other objects of this source name other nodes.
-    pub(super) is_doubled: bool,
-}
-
 /// A source's word that a node announces the VIP.
 #[derive(Clone, Debug)]
-struct Claim {
-    source: Source,
-    node: NodeName,
-    at: Instant,
+pub(super) struct Claim {
+    pub(super) source: Source,
+    pub(super) node: NodeName,
+    /// When it was made: an object counts from when it was first seen to name the node.
+    pub(super) at: Instant,
+    /// Other objects of this source name other nodes.
+    pub(super) is_doubled: bool,
 }
 
 /// Remembers what was claimed.
@@ -73,8 +65,8 @@ impl Announcer {
     }
 
     /// Judges what the sources say now. Of two claims of the same moment the later in the list counts.
-    pub(super) fn judge(&mut self, said: &[Said], now: Instant, grace: Duration) -> Judgement {
-        self.note(said, now);
+    pub(super) fn judge(&mut self, claims: Vec<Claim>, now: Instant, grace: Duration) -> Judgement {
+        self.note(claims, now);
         let (standing, heard): (Vec<_>, Vec<_>) = self
             .claims
             .iter()
@@ -95,7 +87,7 @@ impl Announcer {
         let adopted = self.adopted.as_ref().map(|(node, _)| node);
         let announcer = self.newest.as_ref().map(|(node, _)| node.clone());
         let is_as_adopted = adopted.is_none_or(|adopted| announcer.as_ref() == Some(adopted));
-        let is_doubled = said.iter().any(|said| said.is_doubled);
+        let is_doubled = self.claims.iter().any(|claim| claim.is_doubled);
 
         let differing = self.differing();
         let is_undisputed = differing.is_none() && !is_doubled;
@@ -127,21 +119,18 @@ impl Announcer {
         since
     }
 
-    /// Replaces the claims by what is said now, and follows the newest.
-    fn note(&mut self, said: &[Said], now: Instant) {
-        let before = std::mem::take(&mut self.claims);
-        for said in said {
-            let same = |old: &&Claim| old.source == said.source && old.node == said.node;
-            let at = said.at.or(before.iter().find(same).map(|old| old.at));
-            self.claims.push(Claim {
-                source: said.source,
-                node: said.node.clone(),
-                at: at.unwrap_or(now),
-            });
-        }
+    /// Replaces the claims by the present ones, and follows the newest.
+    fn note(&mut self, claims: Vec<Claim>, now: Instant) {
+        let before = std::mem::replace(&mut self.claims, claims);
         for old in before.iter().filter(|old| old.source.is_standing()) {
-            if !self.claims.iter().any(|claim| claim.source == old.source) {
-                self.evidence = Some(now);
+            match self
+                .claims
+                .iter_mut()
+                .find(|claim| claim.source == old.source)
+            {
+                Some(same) if same.node == old.node => same.at = old.at,
+                Some(_) => {}
+                None => self.evidence = Some(now),
             }
         }
         for claim in &self.claims {

@@ -11,7 +11,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
-use self::claim::{Announcer, Said};
+use self::claim::{Announcer, Claim};
 use self::gateway::Gateway;
 use crate::cluster::l2status::L2Status;
 use crate::cluster::{Node, Service};
@@ -107,40 +107,33 @@ impl Announcers {
                 .into_iter()
                 .flat_map(|service| of_service.get(service).into_iter().flatten());
             let statuses: Vec<&L2Status> = statuses.copied().collect();
-            let heard = sources.heard.get(&vip);
             let known = self.known.entry(vip).or_default();
-            let said = said(&statuses, heard);
-            known.resolve(vip, &said, heard, sources, (now, self.grace), &mut resolved);
-            if let Some(announcer) = resolved.claimed.get(&vip) {
-                let gateway = &mut known.gateway;
-                let (node, end) =
-                    gateway.hold(announcer, &self.own, sources.nodes, now, self.grace);
-                let is_programmed = |node| sources.nodes.get(node).is_some_and(Node::is_programmed);
-                if end.is_some() && !is_programmed(&node) {
-                    resolved.still_programmed.insert(node.clone());
-                }
-                resolved.ends = resolved.ends.into_iter().chain(end).min();
-                resolved.announcers.insert(vip, node);
-            }
+            known.resolve(
+                vip,
+                &statuses,
+                sources,
+                (&self.own, now, self.grace),
+                &mut resolved,
+            );
         }
         resolved
     }
 }
 
 /// What each source says of one VIP. In this order: of two claims of the same moment, that of the LAN counts.
-fn said(statuses: &[&L2Status], heard: Option<&Heard>) -> Vec<Said> {
+fn claims(statuses: &[&L2Status], heard: Option<&Heard>, now: Instant) -> Vec<Claim> {
     // Of two objects, as at a move, the newer one.
     let status = statuses.iter().max_by_key(|status| status.version);
-    let status = status.map(|newest| Said {
+    let status = status.map(|newest| Claim {
         source: Source::Status,
         node: newest.node.clone(),
-        at: None,
+        at: now,
         is_doubled: statuses.iter().any(|status| status.node != newest.node),
     });
-    let heard = heard.map(|heard| Said {
+    let heard = heard.map(|heard| Claim {
         source: Source::Lan,
         node: heard.node.clone(),
-        at: Some(heard.at),
+        at: heard.at,
         is_doubled: false,
     });
     status.into_iter().chain(heard).collect()
@@ -150,29 +143,40 @@ impl Known {
     fn resolve(
         &mut self,
         vip: IpAddr,
-        said: &[Said],
-        heard: Option<&Heard>,
+        statuses: &[&L2Status],
         sources: Sources<'_>,
-        (now, grace): (Instant, Duration),
+        (own, now, grace): (&NodeName, Instant, Duration),
         resolved: &mut Resolved,
     ) {
+        let facts = |node: &NodeName| sources.nodes.get(node);
+        let heard = sources.heard.get(&vip);
         let others = heard.map_or(self.others, |heard| heard.others);
         if std::mem::replace(&mut self.others, others) != others {
             resolved.interrupted.insert(vip);
         }
-        let judgement = self.announcer.judge(said, now, grace);
-        let announcer = judgement.announcer.as_ref();
-        let is_ready = |node| sources.nodes.get(node).is_some_and(|node| node.ready);
-        if !judgement.is_settled || sources.away || !announcer.is_some_and(is_ready) {
+        let judgement = self
+            .announcer
+            .judge(claims(statuses, heard, now), now, grace);
+        let announcer = judgement.announcer;
+        let is_ready = |node: &NodeName| facts(node).is_some_and(|node| node.ready);
+        if !judgement.is_settled || sources.away || !announcer.as_ref().is_some_and(is_ready) {
             resolved.unsettled.insert(vip);
         }
+        let disagreement = judgement.disagreement.map(|both| (vip, both));
+        resolved.disagreements.extend(disagreement);
         resolved.ends = resolved.ends.into_iter().chain(judgement.ends).min();
-        resolved
-            .disagreements
-            .extend(judgement.disagreement.map(|both| (vip, both)));
-        resolved
-            .claimed
-            .extend(judgement.announcer.map(|node| (vip, node)));
+        let Some(announcer) = announcer else {
+            return;
+        };
+        let (gateway, ends) = self
+            .gateway
+            .hold(&announcer, own, sources.nodes, now, grace);
+        if ends.is_some() && !facts(&gateway).is_some_and(Node::is_programmed) {
+            resolved.still_programmed.insert(gateway.clone());
+        }
+        resolved.ends = resolved.ends.into_iter().chain(ends).min();
+        resolved.announcers.insert(vip, gateway);
+        resolved.claimed.insert(vip, announcer);
     }
 }
 

@@ -11,9 +11,9 @@ use crate::cli::PlanFormat;
 use crate::cluster::View;
 use crate::cluster::watch::Cluster;
 use crate::kernel::{self, Kernel};
-use crate::names::{NodeName, ObjectKey};
+use crate::names::ObjectKey;
 use crate::pass::{Confirmed, Memory};
-use crate::plan::{Desired, Subject, Verdict, adopt};
+use crate::plan::{self, Desired, Verdict, adopt};
 use crate::settings::Settings;
 use crate::state::{Family, FamilyState, PodState};
 
@@ -104,7 +104,7 @@ pub async fn run(
     let (heard, now) = (BTreeMap::new(), Instant::now());
     let mut memory = Memory::new(settings);
     let pass = memory.plan(cluster.facts(), &heard, &mut confirmed, settings, now);
-    let shown = Shown::of(&pass.desired, &pass.view, &settings.node_name);
+    let shown = Shown::of(&pass.desired, &pass.view, settings);
     match format {
         PlanFormat::Table => Ok(shown.to_string()),
         PlanFormat::Json => serde_json::to_string_pretty(&shown)
@@ -116,14 +116,14 @@ pub async fn run(
 }
 
 impl Shown {
-    fn of(desired: &Desired, view: &View, node: &NodeName) -> Shown {
+    fn of(desired: &Desired, view: &View, settings: &Settings) -> Shown {
         let mut services = Vec::new();
         for (service, verdicts) in &desired.services {
             for (family, verdict) in verdicts {
                 services.push(ShownService::of(service, *family, verdict));
             }
         }
-        let owners = owners(desired, view);
+        let owners = plan::owners(view, settings);
         let mut pods = Vec::new();
         for state in desired.kernel.families.values() {
             for (address, pod) in state.firewall.pods.iter().filter(|(_, pod)| pod.egress) {
@@ -131,7 +131,7 @@ impl Shown {
                 pods.push(ShownPod {
                     address: *address,
                     service: owner.map_or_else(String::new, |(service, _)| service.to_string()),
-                    node: owner.and_then(|(_, node)| Some(node.as_ref()?.to_string())),
+                    node: owner.and_then(|(_, node)| Some((*node)?.to_string())),
                     here: here(state, *address, pod),
                 });
             }
@@ -145,7 +145,7 @@ impl Shown {
             });
         let families = desired.kernel.families.values();
         Shown {
-            node: node.to_string(),
+            node: settings.node_name.to_string(),
             services,
             pods,
             ignored: ignored.collect(),
@@ -172,42 +172,6 @@ impl ShownService {
             reason: reason.map(ToString::to_string),
         }
     }
-}
-
-/// The Service that has each pod, and the pod's node.
-fn owners<'a>(
-    desired: &Desired,
-    view: &'a View,
-) -> BTreeMap<IpAddr, (&'a ObjectKey, &'a Option<NodeName>)> {
-    let mut owners = BTreeMap::new();
-    // Slices come second and win: they name the node.
-    for (service, facts) in &view.services {
-        let in_namespace = |key: &ObjectKey| key.namespace == service.namespace;
-        for (_, pod) in view
-            .pods
-            .iter()
-            .filter(|(key, pod)| in_namespace(key) && facts.selects(pod))
-        {
-            for address in &pod.addresses {
-                owners.insert(*address, (service, &None));
-            }
-        }
-    }
-    for (key, slice) in &view.slices {
-        for endpoint in &slice.endpoints {
-            for written in &endpoint.addresses {
-                let subject = Subject::Endpoint {
-                    slice: key.clone(),
-                    address: written.clone(),
-                };
-                let is_ignored = desired.ignored.contains_key(&subject);
-                if let (Ok(address), false) = (written.parse(), is_ignored) {
-                    owners.insert(address, (&slice.service, &endpoint.node));
-                }
-            }
-        }
-    }
-    owners
 }
 
 /// What this node does with a pod's packets to outside.

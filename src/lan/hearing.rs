@@ -126,8 +126,7 @@ pub(crate) struct Hearing {
     asked: BTreeMap<IpAddr, Instant>,
     /// Claims of senders that are not known yet, and when they came.
     waiting: Vec<(Claim, Instant)>,
-    /// Anomalies, and how often each was met.
-    anomalies: BTreeMap<Anomaly, u64>,
+    anomalies: BTreeSet<Anomaly>,
     /// How often each kind was met, also for VIPs that are no longer wanted.
     counts: BTreeMap<&'static str, u64>,
 }
@@ -147,7 +146,7 @@ impl Hearing {
             self.asked.entry(*vip).or_insert(now);
         }
         self.anomalies
-            .retain(|anomaly, _| wanted.vips.contains_key(&anomaly.vip()));
+            .retain(|anomaly| wanted.vips.contains_key(&anomaly.vip()));
         let names: BTreeSet<&NodeName> = wanted.nodes.values().collect();
         self.nodes.retain(|_, node| names.contains(node));
         self.wanted = wanted;
@@ -240,8 +239,8 @@ impl Hearing {
         &self.heard
     }
 
-    /// Anomalies of wanted VIPs, and how often each was met.
-    pub(crate) fn anomalies(&self) -> &BTreeMap<Anomaly, u64> {
+    /// Anomalies of wanted VIPs.
+    pub(crate) fn anomalies(&self) -> &BTreeSet<Anomaly> {
         &self.anomalies
     }
 
@@ -300,9 +299,7 @@ impl Hearing {
     /// Counts an anomaly; returns whether it is new.
     fn meet(&mut self, anomaly: Anomaly) -> bool {
         *self.counts.entry(anomaly.kind()).or_default() += 1;
-        let count = self.anomalies.entry(anomaly).or_default();
-        *count += 1;
-        *count == 1
+        self.anomalies.insert(anomaly)
     }
 }
 
@@ -390,7 +387,8 @@ mod tests {
         assert!(hearing.neighbours(&[], OWN, later), "it is news");
         assert_eq!(announcer(&hearing, "192.0.2.200"), Some(name(2)));
         let stranger = Anomaly::UnknownSender(ip("192.0.2.200"), mac(66));
-        assert_eq!(hearing.anomalies(), &[(stranger, 1)].into());
+        assert_eq!(hearing.anomalies(), &[stranger].into());
+        assert_eq!(hearing.anomaly_counts(), &[("UnknownSender", 1)].into());
         assert!(!hearing.is_waiting());
     }
 
@@ -439,7 +437,11 @@ mod tests {
             assert!(hearing.claim(claim("192.0.2.200", by), now + turn * PACE));
         }
         let contested = Anomaly::DuplicateAnnouncer(ip("192.0.2.200"), name(3), name(2));
-        assert_eq!(hearing.anomalies(), &[(contested, 1)].into());
+        assert_eq!(hearing.anomalies(), &[contested].into());
+        assert_eq!(
+            hearing.anomaly_counts(),
+            &[("DuplicateAnnouncer", 1)].into()
+        );
     }
 
     #[test]

@@ -6,7 +6,7 @@
 mod hearing;
 mod socket;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -73,9 +73,9 @@ impl Lan {
         self.shared.hearing().heard().clone()
     }
 
-    /// Anomalies of wanted VIPs, and how often each was met.
+    /// Anomalies of wanted VIPs.
     #[must_use]
-    pub fn anomalies(&self) -> BTreeMap<Anomaly, u64> {
+    pub fn anomalies(&self) -> BTreeSet<Anomaly> {
         self.shared.hearing().anomalies().clone()
     }
 

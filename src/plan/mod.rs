@@ -15,7 +15,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use crate::cluster::{Service, View};
-use crate::names::ObjectKey;
+use crate::names::{NodeName, ObjectKey};
 use crate::plan::egress::Egress;
 use crate::plan::pods::Lookup;
 use crate::plan::slots::Slots;
@@ -131,6 +131,21 @@ fn plan_family(
     if let Some(pod) = excluded.unknown_network_of {
         desired.unknown_networks.insert(family, pod);
     }
+}
+
+/// The Service that has each pod, and the node that its slice names.
+#[must_use]
+pub fn owners<'a>(
+    view: &'a View,
+    settings: &Settings,
+) -> BTreeMap<IpAddr, (&'a ObjectKey, Option<&'a NodeName>)> {
+    let lookup = Lookup::of(view, settings);
+    let pods = Family::ALL.into_iter().flat_map(|family| {
+        let services = by_age(family, view);
+        pods::egress_pods(family, &services, &lookup, settings, &mut BTreeMap::new())
+    });
+    pods.map(|(address, pod)| (address, (pod.service, pod.node)))
+        .collect()
 }
 
 /// The Services that count in a family, the oldest first: the order in which they may claim pods.

@@ -12,8 +12,11 @@ use crate::settings::Settings;
 use crate::state::{Family, PodState};
 
 /// A pod that belongs to a labelled Service.
+#[derive(Clone, Copy)]
 pub(super) struct EgressPod<'a> {
     pub(super) service: &'a ObjectKey,
+    /// The node that its slice names.
+    pub(super) node: Option<&'a NodeName>,
     /// Its packets enter the network on this node.
     pub(super) local: bool,
 }
@@ -57,8 +60,7 @@ impl<'a> Lookup<'a> {
 
 /// A Service's claim to an address.
 struct Claim<'a> {
-    service: &'a ObjectKey,
-    local: bool,
+    pod: EgressPod<'a>,
     /// The slices that name it, with the address as written; none where only the pod's labels say so.
     written: Vec<(&'a ObjectKey, &'a str)>,
 }
@@ -94,8 +96,11 @@ fn claims_of<'a>(
     ignored: &mut BTreeMap<Subject, Ignored>,
 ) -> BTreeMap<IpAddr, Claim<'a>> {
     let new = || Claim {
-        service: key,
-        local: false,
+        pod: EgressPod {
+            service: key,
+            node: None,
+            local: false,
+        },
         written: Vec::new(),
     };
     let mut claims: BTreeMap<IpAddr, Claim<'a>> = BTreeMap::new();
@@ -104,7 +109,8 @@ fn claims_of<'a>(
             match pod_address(written, endpoint, key, lookup) {
                 Ok(address) if Family::of(address) == family => {
                     let claim = claims.entry(address).or_insert_with(new);
-                    claim.local |= is_local(address, endpoint, lookup, settings);
+                    claim.pod.local |= is_local(address, endpoint, lookup, settings);
+                    claim.pod.node = endpoint.node.as_ref();
                     claim.written.push((*slice, written));
                 }
                 Ok(_) => {}
@@ -120,7 +126,7 @@ fn claims_of<'a>(
     let selected = pods.filter(|pod| service.selects(pod));
     for address in selected.flat_map(|pod| &pod.addresses) {
         if Family::of(*address) == family && !lookup.node_addresses.contains_key(address) {
-            claims.entry(*address).or_insert_with(new).local = true;
+            claims.entry(*address).or_insert_with(new).pod.local = true;
         }
     }
     claims
@@ -133,13 +139,10 @@ fn owner<'a>(
 ) -> Option<EgressPod<'a>> {
     let (oldest, others) = claims.split_first()?;
     for (slice, address) in others.iter().flat_map(|claim| &claim.written) {
-        let reason = Ignored::OwnedBy(oldest.service.clone());
+        let reason = Ignored::OwnedBy(oldest.pod.service.clone());
         ignored.insert(endpoint_of(slice, address), reason);
     }
-    Some(EgressPod {
-        service: oldest.service,
-        local: oldest.local,
-    })
+    Some(oldest.pod)
 }
 
 fn endpoint_of(slice: &ObjectKey, address: &str) -> Subject {

@@ -7,7 +7,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::cluster::leases::BootId;
 use crate::cluster::{Endpoint, EndpointSlice, Node, OnNoGateway, Pod, Target};
-use crate::names::{Interface, NodeName};
+use crate::names::Interface;
 use crate::settings::FwMask;
 use crate::state::{Mark, Rule, RuleAction, Table, TableId};
 

@@ -24,21 +24,28 @@ pub enum Verdict {
 }
 
 /// Why pods of a Service do not leave.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Blocked {
     /// MetalLB has not assigned an address of this family.
+    #[error("MetalLB has not assigned an address of this family")]
     NoVip,
     /// The ingress is a host name.
+    #[error("the ingress is the host name {0}, not an address")]
     HostnameIngress(String),
     /// Nobody announces the VIP.
+    #[error("no node announces the VIP (MetalLB does only while an endpoint is ready)")]
     NoAnnouncer,
     /// The announcer is not a node of the cluster.
+    #[error("announced by {0}, which is not a node of the cluster")]
     UnknownGateway(NodeName),
     /// The announcer has no InternalIP of this family.
+    #[error("announced by {0}, which has no InternalIP of this family")]
     GatewayWithoutAddress(NodeName),
     /// The agent of the announcer has not programmed it since it was booted.
+    #[error("announced by {0}, which no agent has programmed since it was booted")]
     GatewayNotProgrammed(NodeName),
     /// No interface of this node has a network that holds the gateway's address.
+    #[error("announced by {0}, whose address {1} is in no network of this node's interfaces")]
     GatewayOffLink(NodeName, IpAddr),
 }
 
@@ -59,23 +66,31 @@ pub enum Subject {
 }
 
 /// Why something is left out.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Ignored {
     /// A Service that is not of type LoadBalancer has no VIP.
+    #[error("not of type LoadBalancer")]
     NotLoadBalancer,
     /// An annotation with a value that means nothing.
+    #[error("`{0}` is neither reject nor node-address")]
     UnknownValue(String),
     /// Not an IP address.
+    #[error("not an IP address")]
     NotAnAddress,
     /// Loopback, link-local, multicast or unspecified: no pod has such an address.
+    #[error("loopback, link-local, multicast or unspecified: no pod's address")]
     NotAPodAddress,
     /// Address of a node: a hostNetwork pod is the node itself.
+    #[error("address of node {0}: a hostNetwork pod leaves as its node")]
     NodeAddress(NodeName),
     /// Nobody may capture what is not a pod of the Service's own namespace with a hand-made slice.
+    #[error("stands for {}", target(.0))]
     NotAPodOfItsNamespace(Target),
     /// The address is that of another pod, which a hand-made slice, or one that is late, must not capture.
+    #[error("address of another Pod, {0}")]
     AnotherPod(ObjectKey),
     /// An older Service has this pod.
+    #[error("belongs to Service {0}, which is older")]
     OwnedBy(ObjectKey),
 }
 
@@ -122,37 +137,6 @@ impl Blocked {
     }
 }
 
-impl fmt::Display for Blocked {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Blocked::NoVip => f.write_str("MetalLB has not assigned an address of this family"),
-            Blocked::HostnameIngress(name) => {
-                write!(f, "the ingress is the host name {name}, not an address")
-            }
-            Blocked::NoAnnouncer => f.write_str(
-                "no node announces the VIP (MetalLB does only while an endpoint is ready)",
-            ),
-            Blocked::UnknownGateway(node) => {
-                write!(f, "announced by {node}, which is not a node of the cluster")
-            }
-            Blocked::GatewayWithoutAddress(node) => {
-                write!(
-                    f,
-                    "announced by {node}, which has no InternalIP of this family"
-                )
-            }
-            Blocked::GatewayNotProgrammed(node) => write!(
-                f,
-                "announced by {node}, which no agent has programmed since it was booted"
-            ),
-            Blocked::GatewayOffLink(node, address) => write!(
-                f,
-                "announced by {node}, whose address {address} is in no network of this node's interfaces"
-            ),
-        }
-    }
-}
-
 impl fmt::Display for Subject {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -167,33 +151,10 @@ impl fmt::Display for Subject {
     }
 }
 
-impl fmt::Display for Ignored {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Ignored::NotLoadBalancer => f.write_str("not of type LoadBalancer"),
-            Ignored::UnknownValue(value) => {
-                write!(f, "`{value}` is neither reject nor node-address")
-            }
-            Ignored::NotAnAddress => f.write_str("not an IP address"),
-            Ignored::NotAPodAddress => {
-                f.write_str("loopback, link-local, multicast or unspecified: no pod's address")
-            }
-            Ignored::NodeAddress(node) => {
-                write!(
-                    f,
-                    "address of node {node}: a hostNetwork pod leaves as its node"
-                )
-            }
-            Ignored::NotAPodOfItsNamespace(Target::Pod(pod)) => {
-                write!(f, "stands for Pod {pod} of another namespace")
-            }
-            Ignored::NotAPodOfItsNamespace(Target::Other(what)) => {
-                write!(f, "stands for {what}, not for a Pod")
-            }
-            Ignored::AnotherPod(pod) => write!(f, "address of another Pod, {pod}"),
-            Ignored::OwnedBy(service) => {
-                write!(f, "belongs to Service {service}, which is older")
-            }
-        }
+/// What an endpoint of a hand-made slice stands for.
+fn target(target: &Target) -> String {
+    match target {
+        Target::Pod(pod) => format!("Pod {pod} of another namespace"),
+        Target::Other(what) => format!("{what}, not for a Pod"),
     }
 }

@@ -20,6 +20,10 @@ use crate::state::Family;
 /// How many failed steps are named.
 const MOST_FAILURES: usize = 10;
 
+/// What is logged when private networks are excluded.
+const UNKNOWN_NETWORK: &str = "pod is in no node's podCIDRs: all private networks are excluded from egress, \
+     set FIREWALL_EXCLUDE_DST_CIDRS to the cluster's networks";
+
 /// Starts logging, to standard error.
 pub fn start(settings: &Settings) {
     // The client logs every try; the watch that failed logs the same once. First, so that the operator can override it.
@@ -101,7 +105,7 @@ impl Log {
 }
 
 /// A line about what has changed between two plans.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Debug)]
 struct Line {
     is_warning: bool,
     service: Option<ObjectKey>,
@@ -127,49 +131,40 @@ pub fn changes(before: &Desired, now: &Desired) {
 
 fn lines(before: &Desired, now: &Desired) -> Vec<Line> {
     let mut lines = Vec::new();
+    let mut add = |is_warning, service: Option<&ObjectKey>, family, pod, text| {
+        lines.push(Line {
+            is_warning,
+            service: service.cloned(),
+            family,
+            pod,
+            text,
+        });
+    };
     for (service, verdicts) in &now.services {
         for (family, verdict) in verdicts {
             let old = before.services.get(service).and_then(|v| v.get(family));
             if old != Some(verdict) {
-                lines.push(Line {
-                    service: Some(service.clone()),
-                    family: Some(*family),
-                    text: verdict.to_string(),
-                    ..Line::default()
-                });
+                let text = verdict.to_string();
+                add(false, Some(service), Some(*family), None, text);
             }
         }
     }
     for service in before.services.keys() {
         if !now.services.contains_key(service) {
-            lines.push(Line {
-                service: Some(service.clone()),
-                text: "no longer an egress Service".to_owned(),
-                ..Line::default()
-            });
+            let text = "no longer an egress Service".to_owned();
+            add(false, Some(service), None, None, text);
         }
     }
     for (subject, reason) in &now.ignored {
         if before.ignored.get(subject) != Some(reason) {
-            lines.push(Line {
-                is_warning: true,
-                text: format!("ignoring {subject}: {reason}"),
-                ..Line::default()
-            });
+            let text = format!("ignoring {subject}: {reason}");
+            add(true, None, None, None, text);
         }
     }
     for (family, pod) in &now.unknown_networks {
         if !before.unknown_networks.contains_key(family) {
-            lines.push(Line {
-                is_warning: true,
-                family: Some(*family),
-                pod: Some(*pod),
-                text:
-                    "pod is in no node's podCIDRs: all private networks are excluded from egress, \
-                       set FIREWALL_EXCLUDE_DST_CIDRS to the cluster's networks"
-                        .to_owned(),
-                ..Line::default()
-            });
+            let text = UNKNOWN_NETWORK.to_owned();
+            add(true, None, Some(*family), Some(*pod), text);
         }
     }
     lines

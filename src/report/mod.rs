@@ -39,31 +39,19 @@ pub struct Report {
     /// What is counted.
     pub counters: Counters,
     state: Mutex<State>,
-    /// Where Events go, with the UID of the Service; none in commands and tests.
-    events: Option<UnboundedSender<(ServiceEvent, String)>>,
-    /// The Lease of this node; none in commands and tests.
-    lease: Option<Holder>,
+    /// Where Events go, with the UID of the Service.
+    events: UnboundedSender<(ServiceEvent, String)>,
+    lease: Holder,
 }
 
 #[derive(Debug, Default)]
 struct State {
     pass_started: Option<Instant>,
-    outcome: Outcome,
+    /// How the last pass ended; none at the start.
+    outcome: Option<Result<(), String>>,
     /// The node is programmed, and the Lease that says so is not written yet.
     is_lease_missing: bool,
     summary: Summary,
-}
-
-/// How the last pass ended.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub enum Outcome {
-    /// There was none.
-    #[default]
-    None,
-    /// The kernel is what it should be.
-    Done,
-    /// It is not; the text says why.
-    Failed(String),
 }
 
 /// The last plan in numbers.
@@ -105,81 +93,65 @@ impl Summary {
 }
 
 impl Report {
-    /// A report about an agent that has done nothing yet.
+    /// Starts the tasks that publish Events and write this node's Lease.
     #[must_use]
-    pub fn new(cluster: Arc<Cluster>) -> Report {
-        Report {
-            cluster,
-            lan: None,
-            counters: Counters::default(),
-            state: Mutex::default(),
-            events: None,
-            lease: None,
-        }
-    }
-
-    /// The same, with what is counted on the LAN.
-    #[must_use]
-    pub fn with_lan(mut self, lan: Option<Arc<Lan>>) -> Report {
-        self.lan = lan;
-        self
-    }
-
-    /// The same, with a task that publishes Events.
-    #[must_use]
-    pub fn with_events(mut self, client: Client, settings: &Settings, tasks: &mut Tasks) -> Report {
-        let (events, received) = mpsc::unbounded_channel();
-        let publisher = events::publish(client, settings.node_name.clone(), received);
-        tasks.spawn("publisher of Events", publisher);
-        self.events = Some(events);
-        self
-    }
-
-    /// The same, with a task that writes this node's Lease.
-    #[must_use]
-    pub fn with_lease(
-        mut self,
-        client: Client,
+    pub fn start(
+        cluster: &Arc<Cluster>,
+        lan: Option<Arc<Lan>>,
+        client: &Client,
         settings: &Settings,
         boot: BootId,
         tasks: &mut Tasks,
-    ) -> Report {
-        let (holder, writer) = lease::hold(client, settings, boot);
+    ) -> Arc<Report> {
+        let (events, received) = mpsc::unbounded_channel();
+        let publisher = events::publish(client.clone(), settings.node_name.clone(), received);
+        tasks.spawn("publisher of Events", publisher);
+        let (lease, writer) = lease::hold(client.clone(), settings, boot);
         tasks.spawn("writer of the Lease", writer);
-        self.lease = Some(holder);
-        self
+        Arc::new(Report::new(cluster.clone(), lan, events, lease))
+    }
+
+    fn new(
+        cluster: Arc<Cluster>,
+        lan: Option<Arc<Lan>>,
+        events: UnboundedSender<(ServiceEvent, String)>,
+        lease: Holder,
+    ) -> Report {
+        Report {
+            cluster,
+            lan,
+            counters: Counters::default(),
+            state: Mutex::default(),
+            events,
+            lease,
+        }
+    }
+
+    /// A report that nobody reads; the receiver gets the UIDs of Nodes for which a Lease is wanted.
+    #[cfg(test)]
+    pub(crate) fn recorded(
+        cluster: Arc<Cluster>,
+        node: crate::names::NodeName,
+        boot: BootId,
+    ) -> (Report, tokio::sync::watch::Receiver<Option<String>>) {
+        let (lease, recorded) = Holder::new(node, boot);
+        let (events, _) = mpsc::unbounded_channel();
+        (Report::new(cluster, None, events, lease), recorded)
     }
 
     /// The kernel is what a gateway's should be: publishes the Lease, unless it says so already.
     pub fn programmed(&self, view: &View) {
-        if let Some(lease) = &self.lease {
-            self.state().is_lease_missing = !lease.programmed(view);
-        }
+        self.state().is_lease_missing = !self.lease.programmed(view);
     }
 
     /// Publishes Events about Services of a view.
     pub fn publish(&self, news: Vec<ServiceEvent>, view: &View) {
-        let Some(events) = &self.events else {
-            return;
-        };
         for event in news {
             if let Some(service) = view.services.get(&event.service) {
                 // The publisher lives as long as the agent.
-                let _ = events.send((event, service.uid.clone()));
+                let _ = self.events.send((event, service.uid.clone()));
             }
         }
-    }
-
-    /// The same, with a Lease that is written nowhere: the receiver gets the UID of the node that it would name.
-    #[cfg(test)]
-    pub(crate) fn with_recorded_lease(
-        mut self,
-        node: crate::names::NodeName,
-        boot: BootId,
-    ) -> (Report, tokio::sync::watch::Receiver<Option<String>>) {
-        let (holder, recorded) = Holder::new(node, boot);
-        self.lease = Some(holder);
-        (self, recorded)
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -198,14 +170,14 @@ impl Report {
     }
 
     /// A pass ends.
-    pub fn pass_ended(&self, outcome: Outcome, took: Duration) {
+    pub fn pass_ended(&self, outcome: Result<(), String>, took: Duration) {
         self.counters.pass_seconds.inc_by(took.as_secs_f64());
-        if let Outcome::Failed(_) = outcome {
+        if outcome.is_err() {
             self.counters.pass("failed");
         }
         let mut state = self.state();
         state.pass_started = None;
-        state.outcome = outcome;
+        state.outcome = Some(outcome);
     }
 
     /// Why the agent is not ready; `None` when it is.
@@ -216,12 +188,11 @@ impl Report {
         }
         let state = self.state();
         match &state.outcome {
-            Outcome::Done if state.is_lease_missing => Some(
-                "the Lease that tells the other nodes of this one is not written yet".to_owned(),
-            ),
-            Outcome::None => Some("the kernel has not been programmed yet".to_owned()),
-            Outcome::Done => None,
-            Outcome::Failed(why) => Some(format!("the last pass failed: {why}")),
+            None => Some("the kernel has not been programmed yet".to_owned()),
+            Some(Ok(())) => state.is_lease_missing.then(|| {
+                "the Lease that tells the other nodes of this one is not written yet".to_owned()
+            }),
+            Some(Err(why)) => Some(format!("the last pass failed: {why}")),
         }
     }
 

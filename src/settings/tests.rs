@@ -94,6 +94,11 @@ fn bad_values_are_one_line_that_names_the_setting_and_the_value() {
             "METRICS_BIND_ADDRESS=localhost: must be an address such as :21793 or 127.0.0.1:21793, or 0 for none",
         ),
         (
+            "ANNOUNCER_SOURCES",
+            "wire",
+            "ANNOUNCER_SOURCES=wire: unknown, must be status,wire or status",
+        ),
+        (
             "LOG_FORMAT",
             "xml",
             "LOG_FORMAT=xml: unknown, must be text or json",
@@ -126,6 +131,19 @@ fn excluded_destinations_are_found_out_listed_or_both() {
         excluded("auto,10.0.0.0/8,fd00::1,10.0.0.0/8"),
         ExcludedDestinations { auto: true, listed }
     );
+}
+
+#[test]
+fn announcer_sources_are_a_set_that_holds_the_objects() {
+    use AnnouncerSource::{Lan, Status};
+    for (text, expected) in [
+        ("status", vec![Status]),
+        ("status,wire", vec![Status, Lan]),
+        ("wire, status", vec![Status, Lan]),
+    ] {
+        let settings = parse(&[("ANNOUNCER_SOURCES", text)]).unwrap();
+        assert!(settings.sources.into_iter().eq(expected), "{text}");
+    }
 }
 
 #[test]
