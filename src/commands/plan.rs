@@ -116,7 +116,9 @@ pub async fn run(
 }
 
 impl Shown {
-    fn of(desired: &Desired, view: &View, settings: &Settings) -> Shown {
+    /// What a plan of a view says.
+    #[must_use]
+    pub fn of(desired: &Desired, view: &View, settings: &Settings) -> Shown {
         let mut services = Vec::new();
         for (service, verdicts) in &desired.services {
             for (family, verdict) in verdicts {

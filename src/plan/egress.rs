@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 
-use crate::cluster::{Node, OnNoGateway, Service, View};
+use crate::cluster::{OnNoGateway, Service, View};
 use crate::names::NodeName;
 use crate::plan::slots::{Slot, Slots};
 use crate::plan::verdict::{Blocked, Verdict};
@@ -11,20 +11,22 @@ use crate::state::{Family, NextHop};
 
 /// The way out of a Service's pods in one family, as seen from this node.
 pub(super) struct Egress<'a> {
-    pub(super) vip: Result<IpAddr, Blocked>,
+    pub(super) vip: Option<IpAddr>,
     pub(super) gateway: Result<Gateway<'a>, Blocked>,
     on_no_gateway: &'a OnNoGateway,
 }
 
-impl Egress<'_> {
-    /// Why there is no way out.
-    fn blocked(&self) -> Option<&Blocked> {
-        self.vip.as_ref().err().or(self.gateway.as_ref().err())
-    }
+pub(super) struct Gateway<'a> {
+    vip: IpAddr,
+    node: &'a NodeName,
+    /// `None`: this node is the gateway.
+    pub(super) hop: Option<NextHop>,
+}
 
+impl Egress<'_> {
     /// Whether its pods are let out as without us.
     pub(super) fn is_released(&self) -> bool {
-        *self.on_no_gateway == OnNoGateway::NodeAddress && self.blocked().is_some()
+        *self.on_no_gateway == OnNoGateway::NodeAddress && self.gateway.is_err()
     }
 
     /// Where pods of this node are routed to; none where the gateway is this node, and where there is none.
@@ -32,83 +34,68 @@ impl Egress<'_> {
         self.gateway.as_ref().ok()?.hop.as_ref()
     }
 
-    /// What becomes of its Service.
-    pub(super) fn verdict(&self) -> Verdict {
-        match (&self.vip, &self.gateway) {
-            (Ok(vip), Ok(gateway)) => Verdict::Active {
-                vip: *vip,
-                gateway: gateway.node.clone(),
-            },
-            (Err(blocked), _) | (_, Err(blocked)) if self.is_released() => {
-                Verdict::Released(blocked.clone())
-            }
-            (Err(blocked), _) | (_, Err(blocked)) => Verdict::Blocked(blocked.clone()),
-        }
-    }
-
     /// The slot of its gateway, where that is another node.
     pub(super) fn slot(&self, slots: &Slots) -> Option<Slot> {
         slots.get(self.hop()?.via)
     }
+
+    /// What becomes of its Service.
+    pub(super) fn verdict(&self) -> Verdict {
+        match &self.gateway {
+            Ok(gateway) => Verdict::Active {
+                vip: gateway.vip,
+                gateway: gateway.node.clone(),
+            },
+            Err(blocked) if self.is_released() => Verdict::Released(blocked.clone()),
+            Err(blocked) => Verdict::Blocked(blocked.clone()),
+        }
+    }
 }
 
-pub(super) struct Gateway<'a> {
-    pub(super) node: &'a NodeName,
-    /// `None`: this node is the gateway.
-    pub(super) hop: Option<NextHop>,
-}
-
+/// The way out of one Service in one family.
 pub(super) fn egress<'a>(
     family: Family,
     service: &'a Service,
     view: &'a View,
     settings: &Settings,
 ) -> Egress<'a> {
-    let vip = match (service.vips.get(&family), &service.hostname) {
-        (Some(vip), _) => Ok(*vip),
-        (None, Some(name)) => Err(Blocked::HostnameIngress(name.clone())),
-        (None, None) => Err(Blocked::NoVip),
-    };
-    let gateway = match &vip {
-        Ok(vip) => gateway(*vip, view, settings),
-        Err(blocked) => Err(blocked.clone()),
-    };
+    let vip = service.vips.get(&family).copied();
     Egress {
         vip,
-        gateway,
+        gateway: match (vip, &service.hostname) {
+            (Some(vip), _) => gateway(vip, view, settings),
+            (None, Some(name)) => Err(Blocked::HostnameIngress(name.clone())),
+            (None, None) => Err(Blocked::NoVip),
+        },
         on_no_gateway: &service.on_no_gateway,
     }
 }
 
 fn gateway<'a>(vip: IpAddr, view: &'a View, settings: &Settings) -> Result<Gateway<'a>, Blocked> {
-    let family = Family::of(vip);
     let announcer = view.announcers.get(&vip).ok_or(Blocked::NoAnnouncer)?;
     let (node, facts) = view
         .nodes
         .get_key_value(announcer)
         .ok_or_else(|| Blocked::UnknownGateway(announcer.clone()))?;
     if *node == settings.node_name {
-        return Ok(Gateway { node, hop: None });
+        let hop = None;
+        return Ok(Gateway { vip, node, hop });
     }
     if !facts.is_programmed() {
         return Err(Blocked::GatewayNotProgrammed(node.clone()));
     }
-    let via =
-        Node::address(facts, family).ok_or_else(|| Blocked::GatewayWithoutAddress(node.clone()))?;
-    let dev = view
-        .links
-        .iter()
-        .filter(|link| {
-            settings
-                .lan_interface
-                .as_ref()
-                .is_none_or(|lan| *lan == link.name)
-        })
-        .find(|link| link.nets.iter().any(|net| net.contains(&via)))
-        .map(|link| link.name.clone())
-        .ok_or_else(|| Blocked::GatewayOffLink(node.clone(), via))?;
-    Ok(Gateway {
-        node,
-        hop: Some(NextHop { via, dev }),
-    })
+    let via = facts.address(Family::of(vip));
+    let via = via.ok_or_else(|| Blocked::GatewayWithoutAddress(node.clone()))?;
+    let is_usable = |name: &String| {
+        settings
+            .lan_interface
+            .as_ref()
+            .is_none_or(|lan| lan == name)
+    };
+    let mut interfaces = view.links.iter().filter(|link| is_usable(&link.name));
+    let on_link = interfaces.find(|link| link.nets.iter().any(|net| net.contains(&via)));
+    let dev = on_link.ok_or_else(|| Blocked::GatewayOffLink(node.clone(), via))?;
+    let dev = dev.name.clone();
+    let hop = Some(NextHop { via, dev });
+    Ok(Gateway { vip, node, hop })
 }

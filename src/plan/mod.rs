@@ -112,16 +112,13 @@ fn plan_family(
         let verdicts = desired.services.entry((*key).clone()).or_default();
         verdicts.insert(family, egress.verdict());
     }
-    let vips = egress
-        .values()
-        .filter_map(|egress| egress.vip.as_ref().ok());
     let state = FamilyState {
         routes,
         firewall: FirewallState {
             skeleton: Skeleton::Intact,
             remote_pods: networks::remote_pods(family, view, settings),
             local_pods: networks::local_pods(family, view, settings),
-            vips: vips.copied().collect(),
+            vips: egress.values().filter_map(|egress| egress.vip).collect(),
             pods: states,
             excluded: excluded.nets,
         },

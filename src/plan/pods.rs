@@ -212,20 +212,19 @@ pub(super) fn state(
 ) -> PodState {
     let mut state = PodState {
         egress: true,
-        vips: egress.vip.iter().copied().collect(),
+        vips: egress.vip.into_iter().collect(),
         ..PodState::default()
     };
-    match (&egress.vip, &egress.gateway) {
-        (Err(_), _) => state.blocked = true,
-        (Ok(_), Ok(Gateway { hop: None, .. })) => state.gateway_here = true,
+    match &egress.gateway {
+        Ok(Gateway { hop: None, .. }) => state.gateway_here = true,
         // A pod of another node, which routes it. Should a packet pass here, it still leaves with the VIP.
-        (Ok(_), _) if !pod.local => {}
-        (Ok(_), Ok(_)) => {
+        _ if !pod.local && egress.vip.is_some() => {}
+        Ok(_) => {
             state.mark = egress.slot(slots).map(|slot| slot.mark(settings.mask));
             // Every gateway in use has a slot. If one had none: better rejected than leaked.
             state.blocked = state.mark.is_none();
         }
-        (Ok(_), Err(_)) => state.blocked = true,
+        Err(_) => state.blocked = true,
     }
     state
 }
