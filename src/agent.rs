@@ -13,7 +13,6 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use ipnet::IpNet;
 use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
@@ -30,7 +29,7 @@ use crate::plan::slots::Slots;
 use crate::plan::{Desired, plan};
 use crate::report::{Outcome, Report, events};
 use crate::settings::Settings;
-use crate::state::{Executor, Family, KernelState, RuleAction, Step, TableId};
+use crate::state::{Family, KernelState, RuleAction, Step, TableId};
 
 /// First pause after a failed pass; it doubles up to [`LONGEST_PAUSE`].
 const SHORTEST_PAUSE: Duration = Duration::from_millis(500);
@@ -209,16 +208,10 @@ impl<K: Kernel> Agent<'_, K> {
         for step in &steps {
             debug!(reason, "{step}");
         }
-        let excluded: BTreeSet<IpNet> = desired
-            .kernel
-            .families
-            .values()
-            .flat_map(|family| family.firewall.excluded.iter().copied())
-            .collect();
         let failed = if steps.is_empty() {
             Vec::new()
         } else {
-            self.kernel.apply(&steps, &excluded).await
+            self.kernel.apply(&steps).await
         };
         self.count(&steps, &failed);
         if failed.is_empty() {
@@ -233,12 +226,8 @@ impl<K: Kernel> Agent<'_, K> {
             self.interrupted.clear();
         }
         // A way to another gateway that cannot be had here makes this one no worse.
-        let matters = |failure: &StepError| {
-            !matches!(
-                failure.step.executor(),
-                Executor::Routes | Executor::Remnants
-            )
-        };
+        let matters =
+            |failure: &StepError| !matches!(failure.step, Step::Route(_) | Step::RemoveRemnant(_));
         if !failed.iter().any(matters) {
             self.report.programmed(&view);
         }
@@ -290,22 +279,13 @@ impl<K: Kernel> Agent<'_, K> {
                 .inc();
         }
         for step in steps {
-            let label = vec![("executor", executor(step))];
+            let label = vec![("executor", step.executor())];
             counters.steps.get_or_create(&label).inc();
         }
         for failure in failed {
-            let label = vec![("executor", executor(&failure.step))];
+            let label = vec![("executor", failure.step.executor())];
             counters.failed_steps.get_or_create(&label).inc();
         }
-    }
-}
-
-fn executor(step: &Step) -> &'static str {
-    match step.executor() {
-        Executor::Routes => "routes",
-        Executor::Firewall => "firewall",
-        Executor::Conntrack => "conntrack",
-        Executor::Remnants => "remnants",
     }
 }
 

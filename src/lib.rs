@@ -72,7 +72,9 @@ mod tests {
             ("plan/slots.rs", include_str!("plan/slots.rs")),
             ("plan/excluded.rs", include_str!("plan/excluded.rs")),
             ("diff.rs", include_str!("diff.rs")),
-            ("state.rs", include_str!("state.rs")),
+            ("state/mod.rs", include_str!("state/mod.rs")),
+            ("state/routing.rs", include_str!("state/routing.rs")),
+            ("state/step.rs", include_str!("state/step.rs")),
         ] {
             for word in [
                 "tokio",

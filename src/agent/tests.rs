@@ -58,7 +58,7 @@ impl Kernel for FakeKernel {
         self.shared.disturbance.notified().await;
     }
 
-    async fn apply(&mut self, steps: &[Step], _excluded: &BTreeSet<IpNet>) -> Vec<StepError> {
+    async fn apply(&mut self, steps: &[Step]) -> Vec<StepError> {
         let mut failing = self.shared.failing.lock().unwrap();
         let mut state = self.shared.state.lock().unwrap();
         let mut failed = Vec::new();
