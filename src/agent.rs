@@ -4,13 +4,11 @@
 //! next one. Doubt means full: at the start, after a failure, when others may have changed what is ours and every
 //! `RECONCILIATION_INTERVAL` the kernel is read back; in between the agent trusts what it has confirmed.
 
-use std::collections::BTreeSet;
 use std::future::Future;
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use ipnet::IpNet;
 use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
@@ -25,7 +23,7 @@ use crate::plan::Desired;
 use crate::report::log::{self, Log};
 use crate::report::{Report, events};
 use crate::settings::Settings;
-use crate::state::{Executor, Step};
+use crate::state::Step;
 
 /// Pauses after failed passes.
 const BACKOFF: Backoff = Backoff::new(Duration::from_millis(500), Duration::from_secs(30));
@@ -152,13 +150,9 @@ impl<K: Kernel> Agent<'_, K> {
         for step in &steps {
             debug!(reason, "{step}");
         }
-        let families = pass.desired.kernel.families.values();
-        let excluded: BTreeSet<IpNet> = families
-            .flat_map(|family| family.firewall.excluded.iter().copied())
-            .collect();
         let failed = match steps.is_empty() {
             true => Vec::new(),
-            false => self.kernel.apply(&steps, &excluded).await,
+            false => self.kernel.apply(&steps).await,
         };
         self.report.counters.steps(&steps, &failed);
         if !failed.iter().any(is_of_the_gateway) {
@@ -212,10 +206,7 @@ impl<K: Kernel> Agent<'_, K> {
 
 /// Whether a failure keeps this node from being a gateway. A failed route to another gateway does not.
 fn is_of_the_gateway(failure: &StepError) -> bool {
-    !matches!(
-        failure.step.executor(),
-        Executor::Routes | Executor::Remnants
-    )
+    !matches!(failure.step, Step::Route(_) | Step::RemoveRemnant(_))
 }
 
 #[cfg(test)]

@@ -3,14 +3,14 @@
 //! Pure. The agent may die after any step, and packets flow between any two: so what protects a pod comes
 //! before what depends on it, and goes after it.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use ipnet::IpNet;
 
 use crate::state::{
-    Family, FamilyState, FirewallState, KernelState, Mark, NextHop, PodState, RouteState, Rule,
-    RuleAction, Skeleton, Step,
+    ConnectionStep, Family, FamilyState, FirewallState, FirewallStep, KernelState, NetSet, PodSet,
+    PodState, RouteState, RouteStep, RuleAction, Skeleton, Step, Table,
 };
 
 /// When a step has its turn. The order of the variants is the order of the steps; between two steps of one
@@ -34,10 +34,10 @@ enum Phase {
     Vips,
     /// Closing comes before any change that opens.
     Blocks,
-    /// Before `Know`: a pod that passes our NAT without a VIP would fall through to the CNI's masquerade.
+    /// Before a pod is an egress pod: one that passes our NAT without a VIP would fall through to the CNI's masquerade.
     Translations,
     /// Before marks: a marked packet that our NAT does not see is masqueraded to the node's address.
-    Knowledge,
+    Classification,
     Marks,
     /// After the new translation or mark is there: in between a pod has two, never none.
     OldTranslations,
@@ -46,18 +46,18 @@ enum Phase {
     /// Before the connections are forgotten: one that is opened while its destination is still excluded is
     /// translated by others, and would stay so.
     OldExclusions,
-    /// After the pods are known or free: else packets of egress pods of other nodes, and of all pods of this one, would
+    /// After the pods are classified: else packets of egress pods of other nodes, and of all pods of this one, would
     /// be dropped.
     PodNetworks,
     /// After everything that decides how connections are translated, and before a pod that is none any more
     /// loses the guard that drops its untranslated packets (25 packets leaked without, in an experiment).
     Connections,
     /// After the connections are forgotten: until then it is the reason to forget them, for a run that died.
-    Gatewayships,
+    GatewaysHere,
     Unblocks,
-    /// Before pods are no longer known or free, for the same reason.
+    /// Before pods are no longer classified, for the same reason.
     OldPodNetworks,
-    Unknowledge,
+    OldClassification,
     OldVips,
     OldSkeletons,
     /// When ours does all of the work. Chains of a backend come before their sets.
@@ -72,16 +72,16 @@ enum Phase {
     OldFallbacks,
 
     /// When everything is as it will be.
-    Wakes,
+    Challenges,
 }
 
 /// The ordered steps that turn `observed` into `desired`; none when they are equal.
 #[must_use]
 pub fn diff(observed: &KernelState, desired: &KernelState) -> Vec<Step> {
-    let mut steps = Vec::new();
+    let mut steps = Steps::default();
     let nothing = FamilyState::default();
-    let mut strays = observed.doubt && !desired.doubt;
-    let mut wakes = BTreeSet::new();
+    let mut wrong_sources = observed.doubt && !desired.doubt;
+    let mut rerouted = BTreeSet::new();
     for family in Family::ALL {
         let from = observed.families.get(&family).unwrap_or(&nothing);
         let to = desired.families.get(&family).unwrap_or(&nothing);
@@ -94,46 +94,72 @@ pub fn diff(observed: &KernelState, desired: &KernelState) -> Vec<Step> {
             &mut steps,
         );
         // What was opened to a destination that is egress again has the source that others gave it.
-        strays |= becomes_egress(&from.firewall, &to.firewall);
-        steps.extend(newly_excluded(&from.firewall, &to.firewall));
-        let (old, new) = (Ways::of(from), Ways::of(to));
-        wakes.extend(
-            new.pods()
-                .filter(|pod| new.of_pod(*pod) != old.of_pod(*pod)),
+        wrong_sources |= becomes_egress(&from.firewall, &to.firewall);
+        newly_excluded(&from.firewall, &to.firewall, &mut steps);
+        let before = from.next_hops();
+        let is_rerouted = |(pod, hop)| Some(hop) != before.of(pod).map(|(_, old)| old);
+        rerouted.extend(
+            to.next_hops()
+                .pods()
+                .filter(|p| is_rerouted(*p))
+                .map(|(pod, _)| pod),
         );
     }
-    if strays {
-        let firewalls = || desired.families.values().map(|family| &family.firewall);
-        let pods = firewalls().flat_map(|firewall| &firewall.pods);
-        let sources = pods.filter_map(|(pod, state)| Some((*pod, source(*pod, state)?)));
-        let vips = firewalls().flat_map(|firewall| &firewall.vips).copied();
-        let step = Step::ForgetWrongSource {
-            sources: sources.collect(),
-            vips: vips.collect(),
-        };
-        steps.push((Phase::Connections, step));
+    if wrong_sources {
+        steps.add(Phase::Connections, forget_wrong_sources(desired));
     }
     for remnant in observed.remnants.difference(&desired.remnants) {
-        steps.push((Phase::Remnants, Step::RemoveRemnant(*remnant)));
+        steps.add(Phase::Remnants, Step::RemoveRemnant(*remnant));
     }
-    // Only egress pods: what they say of a connection that has ended meanwhile is INVALID, skips NAT, and is guarded.
+    challenges(rerouted, desired, &mut steps);
+    steps.in_order()
+}
+
+/// Steps with their turns.
+#[derive(Default)]
+struct Steps(Vec<(Phase, Step)>);
+
+impl Steps {
+    fn add(&mut self, phase: Phase, step: impl Into<Step>) {
+        self.0.push((phase, step.into()));
+    }
+
+    /// Stable: both families go through the phases together, so that a backend can batch them.
+    fn in_order(mut self) -> Vec<Step> {
+        self.0.sort_by_key(|(phase, _)| *phase);
+        self.0.into_iter().map(|(_, step)| step).collect()
+    }
+}
+
+fn forget_wrong_sources(desired: &KernelState) -> ConnectionStep {
+    let firewalls = || desired.families.values().map(|family| &family.firewall);
+    let pods = firewalls().flat_map(|firewall| &firewall.pods);
+    let sources = pods.filter_map(|(pod, state)| Some((*pod, source(*pod, state)?)));
+    let vips = firewalls().flat_map(|firewall| &firewall.vips).copied();
+    ConnectionStep::ForgetWrongSource {
+        sources: sources.collect(),
+        vips: vips.collect(),
+    }
+}
+
+/// Pods whose connections take another path, or begin anew, are to send something on them. Only egress pods: what others
+/// say of a connection that has ended meanwhile is INVALID, skips NAT, and is not guarded.
+fn challenges(rerouted: BTreeSet<IpAddr>, desired: &KernelState, steps: &mut Steps) {
     let is_egress_pod = |address: &IpAddr| {
         let family = desired.families.get(&Family::of(*address));
         let pod = family.and_then(|family| family.firewall.pods.get(address));
         pod.is_some_and(|pod| pod.egress && opens_connections_here(pod))
     };
-    let forgotten = steps.iter().filter_map(|(_, step)| match step {
-        Step::ForgetConnections(pod) => Some(*pod),
+    let forgotten = steps.0.iter().filter_map(|(_, step)| match step {
+        Step::Connection(ConnectionStep::Forget(pod)) => Some(*pod),
         _ => None,
     });
-    wakes.extend(forgotten.filter(is_egress_pod));
-    steps.extend(wakes.into_iter().map(|pod| (Phase::Wakes, Step::Wake(pod))));
-    // Stable: both families go through the phases together, so that a backend can batch them.
-    steps.sort_by_key(|(phase, _)| *phase);
-    steps.into_iter().map(|(_, step)| step).collect()
+    let mut pods = rerouted;
+    pods.extend(forgotten.filter(is_egress_pod));
+    for pod in pods {
+        steps.add(Phase::Challenges, ConnectionStep::ElicitAck(pod));
+    }
 }
-
-type Steps = Vec<(Phase, Step)>;
 
 fn routes(family: Family, from: &RouteState, to: &RouteState, steps: &mut Steps) {
     for rule in to.rules.difference(&from.rules) {
@@ -143,7 +169,7 @@ fn routes(family: Family, from: &RouteState, to: &RouteState, steps: &mut Steps)
             RuleAction::Goto(_) if rule.to.is_some() => Phase::ExclusionRules,
             RuleAction::Unreachable | RuleAction::Goto(_) => Phase::OtherRules,
         };
-        steps.push((phase, Step::AddRule(family, *rule)));
+        steps.add(phase, RouteStep::AddRule(family, *rule));
     }
     for rule in from.rules.difference(&to.rules) {
         let phase = match rule.action {
@@ -152,27 +178,29 @@ fn routes(family: Family, from: &RouteState, to: &RouteState, steps: &mut Steps)
             RuleAction::Goto(_) if rule.to.is_some() => Phase::OldExclusionRules,
             RuleAction::Unreachable | RuleAction::Goto(_) => Phase::OldOtherRules,
         };
-        steps.push((phase, Step::RemoveRule(family, *rule)));
+        steps.add(phase, RouteStep::RemoveRule(family, *rule));
     }
+    let none = Table::default();
     let ids: BTreeSet<_> = from.tables.keys().chain(to.tables.keys()).collect();
     for id in ids {
-        let (old, new) = (from.tables.get(id), to.tables.get(id));
-        let fallback = |table: Option<&crate::state::Table>| table.is_some_and(|t| t.fallback);
-        match (fallback(old), fallback(new)) {
-            (false, true) => steps.push((Phase::Fallbacks, Step::AddFallback(family, *id))),
-            (true, false) => steps.push((Phase::OldFallbacks, Step::RemoveFallback(family, *id))),
-            _ => {}
+        let old = from.tables.get(id).unwrap_or(&none);
+        let new = to.tables.get(id).unwrap_or(&none);
+        match (old.fallback, new.fallback) {
+            (false, true) => steps.add(Phase::Fallbacks, RouteStep::AddFallback(family, *id)),
+            (true, false) => steps.add(Phase::OldFallbacks, RouteStep::RemoveFallback(family, *id)),
+            (false, false) | (true, true) => {}
         }
-        let old = old.and_then(|table| table.gateway.as_ref());
-        let new = new.and_then(|table| table.gateway.as_ref());
-        match (old, new) {
-            (old, Some(hop)) if old != Some(hop) => {
-                steps.push((Phase::Gateways, Step::SetGateway(*id, hop.clone())));
+        match (&old.gateway, &new.gateway) {
+            (old, Some(hop)) if old.as_ref() != Some(hop) => {
+                steps.add(Phase::Gateways, RouteStep::SetGateway(*id, hop.clone()));
             }
             (Some(hop), None) => {
-                steps.push((Phase::OldGateways, Step::RemoveGateway(*id, hop.clone())));
+                steps.add(
+                    Phase::OldGateways,
+                    RouteStep::RemoveGateway(*id, hop.clone()),
+                );
             }
-            _ => {}
+            (_, Some(_)) | (None, None) => {}
         }
     }
 }
@@ -191,7 +219,7 @@ fn firewall(
             for (address, state) in &from.pods {
                 pod(*address, state, &PodState::default(), doubt, steps);
             }
-            steps.push((Phase::OldSkeletons, Step::RemoveFirewall(family)));
+            steps.add(Phase::OldSkeletons, FirewallStep::Remove(family));
         }
         return;
     }
@@ -200,27 +228,28 @@ fn firewall(
         // Keeps the translations that are in use: they are removed in their turn.
         present.extend(from.pods.values().flat_map(|pod| pod.vips.iter().copied()));
         present.extend(to.vips.iter().copied());
-        let step = Step::InstallFirewall(family, present.clone());
-        steps.push((Phase::Skeletons, step));
+        steps.add(
+            Phase::Skeletons,
+            FirewallStep::Install(family, present.clone()),
+        );
     }
-    let vip_steps = changes(&present, &to.vips, Step::AddVip, Step::RemoveVip);
-    push(steps, Phase::Vips, Phase::OldVips, vip_steps);
-    let net_steps = changes(&from.excluded, &to.excluded, Step::Exclude, Step::Include);
-    push(steps, Phase::Exclusions, Phase::OldExclusions, net_steps);
-    let remote_steps = changes(
-        &from.remote_pods,
-        &to.remote_pods,
-        Step::AddRemotePods,
-        Step::RemoveRemotePods,
-    );
-    let local_steps = changes(
-        &from.local_pods,
-        &to.local_pods,
-        Step::AddLocalPods,
-        Step::RemoveLocalPods,
-    );
-    for pod_steps in [remote_steps, local_steps] {
-        push(steps, Phase::PodNetworks, Phase::OldPodNetworks, pod_steps);
+    for vip in to.vips.difference(&present) {
+        steps.add(Phase::Vips, FirewallStep::AddVip(*vip));
+    }
+    for vip in present.difference(&to.vips) {
+        steps.add(Phase::OldVips, FirewallStep::RemoveVip(*vip));
+    }
+    for set in NetSet::ALL {
+        let (add, remove) = match set {
+            NetSet::Excluded => (Phase::Exclusions, Phase::OldExclusions),
+            NetSet::RemotePods | NetSet::LocalPods => (Phase::PodNetworks, Phase::OldPodNetworks),
+        };
+        for net in to.nets(set).difference(from.nets(set)) {
+            steps.add(add, FirewallStep::AddNet(set, *net));
+        }
+        for net in from.nets(set).difference(to.nets(set)) {
+            steps.add(remove, FirewallStep::RemoveNet(set, *net));
+        }
     }
     let none = PodState::default();
     let addresses: BTreeSet<_> = from.pods.keys().chain(to.pods.keys()).collect();
@@ -234,42 +263,43 @@ fn firewall(
 }
 
 fn pod(address: IpAddr, from: &PodState, to: &PodState, must_forget: bool, steps: &mut Steps) {
-    match (from.egress, to.egress) {
-        (false, true) => steps.push((Phase::Knowledge, Step::Know(address))),
-        (true, false) => steps.push((Phase::Unknowledge, Step::Unknow(address))),
-        _ => {}
-    }
-    match (from.ordinary, to.ordinary) {
-        (false, true) => steps.push((Phase::Knowledge, Step::Free(address))),
-        (true, false) => steps.push((Phase::Unknowledge, Step::Unfree(address))),
-        _ => {}
+    let pod = address;
+    let becomes_gateway = to.gateway_here && (!from.gateway_here || from.interrupted);
+    for set in PodSet::ALL {
+        let (add, remove) = match set {
+            PodSet::Egress | PodSet::Ordinary => (Phase::Classification, Phase::OldClassification),
+            PodSet::GatewayHere => (Phase::GatewaysHere, Phase::GatewaysHere),
+            PodSet::Blocked => (Phase::Blocks, Phase::Unblocks),
+        };
+        match (from.is_in(set), to.is_in(set)) {
+            (false, true) => steps.add(add, FirewallStep::AddPod(set, pod)),
+            (true, false) => steps.add(remove, FirewallStep::RemovePod(set, pod)),
+            // Said again: the interruption ends with it.
+            (true, true) if set == PodSet::GatewayHere && becomes_gateway => {
+                steps.add(add, FirewallStep::AddPod(set, pod));
+            }
+            (true, true) | (false, false) => {}
+        }
     }
     for vip in to.vips.difference(&from.vips) {
-        let (pod, vip) = (address, *vip);
-        steps.push((Phase::Translations, Step::Translate { pod, vip }));
+        steps.add(
+            Phase::Translations,
+            FirewallStep::Translate { pod, vip: *vip },
+        );
     }
     for vip in from.vips.difference(&to.vips) {
-        let (pod, vip) = (address, *vip);
-        steps.push((Phase::OldTranslations, Step::Untranslate { pod, vip }));
+        let vip = *vip;
+        steps.add(
+            Phase::OldTranslations,
+            FirewallStep::Untranslate { pod, vip },
+        );
     }
     match (from.mark, to.mark) {
         (old, Some(mark)) if old != Some(mark) => {
-            let pod = address;
-            steps.push((Phase::Marks, Step::Mark { pod, mark }));
+            steps.add(Phase::Marks, FirewallStep::Mark { pod, mark });
         }
-        (Some(_), None) => steps.push((Phase::Marks, Step::Unmark(address))),
-        _ => {}
-    }
-    let becomes_gateway = to.gateway_here && (!from.gateway_here || from.interrupted);
-    match (from.gateway_here, to.gateway_here) {
-        (_, true) if becomes_gateway => steps.push((Phase::Gatewayships, Step::Gateway(address))),
-        (true, false) => steps.push((Phase::Gatewayships, Step::Ungateway(address))),
-        _ => {}
-    }
-    match (from.blocked, to.blocked) {
-        (false, true) => steps.push((Phase::Blocks, Step::Block(address))),
-        (true, false) => steps.push((Phase::Unblocks, Step::Unblock(address))),
-        _ => {}
+        (Some(_), None) => steps.add(Phase::Marks, FirewallStep::Unmark(pod)),
+        (_, Some(_)) | (None, None) => {}
     }
     // An established connection keeps the translation that it was born with: with the node's address it would
     // keep it for ever, with identity it would leak. And a gateway that is none any more has no use for them.
@@ -277,61 +307,28 @@ fn pod(address: IpAddr, from: &PodState, to: &PodState, must_forget: bool, steps
     let uses_this_node = opens_connections_here(from) || opens_connections_here(to);
     let loses_another_nodes_pod = from.gateway_here && !to.gateway_here && to.mark.is_none();
     if must_forget || (uses_this_node && changed) || loses_another_nodes_pod {
-        steps.push((Phase::Connections, Step::ForgetConnections(address)));
+        steps.add(Phase::Connections, ConnectionStep::Forget(pod));
     } else if let (true, Some(source)) = (becomes_gateway, to.vips.first()) {
-        // What a node knows that is gateway again is old: by its windows, packets are INVALID. Forgetting it would do,
-        // but for connections on which only the server has something to say.
-        let (pod, source) = (address, *source);
-        let step = Step::ResumeConnections { pod, source };
-        steps.push((Phase::Connections, step));
-    }
-}
-
-/// Where marked pods are routed to.
-struct Ways<'a> {
-    state: &'a FamilyState,
-    hops: BTreeMap<(Mark, Option<IpAddr>), &'a NextHop>,
-}
-
-impl<'a> Ways<'a> {
-    fn of(state: &'a FamilyState) -> Ways<'a> {
-        let hop = |rule: &Rule| match rule.action {
-            RuleAction::Lookup(table) => state.routes.tables.get(&table)?.gateway.as_ref(),
-            _ => None,
-        };
-        let rules = state.routes.rules.iter();
-        let hops = rules.filter_map(|rule| Some(((rule.mark?, rule.from), hop(rule)?)));
-        Ways {
-            state,
-            hops: hops.collect(),
-        }
-    }
-
-    /// The pods that are routed to a gateway.
-    fn pods(&self) -> impl Iterator<Item = IpAddr> {
-        let pods = self.state.firewall.pods.keys().copied();
-        pods.filter(|pod| self.of_pod(*pod).is_some())
-    }
-
-    fn of_pod(&self, pod: IpAddr) -> Option<&'a NextHop> {
-        let mark = self.state.firewall.pods.get(&pod)?.mark?;
-        let of_all = || self.hops.get(&(mark, None));
-        self.hops.get(&(mark, Some(pod))).or_else(of_all).copied()
+        // Entries of a node that becomes gateway again have outdated TCP windows. Deleting them heals connections on
+        // which the pod sends next, not those on which only the server does: so windows are not looked at from now on.
+        let source = *source;
+        steps.add(Phase::Connections, ConnectionStep::Resume { pod, source });
     }
 }
 
 /// What ends when destinations are excluded: egress connections to them would go on past their gateway, and show the
 /// pod's own address.
-fn newly_excluded(from: &FirewallState, to: &FirewallState) -> Option<(Phase, Step)> {
-    let nets = to
-        .excluded
-        .iter()
-        .flat_map(|net| without(*net, &from.excluded));
-    let nets: BTreeSet<IpNet> = nets.collect();
+fn newly_excluded(from: &FirewallState, to: &FirewallState, steps: &mut Steps) {
+    let nets = to.excluded.iter();
+    let nets: BTreeSet<IpNet> = nets.flat_map(|net| without(*net, &from.excluded)).collect();
     let pods = from.pods.iter().filter(|(_, pod)| pod.egress);
     let pods: BTreeSet<IpAddr> = pods.map(|(address, _)| *address).collect();
-    let is_needed = !pods.is_empty() && !nets.is_empty();
-    is_needed.then_some((Phase::Connections, Step::ForgetNewlyExcluded { pods, nets }))
+    if !pods.is_empty() && !nets.is_empty() {
+        steps.add(
+            Phase::Connections,
+            ConnectionStep::ForgetNewlyExcluded { pods, nets },
+        );
+    }
 }
 
 /// The parts of a network that are in none of the others.
@@ -388,23 +385,6 @@ fn source(address: IpAddr, pod: &PodState) -> Option<IpAddr> {
 /// Whether connections of the pod pass this node: it is here, or its gateway is.
 fn opens_connections_here(pod: &PodState) -> bool {
     pod.mark.is_some() || pod.gateway_here || pod.blocked
-}
-
-fn changes<T: Ord + Copy>(
-    from: &BTreeSet<T>,
-    to: &BTreeSet<T>,
-    add: fn(T) -> Step,
-    remove: fn(T) -> Step,
-) -> (Vec<Step>, Vec<Step>) {
-    (
-        to.difference(from).copied().map(add).collect(),
-        from.difference(to).copied().map(remove).collect(),
-    )
-}
-
-fn push(steps: &mut Steps, add: Phase, remove: Phase, (adds, removes): (Vec<Step>, Vec<Step>)) {
-    steps.extend(adds.into_iter().map(|step| (add, step)));
-    steps.extend(removes.into_iter().map(|step| (remove, step)));
 }
 
 #[cfg(test)]

@@ -6,7 +6,7 @@ use super::*;
 use crate::cluster::Node;
 use crate::cluster::leases::BootId;
 use crate::names::{Interface, NodeName};
-use crate::state::{Family, FamilyState, KernelState, Skeleton};
+use crate::state::{Family, FamilyState, FirewallStep, KernelState, Skeleton};
 
 /// A kernel that remembers what was done to it, and fails where a test wants it.
 #[derive(Debug, Default)]
@@ -74,7 +74,7 @@ impl Kernel for FakeKernel {
         self.shared.drift.notified().await;
     }
 
-    async fn apply(&mut self, steps: &[Step], _excluded: &BTreeSet<IpNet>) -> Vec<StepError> {
+    async fn apply(&mut self, steps: &[Step]) -> Vec<StepError> {
         let mut failing = self.shared.failing.lock().unwrap();
         let mut state = self.shared.state.lock().unwrap();
         let mut failed = Vec::new();
@@ -220,8 +220,11 @@ async fn a_stop_leaves_the_kernel_as_it_is() {
 async fn a_node_is_programmed_for_others_when_all_but_its_routes_to_other_gateways_are() {
     type IsFailing = fn(&Step) -> bool;
     let cases: [(IsFailing, bool); 2] = [
-        (|step| matches!(step, Step::InstallFirewall(..)), false),
-        (|step| step.executor() == Executor::Routes, true),
+        (
+            |step| matches!(step, Step::Firewall(FirewallStep::Install(..))),
+            false,
+        ),
+        (|step| matches!(step, Step::Route(_)), true),
     ];
     for (at, is_published) in cases {
         let running = start(Failing { applies: 1, at });

@@ -4,13 +4,11 @@
 use std::collections::BTreeSet;
 use std::io::{self, Write};
 
-use ipnet::IpNet;
-
 use crate::diff::diff;
 use crate::error::chain;
 use crate::kernel::{self, Kernel, NodeKernel};
 use crate::settings::{FirewallBackend, Settings};
-use crate::state::{Executor, FamilyState, KernelState, Step};
+use crate::state::{FamilyState, FirewallStep, KernelState, Step};
 
 /// Removes everything and writes to `out` what it was; returns whether nothing is left.
 ///
@@ -53,14 +51,9 @@ async fn with(
     out: &mut impl Write,
 ) -> Result<bool, Error> {
     let observed = kernel.observe().await?.state;
-    let excluded: BTreeSet<IpNet> = observed
-        .families
-        .values()
-        .flat_map(|family| family.firewall.excluded.iter().copied())
-        .collect();
     // In the order of an agent whose plan is empty: no packet leaks on the way.
     let steps = diff(&observed, &nothing(&observed, is_last));
-    let failed = kernel.apply(&steps, &excluded).await;
+    let failed = kernel.apply(&steps).await;
     let done = |step: &&Step| !failed.iter().any(|failure| failure.step == **step);
     let done = steps.iter().filter(done);
     for step in done.filter(|step| is_shown(step)) {
@@ -117,6 +110,8 @@ fn nothing(observed: &KernelState, is_last: bool) -> KernelState {
 
 /// Pods and networks go by the thousand: pods are counted, networks go with the firewall.
 fn is_shown(step: &Step) -> bool {
-    matches!(step.executor(), Executor::Routes | Executor::Remnants)
-        || matches!(step, Step::RemoveFirewall(_))
+    match step {
+        Step::Route(_) | Step::RemoveRemnant(_) | Step::Firewall(FirewallStep::Remove(_)) => true,
+        Step::Firewall(_) | Step::Connection(_) => false,
+    }
 }

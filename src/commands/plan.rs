@@ -13,9 +13,9 @@ use crate::cluster::watch::Cluster;
 use crate::kernel::{self, Kernel};
 use crate::names::ObjectKey;
 use crate::pass::{Confirmed, Memory};
-use crate::plan::{self, Desired, Verdict, adopt};
+use crate::plan::{self, Desired, Verdict};
 use crate::settings::Settings;
-use crate::state::{Family, FamilyState, PodState};
+use crate::state::{Family, NextHop, PodState, TableId};
 
 /// How long to wait for the API server.
 const PATIENCE: Duration = Duration::from_secs(15);
@@ -128,13 +128,14 @@ impl Shown {
         let owners = plan::owners(view, settings);
         let mut pods = Vec::new();
         for state in desired.kernel.families.values() {
+            let hops = state.next_hops();
             for (address, pod) in state.firewall.pods.iter().filter(|(_, pod)| pod.egress) {
                 let owner = owners.get(address);
                 pods.push(ShownPod {
                     address: *address,
                     service: owner.map_or_else(String::new, |(service, _)| service.to_string()),
                     node: owner.and_then(|(_, node)| Some((*node)?.to_string())),
-                    here: here(state, *address, pod),
+                    here: here(pod, hops.of(*address)),
                 });
             }
         }
@@ -177,7 +178,7 @@ impl ShownService {
 }
 
 /// What this node does with a pod's packets to outside.
-fn here(state: &FamilyState, address: IpAddr, pod: &PodState) -> String {
+fn here(pod: &PodState, hop: Option<(TableId, &NextHop)>) -> String {
     if pod.blocked {
         return "rejected".to_owned();
     }
@@ -192,7 +193,7 @@ fn here(state: &FamilyState, address: IpAddr, pod: &PodState) -> String {
             false => format!("translated to {vip}, should it pass here"),
         };
     };
-    match adopt::next_hop_of(state, address) {
+    match hop {
         Some((table, hop)) => {
             format!("routed to {hop} (mark {mark}, table {table}), {vip} there")
         }

@@ -21,8 +21,8 @@ use crate::plan::slots::Slots;
 use crate::plan::{Desired, plan};
 use crate::settings::{FwMask, Settings};
 use crate::state::{
-    Family, FamilyState, FirewallState, KernelState, PodState, RouteState, Rule, RuleAction,
-    Skeleton, Step, Table,
+    ConnectionStep, Family, FamilyState, FirewallState, KernelState, PodState, RouteState, Rule,
+    RuleAction, Skeleton, Step, Table,
 };
 
 // === the model ===
@@ -267,20 +267,27 @@ impl Host {
         let mut kernel = self.kernel();
         kernel.apply(step);
         self.state = v4(&kernel).clone();
-        if let Step::ForgetConnections(pod) | Step::ResumeConnections { pod, .. } = step {
+        if let Step::Connection(ConnectionStep::Forget(pod))
+        | Step::Connection(ConnectionStep::Resume { pod, .. }) = step
+        {
             self.forgotten.insert(*pod);
         }
         let is_forgotten = |c: &Connection| match step {
-            Step::ForgetConnections(pod) => c.pod == *pod,
-            Step::ResumeConnections { pod, source } => c.pod == *pod && c.bound != *source,
-            Step::ForgetWrongSource { sources, .. } => {
+            Step::Connection(ConnectionStep::Forget(pod)) => c.pod == *pod,
+            Step::Connection(ConnectionStep::Resume { pod, source }) => {
+                c.pod == *pod && c.bound != *source
+            }
+            Step::Connection(ConnectionStep::ForgetWrongSource { sources, .. }) => {
                 sources.get(&c.pod).is_some_and(|s| *s != c.bound)
             }
             _ => false,
         };
-        self.inside_forgotten |= matches!(step, Step::ForgetNewlyExcluded { .. });
+        self.inside_forgotten |= matches!(
+            step,
+            Step::Connection(ConnectionStep::ForgetNewlyExcluded { .. })
+        );
         let is_inside = |c: &Connection| match step {
-            Step::ForgetNewlyExcluded { pods, nets } => {
+            Step::Connection(ConnectionStep::ForgetNewlyExcluded { pods, nets }) => {
                 pods.contains(&c.pod) && nets.iter().any(|net| net.contains(&c.destination))
             }
             _ => false,
@@ -906,7 +913,7 @@ fn i1_a_connection_that_a_dead_run_did_not_come_to_forget() {
     let after = small_plan(&small(), &settings);
     let mut host = Host::new(&before);
     for step in diff(&before, &after) {
-        if matches!(step, Step::ForgetConnections(_)) {
+        if matches!(step, Step::Connection(ConnectionStep::Forget(_))) {
             break;
         }
         host.apply(&step, v4(&after));

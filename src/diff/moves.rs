@@ -20,7 +20,7 @@ use crate::names::{Interface, NodeName, ObjectKey};
 use crate::plan::plan;
 use crate::plan::slots::Slots;
 use crate::settings::Settings;
-use crate::state::{Family, FamilyState, KernelState, Step};
+use crate::state::{ConnectionStep, Family, FamilyState, KernelState, Step};
 
 const POD: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(10, 244, 1, 11));
 const VIP: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(192, 0, 2, 200));
@@ -517,14 +517,14 @@ fn nothing() -> KernelState {
 
 fn forget(tracked: &mut Tracked, step: &Step, without: Without) {
     let forgets = match step {
-        Step::ForgetConnections(_) => without != Without::Forgetting,
-        Step::ResumeConnections { source, .. } => {
+        Step::Connection(ConnectionStep::Forget(_)) => without != Without::Forgetting,
+        Step::Connection(ConnectionStep::Resume { source, .. }) => {
             if let Some(own) = &mut tracked.own {
                 own.resumed |= without != Without::Resuming;
             }
             tracked.own.is_some_and(|own| own.source != *source)
         }
-        Step::ForgetWrongSource { sources, vips } => {
+        Step::Connection(ConnectionStep::ForgetWrongSource { sources, vips }) => {
             let is_unanswered = without != Without::Unanswered && vips.contains(&VIP);
             tracked.unanswered &= !is_unanswered;
             let wanted = sources.get(&POD);

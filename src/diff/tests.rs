@@ -5,7 +5,9 @@ use ipnet::IpNet;
 use proptest::prelude::*;
 
 use super::*;
-use crate::state::{Mark, NextHop, Remnant, Rule, Table, TableId};
+use crate::state::{
+    ConnectionStep, FirewallStep, Mark, NextHop, PodSet, Remnant, Rule, Table, TableId,
+};
 
 fn ip(last: u8) -> IpAddr {
     IpAddr::from([10, 244, 1, last])
@@ -74,7 +76,7 @@ fn steps(from: Option<PodState>, to: Option<PodState>) -> Vec<String> {
 }
 
 const FORGET: &str = "forget the connections of pod 10.244.1.11";
-const WAKE: &str = "have pod 10.244.1.11 speak on its connections";
+const ELICIT: &str = "elicit an ACK of pod 10.244.1.11 on each of its connections";
 
 #[test]
 fn a_new_pod_is_translated_and_known_before_it_is_marked() {
@@ -82,10 +84,10 @@ fn a_new_pod_is_translated_and_known_before_it_is_marked() {
         steps(None, Some(routed(1))),
         [
             "translate pod 10.244.1.11 to 192.0.2.200",
-            "know pod 10.244.1.11",
+            "add 10.244.1.11 to the egress pods",
             "mark pod 10.244.1.11 with 0x100000/0xf00000",
             FORGET,
-            WAKE,
+            ELICIT,
         ]
     );
 }
@@ -98,7 +100,7 @@ fn a_pod_that_is_released_stays_guarded_until_its_connections_are_forgotten() {
             "no longer mark pod 10.244.1.11",
             "no longer translate pod 10.244.1.11 to 192.0.2.200",
             FORGET,
-            "no longer know pod 10.244.1.11",
+            "remove 10.244.1.11 from the egress pods",
         ]
     );
 }
@@ -153,8 +155,14 @@ fn pods_whose_packets_take_another_way_are_woken_at_last() {
         ),
     ] {
         let steps = diff(&before, &after);
-        assert_eq!(steps.last() == Some(&Step::Wake(ip(11))), woken, "{what}");
-        let wakes = steps.iter().filter(|step| matches!(step, Step::Wake(_)));
+        assert_eq!(
+            steps.last() == Some(&Step::Connection(ConnectionStep::ElicitAck(ip(11)))),
+            woken,
+            "{what}"
+        );
+        let wakes = steps
+            .iter()
+            .filter(|step| matches!(step, Step::Connection(ConnectionStep::ElicitAck(_))));
         assert_eq!(wakes.count(), usize::from(woken), "{what}");
     }
 }
@@ -166,13 +174,16 @@ fn a_node_that_becomes_or_stops_being_the_gateway_forgets_the_connections() {
         [
             "no longer mark pod 10.244.1.11",
             FORGET,
-            "be the gateway of pod 10.244.1.11",
-            WAKE,
+            "add 10.244.1.11 to the pods whose gateway this node is",
+            ELICIT,
         ]
     );
     assert_eq!(
         steps(Some(gateway_here()), Some(translated())),
-        [FORGET, "no longer be the gateway of pod 10.244.1.11"]
+        [
+            FORGET,
+            "remove 10.244.1.11 from the pods whose gateway this node is"
+        ]
     );
 }
 
@@ -182,7 +193,7 @@ fn a_pod_of_another_node_that_does_not_pass_here_costs_no_look_at_the_connection
         steps(None, Some(translated())),
         [
             "translate pod 10.244.1.11 to 192.0.2.200",
-            "know pod 10.244.1.11"
+            "add 10.244.1.11 to the egress pods"
         ]
     );
 }
@@ -192,10 +203,10 @@ fn a_pod_is_blocked_before_its_mark_goes_and_unblocked_after_it_is_back() {
     assert_eq!(
         steps(Some(routed(1)), Some(blocked())),
         [
-            "block pod 10.244.1.11",
+            "add 10.244.1.11 to the blocked pods",
             "no longer mark pod 10.244.1.11",
             FORGET,
-            WAKE,
+            ELICIT,
         ]
     );
     assert_eq!(
@@ -203,8 +214,8 @@ fn a_pod_is_blocked_before_its_mark_goes_and_unblocked_after_it_is_back() {
         [
             "mark pod 10.244.1.11 with 0x100000/0xf00000",
             FORGET,
-            "unblock pod 10.244.1.11",
-            WAKE,
+            "remove 10.244.1.11 from the blocked pods",
+            ELICIT,
         ]
     );
 }
@@ -219,12 +230,15 @@ fn a_gateway_that_may_have_been_none_for_a_while_begins_anew_or_stops() {
         steps(Some(interrupted.clone()), Some(gateway_here())),
         [
             "resume the connections of pod 10.244.1.11 as 192.0.2.200",
-            "be the gateway of pod 10.244.1.11"
+            "add 10.244.1.11 to the pods whose gateway this node is"
         ]
     );
     assert_eq!(
         steps(Some(interrupted), Some(translated())),
-        [FORGET, "no longer be the gateway of pod 10.244.1.11"]
+        [
+            FORGET,
+            "remove 10.244.1.11 from the pods whose gateway this node is"
+        ]
     );
 }
 
@@ -238,7 +252,7 @@ fn a_changed_vip_is_added_before_the_old_one_is_removed() {
             "translate pod 10.244.1.11 to 192.0.2.201",
             "no longer translate pod 10.244.1.11 to 192.0.2.200",
             FORGET,
-            WAKE,
+            ELICIT,
         ]
     );
 }
@@ -252,7 +266,10 @@ fn the_firewall_is_installed_with_every_translation_that_is_in_use() {
     let steps = diff(&damaged, &kernel(Some(routed(1))));
     assert_eq!(
         steps,
-        [Step::InstallFirewall(Family::V4, [vip(200)].into())]
+        [Step::Firewall(FirewallStep::Install(
+            Family::V4,
+            [vip(200)].into()
+        ))]
     );
 }
 
@@ -497,8 +514,8 @@ proptest! {
             state.doubt = true;
             let all: Vec<Step> = done.iter().cloned().chain(diff(&state, &to)).collect();
             for pod in &leaving {
-                let forgotten = all.iter().position(|step| *step == Step::ForgetConnections(*pod));
-                let unknown = all.iter().position(|step| *step == Step::Unknow(*pod));
+                let forgotten = all.iter().position(|step| *step == Step::Connection(ConnectionStep::Forget(*pod)));
+                let unknown = all.iter().position(|step| *step == Step::Firewall(FirewallStep::RemovePod(PodSet::Egress, *pod)));
                 prop_assert!(forgotten.is_some() && forgotten < unknown, "{pod}, death after {death} steps");
             }
         }

@@ -37,7 +37,7 @@ const HOPS: u8 = 64;
 
 /// What is to be asked.
 #[derive(Debug, Default)]
-pub(super) struct Asleep {
+pub(super) struct Unheard {
     /// Which pods, about their connections to outside.
     pub(super) pods: BTreeSet<IpAddr>,
     /// Connections that were forgotten: connection tracking does not tell of them any more.
@@ -46,8 +46,8 @@ pub(super) struct Asleep {
 
 /// Asks the pods, now and twice more, while the caller goes on; one that is not on a link of this node is passed over.
 /// Nothing is lost but time when that fails: a pod speaks when it has something to say.
-pub(super) fn elicit(asleep: Asleep, excluded: BTreeSet<IpNet>) {
-    let Asleep { mut flows, pods } = asleep;
+pub(super) fn elicit(unheard: Unheard, excluded: BTreeSet<IpNet>) {
+    let Unheard { mut flows, pods } = unheard;
     if pods.is_empty() {
         return;
     }

@@ -9,10 +9,11 @@ use std::collections::BTreeSet;
 use netlink_packet_netfilter::nftables::{ChainMessage, NfTablesMessage};
 use netlink_packet_netfilter::{NetfilterMessageInner, NetfilterProtoFamily};
 
+use crate::kernel::error::Error;
+use crate::kernel::firewall::Backend;
 use crate::kernel::iptables::{Variant, remnants as iptables_remnants};
 use crate::kernel::netfilter::Netfilter;
 use crate::kernel::nftables::{BaseChain, TABLE, TRANSLATION_PRIORITY, any_chain};
-use crate::kernel::{Backend, Error};
 use crate::state::Family;
 
 /// Priority of iptables' NAT (`NF_IP_PRI_NAT_SRC` of netfilter_ipv4.h).

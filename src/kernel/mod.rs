@@ -5,6 +5,8 @@
 mod challenge;
 mod conntrack;
 mod drift;
+mod error;
+mod firewall;
 mod foreign_nat;
 mod iptables;
 #[cfg(feature = "kill-points")]
@@ -12,6 +14,7 @@ mod kill_point;
 pub(crate) mod neighbours;
 mod netfilter;
 mod nftables;
+mod ours;
 mod remnants;
 mod routes;
 mod tag;
@@ -24,57 +27,21 @@ use ipnet::IpNet;
 use tracing::debug;
 
 use crate::error::chain;
-use crate::kernel::challenge::Asleep;
-use crate::kernel::conntrack::{ConntrackError, Keep, LateReply, Which};
+use crate::kernel::challenge::Unheard;
+use crate::kernel::conntrack::Selection;
 use crate::kernel::drift::{DriftListener, Watched};
+use crate::kernel::error::executable;
+pub use crate::kernel::error::{Error, StepError};
+use crate::kernel::firewall::{Backend, Firewall};
 use crate::kernel::iptables::Iptables;
-use crate::kernel::netfilter::NetlinkError;
 use crate::kernel::nftables::Nftables;
-use crate::kernel::routes::{Ranges, RouteError, Routes};
-use crate::kernel::tool::ToolError;
+use crate::kernel::routes::{Ranges, Routes};
 use crate::names::Interface;
 use crate::settings::{FirewallBackend, Settings};
 use crate::state::{
-    Executor, Family, FamilyState, FirewallState, KernelState, Remnant, Step, TableId,
+    ConnectionStep, Family, FamilyState, FirewallStep, KernelState, NetSet, Remnant, RouteStep,
+    Step, TableId,
 };
-
-/// A step that could not be executed; the steps after it were tried all the same, but for those that rely on it.
-#[derive(Debug, thiserror::Error)]
-#[error("cannot {step}")]
-pub struct StepError {
-    /// What was tried.
-    pub step: Step,
-    /// What went wrong.
-    #[source]
-    pub source: Error,
-}
-
-/// What can go wrong with the kernel.
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// A tool failed.
-    #[error(transparent)]
-    Tool(#[from] ToolError),
-    /// A tool failed on a whole batch, and did not say which line was the reason.
-    #[error("{0}")]
-    Batch(String),
-    /// Rules or routes.
-    #[error(transparent)]
-    Route(#[from] RouteError),
-    /// nftables.
-    #[error("nftables: {0}")]
-    Netlink(#[from] NetlinkError),
-    /// Connection tracking.
-    #[error(transparent)]
-    Conntrack(#[from] ConntrackError),
-    /// What the step relies on failed.
-    #[error("not tried, because what it relies on failed: {0}")]
-    NotTried(String),
-    /// A failure that a test asked for.
-    #[cfg(test)]
-    #[error("injected failure")]
-    Injected,
-}
 
 /// What was read of a kernel.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -101,18 +68,12 @@ pub trait Kernel: Send {
     /// When they cannot be read.
     fn links(&mut self) -> impl Future<Output = Result<Vec<Interface>, Error>> + Send;
 
-    /// Waits until others may have changed what is ours. Nothing is lost when the wait is given up and taken up
-    /// again.
+    /// Waits until others may have changed what is ours. Cancel-safe.
     fn drifted(&mut self) -> impl Future<Output = ()> + Send;
 
-    /// Executes the steps in order; connections to `excluded` destinations are never forgotten.
-    /// Returns the steps that failed. A failed step keeps no other from being tried than those that rely on it
-    /// ([`Step::needs`]).
-    fn apply(
-        &mut self,
-        steps: &[Step],
-        excluded: &BTreeSet<IpNet>,
-    ) -> impl Future<Output = Vec<StepError>> + Send;
+    /// Executes the steps in order. Returns the steps that failed. A failed step keeps no other from being tried than
+    /// those that rely on it ([`Step::needs`]).
+    fn apply(&mut self, steps: &[Step]) -> impl Future<Output = Vec<StepError>> + Send;
 }
 
 /// Whether every step is to be executed by itself.
@@ -121,74 +82,6 @@ fn is_one_by_one() -> bool {
     return kill_point::is_armed();
     #[cfg(not(feature = "kill-points"))]
     false
-}
-
-/// A backend that marks, translates, guards and rejects packets.
-trait Firewall {
-    /// Reads everything of ours, by family.
-    async fn observe(&mut self) -> Result<BTreeMap<Family, FirewallState>, Error>;
-
-    /// Executes firewall steps in order, and adds those that fail to `failed`.
-    async fn apply(&mut self, steps: &[&Step], failed: &mut Vec<StepError>);
-
-    /// Keeps late replies of connections that are about to be forgotten from beginning connections of their own: the
-    /// pod's next packet would be taken for an answer to one that came from outside, and leave with the pod's address.
-    async fn expect_late_replies(&mut self, replies: &[LateReply]) -> Result<(), Error>;
-}
-
-/// How long late replies are expected: until the node that was the gateway, or the server, has learned of the change;
-/// seconds at most, where both are alive.
-const LATE_REPLY_SECONDS: u32 = 60;
-
-/// The steps that rely on none that failed; the others join these.
-fn executable<'a>(steps: &[&'a Step], failed: &mut Vec<StepError>) -> Vec<&'a Step> {
-    if failed.is_empty() {
-        return steps.to_vec();
-    }
-    let mut rest = Vec::new();
-    for step in steps {
-        match failed.iter().find(|failure| step.needs(&failure.step)) {
-            Some(failure) => {
-                let source = Error::NotTried(failure.step.to_string());
-                failed.push(StepError {
-                    step: (*step).clone(),
-                    source,
-                });
-            }
-            None => rest.push(*step),
-        }
-    }
-    rest
-}
-
-/// The backend in use.
-#[derive(Debug)]
-enum Backend {
-    Nftables(Nftables),
-    Iptables(Iptables),
-}
-
-impl Firewall for Backend {
-    async fn observe(&mut self) -> Result<BTreeMap<Family, FirewallState>, Error> {
-        match self {
-            Backend::Nftables(nftables) => nftables.observe().await,
-            Backend::Iptables(iptables) => iptables.observe().await,
-        }
-    }
-
-    async fn apply(&mut self, steps: &[&Step], failed: &mut Vec<StepError>) {
-        match self {
-            Backend::Nftables(nftables) => nftables.apply(steps, failed).await,
-            Backend::Iptables(iptables) => iptables.apply(steps, failed).await,
-        }
-    }
-
-    async fn expect_late_replies(&mut self, replies: &[LateReply]) -> Result<(), Error> {
-        match self {
-            Backend::Nftables(nftables) => nftables.expect_late_replies(replies).await,
-            Backend::Iptables(iptables) => iptables.expect_late_replies(replies).await,
-        }
-    }
 }
 
 /// The kernel of the node that this process runs on.
@@ -203,8 +96,8 @@ pub struct NodeKernel {
     choice: String,
     /// What was left by others than the present backend; looked for until there is nothing any more.
     remnants: Option<BTreeSet<Remnant>>,
-    /// Pods that are to say something when all steps are done.
-    asleep: Asleep,
+    /// Destinations that are not egress, as far as confirmed: connections to them are never forgotten.
+    excluded: BTreeSet<IpNet>,
 }
 
 impl NodeKernel {
@@ -267,7 +160,7 @@ impl NodeKernel {
             mask: mask.bits(),
             choice,
             remnants: None,
-            asleep: Asleep::default(),
+            excluded: BTreeSet::new(),
         })
     }
 
@@ -275,54 +168,61 @@ impl NodeKernel {
         remnants::remove(remnant, &self.families, self.mask, &self.routes).await
     }
 
-    /// One look at the connections for all pods of a batch.
-    async fn forget(&mut self, steps: &[&Step], excluded: &BTreeSet<IpNet>) -> Vec<StepError> {
-        let mut which = Which::default();
-        for step in steps {
-            match step {
-                Step::Wake(pod) => drop(self.asleep.pods.insert(*pod)),
-                Step::ForgetConnections(pod) => drop(which.pods.insert(*pod, Keep::Nothing)),
-                Step::ResumeConnections { pod, source } => {
-                    which.pods.insert(*pod, Keep::Resumed(*source));
-                }
-                Step::ForgetWrongSource { sources, vips } => {
-                    for (pod, source) in sources {
-                        which.pods.entry(*pod).or_insert(Keep::WithSource(*source));
-                    }
-                    which.unanswered.extend(vips);
-                }
-                Step::ForgetNewlyExcluded { pods, nets } => {
-                    which.inside.extend(pods);
-                    which.newly_excluded.extend(nets);
-                }
-                _ => {}
+    /// Notes what a batch of firewall steps has changed of what is excluded.
+    fn confirm(&mut self, steps: &[&FirewallStep], failed: &[StepError]) {
+        let changes = steps.iter().filter_map(|step| match step {
+            FirewallStep::AddNet(NetSet::Excluded, net) => Some((*step, net, true)),
+            FirewallStep::RemoveNet(NetSet::Excluded, net) => Some((*step, net, false)),
+            _ => None,
+        });
+        for (step, net, is_added) in changes {
+            let is_this = |f: &StepError| matches!(&f.step, Step::Firewall(s) if s == step);
+            match (failed.iter().any(is_this), is_added) {
+                (true, _) => {}
+                (false, true) => drop(self.excluded.insert(*net)),
+                (false, false) => drop(self.excluded.remove(net)),
             }
         }
-        if steps.iter().all(|step| matches!(step, Step::Wake(_))) {
-            return Vec::new();
-        }
-        let Err(error) = self.forget_connections(which, excluded).await else {
-            return Vec::new();
-        };
-        let text = chain(&error);
-        let failure = |step: &&Step| StepError {
-            step: (*step).clone(),
-            source: Error::Batch(text.clone()),
-        };
-        steps.iter().map(failure).collect()
     }
 
-    async fn forget_connections(
-        &mut self,
-        which: Which,
-        excluded: &BTreeSet<IpNet>,
-    ) -> Result<(), Error> {
-        let found = conntrack::find(which, excluded.clone()).await?;
-        self.asleep.flows.extend(&found.established);
-        if !found.late.is_empty() {
-            self.firewall.expect_late_replies(&found.late).await?;
+    async fn forget(&mut self, selection: Selection, unheard: &mut Unheard) -> Result<(), Error> {
+        let selected = conntrack::select(selection, self.excluded.clone()).await?;
+        unheard.flows.extend(&selected.established);
+        if !selected.late_replies.is_empty() {
+            let replies = &selected.late_replies;
+            self.firewall.expect_late_replies(replies).await?;
         }
-        Ok(conntrack::forget(found).await?)
+        Ok(conntrack::forget(selected).await?)
+    }
+
+    /// One look at the connections for all steps of a batch.
+    async fn connections(
+        &mut self,
+        steps: &[&ConnectionStep],
+        unheard: &mut Unheard,
+        failed: &mut Vec<StepError>,
+    ) {
+        let (mut selection, mut selecting) = (Selection::default(), Vec::new());
+        for step in executable(steps, failed) {
+            match step {
+                ConnectionStep::ElicitAck(pod) => drop(unheard.pods.insert(*pod)),
+                ConnectionStep::Forget(_)
+                | ConnectionStep::Resume { .. }
+                | ConnectionStep::ForgetWrongSource { .. }
+                | ConnectionStep::ForgetNewlyExcluded { .. } => {
+                    selection.add(step);
+                    selecting.push(step);
+                }
+            }
+        }
+        if !selecting.is_empty()
+            && let Err(error) = self.forget(selection, unheard).await
+        {
+            let text = chain(&error);
+            let failure =
+                |step: &&ConnectionStep| StepError::new(*step, Error::Batch(text.clone()));
+            failed.extend(selecting.iter().map(failure));
+        }
     }
 
     /// What was found, for the log.
@@ -340,7 +240,7 @@ impl Kernel for NodeKernel {
             let routes = routes.states.remove(&family).unwrap_or_default();
             (family, FamilyState { routes, firewall })
         });
-        let families = families.collect();
+        let families: BTreeMap<_, _> = families.collect();
         let remnants = match &self.remnants {
             Some(none) if none.is_empty() => BTreeSet::new(),
             _ => remnants::find(&self.firewall, &self.families, routes.earlier).await?,
@@ -360,12 +260,14 @@ impl Kernel for NodeKernel {
                 ),
             });
         }
+        let state = KernelState {
+            families,
+            remnants,
+            doubt: true,
+        };
+        self.excluded = state.excluded().collect();
         Ok(Observed {
-            state: KernelState {
-                families,
-                remnants,
-                doubt: true,
-            },
+            state,
             occupied: routes.occupied,
             collisions,
         })
@@ -379,33 +281,59 @@ impl Kernel for NodeKernel {
         self.drift.next().await;
     }
 
-    async fn apply(&mut self, steps: &[Step], excluded: &BTreeSet<IpNet>) -> Vec<StepError> {
+    async fn apply(&mut self, steps: &[Step]) -> Vec<StepError> {
         let mut failed = Vec::new();
+        let mut unheard = Unheard::default();
         for batch in steps.chunk_by(|a, b| !is_one_by_one() && a.executor() == b.executor()) {
             #[cfg(feature = "kill-points")]
             kill_point::before_step();
-            let executor = batch[0].executor();
-            let batch: Vec<&Step> = batch.iter().collect();
-            match executor {
-                Executor::Routes => self.routes.apply(&batch, &mut failed).await,
-                Executor::Firewall => self.firewall.apply(&batch, &mut failed).await,
-                Executor::Conntrack => {
-                    let batch = executable(&batch, &mut failed);
-                    failed.extend(self.forget(&batch, excluded).await);
-                }
-                Executor::Remnants => {
-                    for step in executable(&batch, &mut failed) {
-                        if let Step::RemoveRemnant(remnant) = step
-                            && let Err(source) = self.remove(*remnant).await
-                        {
-                            let step = step.clone();
-                            failed.push(StepError { step, source });
-                        }
+            let batch = Batch::of(batch);
+            if !batch.routes.is_empty() {
+                self.routes.apply(&batch.routes, &mut failed).await;
+            }
+            if !batch.firewall.is_empty() {
+                self.firewall.apply(&batch.firewall, &mut failed).await;
+                self.confirm(&batch.firewall, &failed);
+            }
+            if !batch.connections.is_empty() {
+                let steps = &batch.connections;
+                self.connections(steps, &mut unheard, &mut failed).await;
+            }
+            for remnant in batch.remnants {
+                // Until ours does all of the work, it is done by what is left.
+                let step = Step::RemoveRemnant(remnant);
+                for _ in executable(&[&step], &mut failed) {
+                    if let Err(source) = self.remove(remnant).await {
+                        failed.push(StepError::new(&step, source));
                     }
                 }
             }
         }
-        challenge::elicit(std::mem::take(&mut self.asleep), excluded.clone());
+        challenge::elicit(unheard, self.excluded.clone());
         failed
+    }
+}
+
+/// Steps by who executes them; of one kind, as a rule.
+#[derive(Default)]
+struct Batch<'a> {
+    routes: Vec<&'a RouteStep>,
+    firewall: Vec<&'a FirewallStep>,
+    connections: Vec<&'a ConnectionStep>,
+    remnants: Vec<Remnant>,
+}
+
+impl Batch<'_> {
+    fn of(steps: &[Step]) -> Batch<'_> {
+        let mut batch = Batch::default();
+        for step in steps {
+            match step {
+                Step::Route(step) => batch.routes.push(step),
+                Step::Firewall(step) => batch.firewall.push(step),
+                Step::Connection(step) => batch.connections.push(step),
+                Step::RemoveRemnant(remnant) => batch.remnants.push(*remnant),
+            }
+        }
+        batch
     }
 }

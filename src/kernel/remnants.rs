@@ -3,9 +3,11 @@
 
 use std::collections::BTreeSet;
 
+use crate::kernel::error::Error;
+use crate::kernel::firewall::Backend;
 use crate::kernel::iptables::{Variant, remnants as iptables_remnants};
+use crate::kernel::nftables;
 use crate::kernel::routes::Routes;
-use crate::kernel::{Backend, Error, nftables};
 use crate::state::{Family, Remnant};
 
 /// Looks for what does not belong to the backend in use.

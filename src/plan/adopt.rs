@@ -8,7 +8,7 @@ use std::net::IpAddr;
 
 use crate::cluster::Node;
 use crate::names::NodeName;
-use crate::state::{FamilyState, KernelState, NextHop, Rule, RuleAction, TableId};
+use crate::state::KernelState;
 
 /// The gateways that pods of each VIP are routed to in the kernel, as nodes.
 #[must_use]
@@ -19,53 +19,35 @@ pub fn gateways(
 ) -> BTreeMap<IpAddr, NodeName> {
     let mut gateways = BTreeMap::new();
     for state in observed.families.values() {
+        let hops = state.next_hops();
         for (pod, facts) in &state.firewall.pods {
+            let node = || match facts.gateway_here {
+                true => Some(own),
+                false => node_of(hops.of(*pod)?.1.via, nodes),
+            };
             let vip = facts.vips.first();
             if let Some(vip) = vip.filter(|vip| !gateways.contains_key(*vip))
-                && let Some(node) = gateway_of(*pod, state, nodes, own)
+                && let Some(node) = node()
             {
-                gateways.insert(*vip, node);
+                gateways.insert(*vip, node.clone());
             }
         }
     }
     gateways
 }
 
-fn gateway_of(
-    pod: IpAddr,
-    state: &FamilyState,
-    nodes: &BTreeMap<NodeName, Node>,
-    own: &NodeName,
-) -> Option<NodeName> {
-    if state.firewall.pods.get(&pod)?.gateway_here {
-        return Some(own.clone());
-    }
-    let (_, hop) = next_hop_of(state, pod)?;
-    let has_address = |node: &Node| node.addresses.contains(&hop.via);
-    let (name, _) = nodes.iter().find(|(_, node)| has_address(node))?;
-    Some(name.clone())
-}
-
-/// Where a marked pod is routed to: by a rule of its own, if it has one.
-pub(crate) fn next_hop_of(state: &FamilyState, pod: IpAddr) -> Option<(TableId, &NextHop)> {
-    let mark = state.firewall.pods.get(&pod)?.mark?;
-    let routes = &state.routes;
-    let table = |from: Option<IpAddr>| {
-        let of_mark = |rule: &&Rule| (rule.mark, rule.from) == (Some(mark), from);
-        let rule = routes.rules.iter().find(of_mark)?;
-        match rule.action {
-            RuleAction::Lookup(table) => Some(table),
-            _ => None,
-        }
-    };
-    let table = table(Some(pod)).or_else(|| table(None))?;
-    Some((table, routes.tables.get(&table)?.gateway.as_ref()?))
+fn node_of(address: IpAddr, nodes: &BTreeMap<NodeName, Node>) -> Option<&NodeName> {
+    let mut nodes = nodes.iter();
+    let (name, _) = nodes.find(|(_, node)| node.addresses.contains(&address))?;
+    Some(name)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::state::{Family, Mark, PodState, Table};
+    use crate::state::{
+        Family, FamilyState, Mark, NextHop, PodState, Rule, RuleAction, Table, TableId,
+    };
 
     fn ip(text: &str) -> IpAddr {
         text.parse().unwrap()

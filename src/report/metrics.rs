@@ -19,7 +19,7 @@ use crate::cluster::index::Watch;
 use crate::kernel::StepError;
 use crate::lan::{Anomaly, Lan};
 use crate::report::Report;
-use crate::state::{Executor, Step};
+use crate::state::Step;
 
 type Labels = Vec<(&'static str, &'static str)>;
 
@@ -45,7 +45,7 @@ impl Counters {
 
     /// Counts the steps of a pass, and the pass unless one of them `failed`.
     pub fn steps(&self, steps: &[Step], failed: &[StepError]) {
-        let by = |step: &Step| vec![("executor", executor(step))];
+        let by = |step: &Step| vec![("executor", step.executor())];
         for step in steps {
             self.steps.get_or_create(&by(step)).inc();
         }
@@ -57,15 +57,6 @@ impl Counters {
             let is_change = steps.iter().any(Step::is_change);
             self.pass(if is_change { "changed" } else { "unchanged" });
         }
-    }
-}
-
-fn executor(step: &Step) -> &'static str {
-    match step.executor() {
-        Executor::Routes => "routes",
-        Executor::Firewall => "firewall",
-        Executor::Conntrack => "conntrack",
-        Executor::Remnants => "remnants",
     }
 }
 

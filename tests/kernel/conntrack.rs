@@ -1,6 +1,6 @@
 use std::time::Instant;
 
-use metaleg::state::Step;
+use metaleg::state::{ConnectionStep, FirewallStep, NetSet, Step};
 
 use super::*;
 
@@ -14,8 +14,9 @@ fn insert(source: &str, destination: &str, reply: [&str; 2], port: u16) -> Strin
 
 /// The sets that forgetting relies on.
 async fn install(kernel: &mut NodeKernel) {
-    let steps = Family::ALL.map(|family| Step::InstallFirewall(family, BTreeSet::new()));
-    let failed = kernel.apply(&steps, &BTreeSet::new()).await;
+    let steps =
+        Family::ALL.map(|family| Step::Firewall(FirewallStep::Install(family, BTreeSet::new())));
+    let failed = kernel.apply(&steps).await;
     assert!(failed.is_empty(), "{failed:?}");
 }
 
@@ -40,16 +41,19 @@ fn exactly_the_outside_connections_of_the_pods_are_forgotten() {
         ]
         .concat());
         let steps = [
-            Step::ForgetConnections(ip(pod)),
-            Step::ForgetConnections(ip(pod6)),
+            Step::Connection(ConnectionStep::Forget(ip(pod))),
+            Step::Connection(ConnectionStep::Forget(ip(pod6))),
         ];
-        let excluded = ["10.244.0.0/16".parse().unwrap()].into();
         install(&mut kernel).await;
-        let failed = kernel.apply(&steps, &excluded).await;
+        let inside = "10.244.0.0/16".parse().unwrap();
+        let exclude = FirewallStep::AddNet(NetSet::Excluded, inside);
+        let failed = kernel.apply(&[Step::Firewall(exclude)]).await;
+        assert!(failed.is_empty(), "{failed:?}");
+        let failed = kernel.apply(&steps).await;
         assert!(failed.is_empty(), "{failed:?}");
         // Of those that are forgotten, only the replies to the second one come to the pod itself.
         let late = sh(
-            "ipset list METALEG-LATE-4 | sed '1,/Members/d'; ipset list METALEG-LATE-6 | sed '1,/Members/d'",
+            "ipset list METALEG-LATE-REPLIES-4 | sed '1,/Members/d'; ipset list METALEG-LATE-REPLIES-6 | sed '1,/Members/d'",
         );
         assert!(
             late.starts_with("10.244.1.11,udp:1002,198.51.100.10 timeout"),
@@ -95,7 +99,7 @@ fn thousands_of_connections_are_forgotten_at_once(mode: Mode) {
             );
             let started = Instant::now();
             let failed = kernel
-                .apply(&[Step::ForgetConnections(source)], &BTreeSet::new())
+                .apply(&[Step::Connection(ConnectionStep::Forget(source))])
                 .await;
             println!(
                 "forgot about 5,000 connections of {source} in {:?}",
@@ -126,15 +130,17 @@ fn late_replies_are_expected_anew(mode: Mode) {
         let mut left = Vec::new();
         for pause in [2, 0] {
             sh(&insert(pod, outside, [outside, pod], 1002));
-            let forget = [Step::ForgetConnections(ip(pod))];
-            let failed = kernel.apply(&forget, &BTreeSet::new()).await;
+            let forget = [Step::Connection(ConnectionStep::Forget(ip(pod)))];
+            let failed = kernel.apply(&forget).await;
             assert!(failed.is_empty(), "{failed:?}");
             tokio::time::sleep(std::time::Duration::from_secs(pause)).await;
             let listed = match mode {
                 Mode::Own => sh(
-                    "nft list set inet metaleg late4 | tr ' ' '\\n' | sed -n '/expires/{n;s/s.*//;p}'",
+                    "nft list set inet metaleg late_replies4 | tr ' ' '\\n' | sed -n '/expires/{n;s/s.*//;p}'",
                 ),
-                _ => sh("ipset list METALEG-LATE-4 | sed -n 's/.* timeout \\([0-9]*\\)$/\\1/p'"),
+                _ => sh(
+                    "ipset list METALEG-LATE-REPLIES-4 | sed -n 's/.* timeout \\([0-9]*\\)$/\\1/p'",
+                ),
             };
             left.push(listed.trim().parse::<u64>().unwrap());
         }

@@ -3,12 +3,11 @@
 
 use std::collections::HashSet;
 use std::io::{Read as _, Write as _};
-use std::mem::discriminant;
 use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
-use metaleg::state::{Executor, Step};
+use metaleg::state::{ConnectionStep, Step};
 use socket2::{Domain, Socket, Type};
 
 use super::*;
@@ -168,13 +167,6 @@ fn changes() -> [(&'static str, KernelState, KernelState, Deaths); 3] {
     ]
 }
 
-fn excluded(state: &KernelState) -> BTreeSet<IpNet> {
-    let families = state.families.values();
-    families
-        .flat_map(|family| family.firewall.excluded.iter().copied())
-        .collect()
-}
-
 // === agents and their deaths ===
 
 /// What an agent that has just been started finds. The mode of iptables has been said before.
@@ -186,8 +178,8 @@ async fn start(mode: Mode) -> (NodeKernel, KernelState) {
     (kernel, found)
 }
 
-async fn apply(kernel: &mut NodeKernel, steps: &[Step], goal: &KernelState) {
-    let failed = kernel.apply(steps, &excluded(goal)).await;
+async fn apply(kernel: &mut NodeKernel, steps: &[Step]) {
+    let failed = kernel.apply(steps).await;
     assert!(failed.is_empty(), "{failed:?}");
 }
 
@@ -241,12 +233,24 @@ enum Deaths {
     OneOfEachKind,
 }
 
+/// What kind of step it is: its variant, and the set that it changes.
+fn kind(step: &Step) -> String {
+    let text = format!("{step:?}");
+    let words = text.split(|c: char| !c.is_alphanumeric() && c != '_');
+    let words: Vec<&str> = words.filter(|word| !word.is_empty()).collect();
+    let has_set = matches!(
+        words.get(1),
+        Some(&("AddPod" | "RemovePod" | "AddNet" | "RemoveNet"))
+    );
+    words[..words.len().min(if has_set { 3 } else { 2 })].join(" ")
+}
+
 /// The numbers of steps after which an agent dies.
 fn lengths(deaths: Deaths, steps: &[Step]) -> Vec<usize> {
     let mut seen = HashSet::new();
     (0..=steps.len())
         .filter(|length| {
-            let last = length.checked_sub(1).map(|at| discriminant(&steps[at]));
+            let last = length.checked_sub(1).map(|at| kind(&steps[at]));
             seen.insert(last) || deaths == Deaths::All || *length == steps.len()
         })
         .collect()
@@ -260,7 +264,7 @@ async fn die_and_arrive(
     (from, to): (&KernelState, &KernelState),
     steps: &[Step],
 ) -> NodeKernel {
-    apply(&mut kernel, steps, to).await;
+    apply(&mut kernel, steps).await;
     drop(kernel);
     let mut said = format!("dead after {:?}", steps.last());
     let (mut next, mut found) = start(mode).await;
@@ -268,14 +272,14 @@ async fn die_and_arrive(
     if steps.len().is_multiple_of(4) {
         let rest = diff(&found, to);
         let (done, _) = rest.split_at(steps.len() * 7 % (rest.len() + 1));
-        apply(&mut next, done, to).await;
+        apply(&mut next, done).await;
         drop(next);
         let expected = after(mode, &found, done);
         said = format!("{said} and {:?}", done.last());
         (next, found) = start(mode).await;
         assert_same(&found, &expected, &said);
     }
-    apply(&mut next, &diff(&found, to), to).await;
+    apply(&mut next, &diff(&found, to)).await;
     assert_same(&observe(&mut next).await, to, &said);
     next
 }
@@ -303,7 +307,7 @@ fn a_death_after_any_step_is_survived(mode: Mode) {
                     match lengths.get(turn) {
                         Some(length) => {
                             let done = &steps[..*length];
-                            kinds.extend(done.last().map(discriminant));
+                            kinds.extend(done.last().map(kind));
                             kernel = die_and_arrive(mode, kernel, (from, to), done).await;
                         }
                         None => reach(&mut kernel, to).await,
@@ -489,16 +493,16 @@ fn no_connection_keeps_a_wrong_source_after_a_death(mode: Mode) {
         ] {
             let steps = diff(&from, &to);
             // Before the firewall nothing changes that matters to connections.
-            let is_firewall = |step: &Step| step.executor() == Executor::Firewall;
+            let is_firewall = |step: &Step| matches!(step, Step::Firewall(_));
             let first = steps.iter().position(is_firewall).unwrap();
             let lengths = lengths(Deaths::OneOfEachKind, &steps);
             for length in lengths.into_iter().filter(|length| *length >= first) {
                 reach(&mut kernel, &from).await;
                 remember(&all);
                 let done = &steps[..length];
-                apply(&mut kernel, done, &to).await;
+                apply(&mut kernel, done).await;
                 let (mut next, found) = start(mode).await;
-                apply(&mut next, &diff(&found, &to), &to).await;
+                apply(&mut next, &diff(&found, &to)).await;
                 kernel = next;
                 deaths += 1;
                 let left = remembered(&all);
@@ -553,18 +557,21 @@ fn only_connections_with_a_wrong_source_are_forgotten_after_a_death() {
             let all = [Family::ALL.map(protected).concat(), outgoing].concat();
             remember(&all);
             let steps = diff(&from, &to);
-            let forgets = |step: &Step| step.executor() == Executor::Conntrack;
+            let forgets = |step: &Step| matches!(step, Step::Connection(_));
             let done = &steps[..steps.iter().position(forgets).unwrap()];
-            apply(&mut kernel, done, &to).await;
+            apply(&mut kernel, done).await;
             drop(kernel);
 
             let (mut next, found) = start(mode).await;
             let steps = diff(&found, &to);
             assert!(
-                matches!(steps[..], [Step::ForgetWrongSource { .. }]),
+                matches!(
+                    steps[..],
+                    [Step::Connection(ConnectionStep::ForgetWrongSource { .. })]
+                ),
                 "{steps:?}"
             );
-            apply(&mut next, &steps, &to).await;
+            apply(&mut next, &steps).await;
             let is_right = |connection: &Connection| {
                 let Connection {
                     opened_by, bound, ..
@@ -839,7 +846,7 @@ fn no_packet_leaves_with_another_source(mode: Mode) {
                         "{said}"
                     );
 
-                    apply(&mut kernel, done, to).await;
+                    apply(&mut kernel, done).await;
                     connections.send(last);
                     for source in seen() {
                         let is_right =
@@ -848,7 +855,7 @@ fn no_packet_leaves_with_another_source(mode: Mode) {
                     }
                     let (mut next, found) = start(mode).await;
                     connections.send(last);
-                    apply(&mut next, &diff(&found, to), to).await;
+                    apply(&mut next, &diff(&found, to)).await;
                     kernel = next;
                     for source in seen() {
                         let is_right =
@@ -978,8 +985,9 @@ fn a_pod_that_says_nothing_is_woken(connect_pods: fn()) {
             "the pod has something to say by itself"
         );
 
-        let wakes = Family::ALL.map(|family| Step::Wake(pod(family, 12)));
-        apply(&mut kernel, &wakes, &labelled(12)).await;
+        let wakes =
+            Family::ALL.map(|family| Step::Connection(ConnectionStep::ElicitAck(pod(family, 12))));
+        apply(&mut kernel, &wakes).await;
         let deadline = Instant::now() + Duration::from_secs(3);
         while seen_so_far() != vips && Instant::now() < deadline {}
         assert_eq!(seen_so_far(), vips);

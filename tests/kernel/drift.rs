@@ -51,7 +51,7 @@ fn own_damage_is_noticed_at_once() {
         Mode::Own,
         &[
             "nft flush chain inet metaleg leak",
-            "nft delete element inet metaleg pods4 '{ 10.244.1.11 }'",
+            "nft delete element inet metaleg egress4 '{ 10.244.1.11 }'",
             "nft insert rule inet metaleg guard accept",
             "nft delete table inet metaleg",
         ],

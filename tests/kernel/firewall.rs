@@ -1,6 +1,6 @@
 use std::time::Instant;
 
-use metaleg::state::{Remnant, Step};
+use metaleg::state::{ConnectionStep, FirewallStep, PodSet, Remnant, RouteStep, Step};
 
 use super::*;
 
@@ -151,12 +151,12 @@ fn damages_of_iptables(mode: Mode) -> Vec<String> {
             format!("{v4} -t mangle -A FORWARD -j METALEG-GUARD"),
             format!("{v4} -t nat -D METALEG-NAT 4"),
             format!("{v4} -t nat -F; {v4} -t mangle -F; {v4} -F"),
-            "ipset flush METALEG-PODS-4".to_owned(),
+            "ipset flush METALEG-EGRESS-4".to_owned(),
             "ipset del METALEG-VIPS-4 192.0.2.200".to_owned(),
             "ipset add METALEG-BLOCKED-4 10.244.1.99".to_owned(),
             "ipset flush METALEG-MARK-6; ipset add METALEG-MARK-6 fd00:10:244:1::c skbmark 0x200000/0xf00000".to_owned(),
             "ipset create METALEG-VIP-192.0.2.99 hash:ip maxelem 1048576; ipset add METALEG-VIP-192.0.2.99 10.244.1.11".to_owned(),
-            format!("{v4} -t nat -F; {v4} -t mangle -F; {v4} -F; ipset destroy METALEG-PODS-4"),
+            format!("{v4} -t nat -F; {v4} -t mangle -F; {v4} -F; ipset destroy METALEG-EGRESS-4"),
     ]
 }
 
@@ -169,7 +169,7 @@ fn damages_of_nftables() -> Vec<String> {
         "insert rule inet metaleg guard accept",
         "add rule inet metaleg translation masquerade",
         "chain inet metaleg guard { policy drop; }",
-        "flush set inet metaleg pods4",
+        "flush set inet metaleg egress4",
         "flush map inet metaleg slot6",
         "flush map inet metaleg vip4",
         "flush set inet metaleg excluded6",
@@ -195,7 +195,7 @@ fn damages_of_nftables() -> Vec<String> {
              nft insert rule inet metaleg {chain} \"$(echo \"${{rule% \\# handle*}}\" | sed 's/packets [0-9]* bytes [0-9]*//')\""
         ));
     }
-    for set in ["pods4", "vips6", "gatewayed4", "remote6"] {
+    for set in ["egress4", "vips6", "gateway_here4", "remote_pods6"] {
         damages.push(format!(
             "nft flush table inet metaleg; nft delete set inet metaleg {set}"
         ));
@@ -224,9 +224,7 @@ fn every_step_may_be_repeated(mode: Mode) {
         for (from, to) in [(nothing(), example()), (example(), nothing())] {
             for step in diff(&from, &to) {
                 for _ in 0..2 {
-                    let failed = kernel
-                        .apply(std::slice::from_ref(&step), &BTreeSet::new())
-                        .await;
+                    let failed = kernel.apply(std::slice::from_ref(&step)).await;
                     assert!(failed.is_empty(), "{step}: {failed:?}");
                 }
             }
@@ -278,28 +276,31 @@ fn a_step_that_fails_costs_only_the_steps_that_rely_on_it() {
             value: 0x0010_0000,
             mask: MASK,
         };
-        let translate = |pod, vip| Step::Translate { pod, vip: ip(vip) };
+        let translate = |pod, vip| Step::Firewall(FirewallStep::Translate { pod, vip: ip(vip) });
         let steps = [
-            Step::InstallFirewall(Family::V4, [ip("192.0.2.200")].into()),
+            Step::Firewall(FirewallStep::Install(
+                Family::V4,
+                [ip("192.0.2.200")].into(),
+            )),
             // There is no such VIP: a pod that was marked all the same would leave with the node's address.
             translate(bad, "192.0.2.99"),
             translate(good, "192.0.2.200"),
-            Step::Know(bad),
-            Step::Know(good),
-            Step::Mark { pod: bad, mark },
-            Step::Mark { pod: good, mark },
-            Step::SetGateway(
+            Step::Firewall(FirewallStep::AddPod(PodSet::Egress, bad)),
+            Step::Firewall(FirewallStep::AddPod(PodSet::Egress, good)),
+            Step::Firewall(FirewallStep::Mark { pod: bad, mark }),
+            Step::Firewall(FirewallStep::Mark { pod: good, mark }),
+            Step::Route(RouteStep::SetGateway(
                 TableId(100_001),
                 NextHop {
                     via: ip("192.0.2.12"),
                     dev: "eth9".to_owned(),
                 },
-            ),
-            Step::ForgetConnections(bad),
-            Step::Block(bad),
-            Step::Gateway(good),
+            )),
+            Step::Connection(ConnectionStep::Forget(bad)),
+            Step::Firewall(FirewallStep::AddPod(PodSet::Blocked, bad)),
+            Step::Firewall(FirewallStep::AddPod(PodSet::GatewayHere, good)),
         ];
-        let failed = kernel.apply(&steps, &BTreeSet::new()).await;
+        let failed = kernel.apply(&steps).await;
         let failed: Vec<&Step> = failed.iter().map(|failure| &failure.step).collect();
         assert_eq!(failed, [1, 3, 5, 7, 8].map(|n: usize| &steps[n]));
         let state = observe(&mut kernel).await;
@@ -403,7 +404,7 @@ fn another_backend_takes_over_and_leaves_nothing_of_the_other() {
             let mut kernel = open(to).await;
             let steps = diff(&kernel.observe().await.unwrap().state, &example());
             let at = |wanted: fn(&Step) -> bool| steps.iter().position(wanted).unwrap();
-            let installed = at(|step| matches!(step, Step::InstallFirewall(..)));
+            let installed = at(|step| matches!(step, Step::Firewall(FirewallStep::Install(..))));
             let removed = at(|step| matches!(step, Step::RemoveRemnant(_)));
             assert!(installed < removed, "{steps:?}");
             reach(&mut kernel, &example()).await;

@@ -294,7 +294,7 @@ fn nothing() -> KernelState {
 async fn reach(kernel: &mut NodeKernel, desired: &KernelState) {
     let observed = observe(kernel).await;
     let steps = diff(&observed, desired);
-    let failed = kernel.apply(&steps, &BTreeSet::new()).await;
+    let failed = kernel.apply(&steps).await;
     let text = failed.iter().fold(String::new(), |mut text, error| {
         let source = std::error::Error::source(error).map(ToString::to_string);
         let _ = writeln!(text, "{error}: {}", source.unwrap_or_default());

@@ -16,7 +16,7 @@ use netlink_packet_netfilter::conntrack::{
 use netlink_packet_netfilter::{NetfilterMessageInner, NetfilterProtoFamily};
 
 use crate::kernel::netfilter::{Message, Netfilter, NetlinkError, message};
-use crate::state::Family;
+use crate::state::{ConnectionStep, Family};
 
 /// `TCP_CONNTRACK_ESTABLISHED` of nf_conntrack_tcp.h.
 const ESTABLISHED: u8 = 3;
@@ -47,7 +47,7 @@ pub enum ConntrackError {
 /// What tells an entry from all others, as the kernel gave it.
 type Entry = Vec<ConntrackAttribute>;
 
-/// Which connections of a pod are kept.
+/// Selection connections of a pod are kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Keep {
     /// None.
@@ -58,9 +58,9 @@ pub(crate) enum Keep {
     Resumed(IpAddr),
 }
 
-/// Which connections are to be forgotten.
+/// Selection connections are to be forgotten.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Which {
+pub(crate) struct Selection {
     /// Those that pods opened to outside.
     pub(crate) pods: BTreeMap<IpAddr, Keep>,
     /// Those to VIPs that nobody has answered.
@@ -71,7 +71,29 @@ pub(crate) struct Which {
     pub(crate) newly_excluded: BTreeSet<IpNet>,
 }
 
-impl Which {
+impl Selection {
+    /// Selects what a step forgets or resumes.
+    pub(crate) fn add(&mut self, step: &ConnectionStep) {
+        match step {
+            ConnectionStep::Forget(pod) => drop(self.pods.insert(*pod, Keep::Nothing)),
+            ConnectionStep::Resume { pod, source } => {
+                self.pods.insert(*pod, Keep::Resumed(*source));
+            }
+            ConnectionStep::ForgetWrongSource { sources, vips } => {
+                for (pod, source) in sources {
+                    self.pods.entry(*pod).or_insert(Keep::WithSource(*source));
+                }
+                self.unanswered.extend(vips);
+            }
+            ConnectionStep::ForgetNewlyExcluded { pods, nets } => {
+                self.inside.extend(pods);
+                self.newly_excluded.extend(nets);
+            }
+            // Changes nothing in connection tracking.
+            ConnectionStep::ElicitAck(_) => {}
+        }
+    }
+
     fn concerns(&self, family: Family) -> bool {
         let addresses = self.pods.keys().chain(&self.unanswered);
         let mut addresses = addresses.chain(&self.inside);
@@ -102,28 +124,31 @@ pub(crate) struct Flow {
 
 /// Connections to forget.
 #[derive(Debug, Default)]
-pub(crate) struct Found {
+pub(crate) struct Selected {
     entries: Vec<(Family, Entry)>,
     /// Those of them whose ends may go on talking.
     pub(crate) established: Vec<Flow>,
     /// What may still come of them.
-    pub(crate) late: Vec<LateReply>,
+    pub(crate) late_replies: Vec<LateReply>,
     /// Connections that are kept and taken up anew.
     resumed: Vec<(Family, Entry)>,
 }
 
 /// Finds the connections to forget; those to destinations in `excluded` stay.
-pub(crate) async fn find(which: Which, excluded: BTreeSet<IpNet>) -> Result<Found, ConntrackError> {
+pub(crate) async fn select(
+    selection: Selection,
+    excluded: BTreeSet<IpNet>,
+) -> Result<Selected, ConntrackError> {
     // Blocking: a dump of a large table takes milliseconds that the agent's other tasks must not wait for.
     tokio::task::spawn_blocking(move || {
-        let mut all = Found::default();
+        let mut all = Selected::default();
         for family in Family::ALL {
-            if which.concerns(family) {
-                let found = find_family(family, &which, &excluded)?;
-                all.entries.extend(found.entries);
-                all.established.extend(found.established);
-                all.late.extend(found.late);
-                all.resumed.extend(found.resumed);
+            if selection.concerns(family) {
+                let selected = find_family(family, &selection, &excluded)?;
+                all.entries.extend(selected.entries);
+                all.established.extend(selected.established);
+                all.late_replies.extend(selected.late_replies);
+                all.resumed.extend(selected.resumed);
             }
         }
         Ok(all)
@@ -133,23 +158,23 @@ pub(crate) async fn find(which: Which, excluded: BTreeSet<IpNet>) -> Result<Foun
 
 fn find_family(
     family: Family,
-    which: &Which,
+    selection: &Selection,
     excluded: &BTreeSet<IpNet>,
-) -> Result<Found, ConntrackError> {
+) -> Result<Selected, ConntrackError> {
     let get = NetfilterMessageInner::Conntrack(ConntrackMessage::Get(Vec::new()));
-    let take = |found: &mut Found, answer: Message<'_>| {
+    let take = |selected: &mut Selected, answer: Message<'_>| {
         let NetfilterMessageInner::Conntrack(ConntrackMessage::New(entry)) = answer.decode()?
         else {
             return Ok(());
         };
-        if is_to_forget(&entry, &which.pods, excluded) || is_inside(&entry, which) {
-            found.late.extend(late(&entry));
-            found.established.extend(established(&entry));
-            found.entries.push((family, identity(entry)));
-        } else if is_unanswered(&entry, &which.unanswered) {
-            found.entries.push((family, identity(entry)));
-        } else if is_to_resume(&entry, &which.pods, excluded) {
-            found.resumed.push((family, resumption(entry)));
+        if is_to_forget(&entry, &selection.pods, excluded) || is_inside(&entry, selection) {
+            selected.late_replies.extend(late(&entry));
+            selected.established.extend(established(&entry));
+            selected.entries.push((family, identity(entry)));
+        } else if is_unanswered(&entry, &selection.unanswered) {
+            selected.entries.push((family, identity(entry)));
+        } else if is_to_resume(&entry, &selection.pods, excluded) {
+            selected.resumed.push((family, resumption(entry)));
         }
         Ok(())
     };
@@ -187,16 +212,16 @@ pub(crate) async fn find_established(
 }
 
 /// Forgets them, and takes up those that are kept.
-pub(crate) async fn forget(found: Found) -> Result<(), ConntrackError> {
-    if found.entries.is_empty() && found.resumed.is_empty() {
+pub(crate) async fn forget(selected: Selected) -> Result<(), ConntrackError> {
+    if selected.entries.is_empty() && selected.resumed.is_empty() {
         return Ok(());
     }
     tokio::task::spawn_blocking(move || {
         let netfilter = Netfilter::open()?;
-        for batch in found.entries.chunks(ENTRIES_AT_ONCE) {
+        for batch in selected.entries.chunks(ENTRIES_AT_ONCE) {
             execute(&netfilter, batch, ConntrackMessage::Delete)?;
         }
-        for batch in found.resumed.chunks(ENTRIES_AT_ONCE) {
+        for batch in selected.resumed.chunks(ENTRIES_AT_ONCE) {
             execute(&netfilter, batch, ConntrackMessage::New)?;
         }
         Ok(())
@@ -228,14 +253,14 @@ fn is_to_forget(
 
 /// Whether a connection is one that a pod opened to what was outside until now. One that has another destination than its
 /// packets say is of a Service: its next packet would go to another backend.
-fn is_inside(attributes: &[ConntrackAttribute], which: &Which) -> bool {
+fn is_inside(attributes: &[ConntrackAttribute], selection: &Selection) -> bool {
     let original = original(attributes).and_then(ends);
     let reply = reply(attributes).and_then(ends);
     let (Some((pod, wanted)), Some((answerer, _))) = (original, reply) else {
         return false;
     };
-    let mut nets = which.newly_excluded.iter();
-    which.inside.contains(&pod) && wanted == answerer && nets.any(|net| net.contains(&answerer))
+    let mut nets = selection.newly_excluded.iter();
+    selection.inside.contains(&pod) && wanted == answerer && nets.any(|net| net.contains(&answerer))
 }
 
 /// Whether a connection is one of TCP to take up: of one of the pods that are resumed, with the right source. Those of
@@ -487,9 +512,9 @@ mod tests {
             ),
         ] {
             let entry = entry(original, reply);
-            let found =
+            let selected =
                 [&all, &as_vip, &as_itself].map(|pods| is_to_forget(&entry, pods, &excluded));
-            assert_eq!(found, expected, "{what}");
+            assert_eq!(selected, expected, "{what}");
         }
     }
 
@@ -536,10 +561,10 @@ mod tests {
 
     #[test]
     fn only_what_pods_opened_themselves_to_new_destinations_inside_is_forgotten() {
-        let which = Which {
+        let selection = Selection {
             inside: ["10.244.1.11".parse().unwrap()].into(),
             newly_excluded: ["10.9.0.0/16".parse().unwrap()].into(),
-            ..Which::default()
+            ..Selection::default()
         };
         for (what, original, reply, expected) in [
             (
@@ -568,7 +593,7 @@ mod tests {
             ),
         ] {
             assert_eq!(
-                is_inside(&entry(original, reply), &which),
+                is_inside(&entry(original, reply), &selection),
                 expected,
                 "{what}"
             );

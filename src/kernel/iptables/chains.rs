@@ -4,8 +4,9 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use crate::kernel::iptables::sets::{StaticSet, vip_set};
+use crate::kernel::ours::OwnSet;
 use crate::kernel::tag::{TAG, tag};
-use crate::state::Family;
+use crate::state::{Family, NetSet, PodSet};
 
 pub(super) const NAT: &str = "METALEG-NAT";
 
@@ -46,15 +47,15 @@ pub(super) struct Chain {
 }
 
 pub(super) fn chains(family: Family, mask: u32) -> Vec<Chain> {
-    let set = |set: StaticSet| set.name(family);
-    let (pods, excluded) = (set(StaticSet::Pods), set(StaticSet::Excluded));
-    let (vips, blocked) = (set(StaticSet::Vips), set(StaticSet::Blocked));
-    let (remote, marks) = (set(StaticSet::Remote), set(StaticSet::Mark));
-    let (local, free, late) = (
-        set(StaticSet::Local),
-        set(StaticSet::Free),
-        set(StaticSet::LateReplies),
-    );
+    let set = |set: OwnSet| StaticSet::Set(set).name(family);
+    let excluded = set(OwnSet::Nets(NetSet::Excluded));
+    let remote_pods = set(OwnSet::Nets(NetSet::RemotePods));
+    let local_pods = set(OwnSet::Nets(NetSet::LocalPods));
+    let egress = set(OwnSet::Pods(PodSet::Egress));
+    let blocked = set(OwnSet::Pods(PodSet::Blocked));
+    let ordinary = set(OwnSet::Pods(PodSet::Ordinary));
+    let (vips, late_replies) = (set(OwnSet::Vips), set(OwnSet::LateReplies));
+    let marks = StaticSet::Mark.name(family);
     let (everything, prohibited) = match family {
         Family::V4 => ("0.0.0.0/0", "icmp-admin-prohibited"),
         Family::V6 => ("::/0", "icmp6-adm-prohibited"),
@@ -71,7 +72,7 @@ pub(super) fn chains(family: Family, mask: u32) -> Vec<Chain> {
             table: "nat",
             name: NAT,
             base: "POSTROUTING",
-            jump: jump(NAT, &format!("-m set --match-set {pods} src ")),
+            jump: jump(NAT, &format!("-m set --match-set {egress} src ")),
             first: true,
             // Then one rule for each VIP, see `translation`.
             rules: vec![
@@ -132,9 +133,9 @@ pub(super) fn chains(family: Family, mask: u32) -> Vec<Chain> {
                 // The pod's node has just forgotten their connection: as the beginning of one from outside they
                 // would make the pod's next packet an answer, which leaves as it is.
                 Rule::new(
-                    "late",
+                    "late-reply",
                     &format!(
-                        "-m conntrack --ctstate NEW -m set --match-set {late} dst,dst,src -j DROP"
+                        "-m conntrack --ctstate NEW -m set --match-set {late_replies} dst,dst,src -j DROP"
                     ),
                 ),
                 // The gateway may know a connection that the pod's node has lost or has seen the end of: the same,
@@ -142,7 +143,7 @@ pub(super) fn chains(family: Family, mask: u32) -> Vec<Chain> {
                 Rule::new(
                     "midway",
                     &format!(
-                        "-p tcp ! --syn -m conntrack --ctstate NEW -m set --match-set {pods} dst \
+                        "-p tcp ! --syn -m conntrack --ctstate NEW -m set --match-set {egress} dst \
                          -m set ! --match-set {excluded} src -j DROP"
                     ),
                 ),
@@ -171,7 +172,7 @@ pub(super) fn chains(family: Family, mask: u32) -> Vec<Chain> {
                 Rule::new(
                     "invalid",
                     &format!(
-                        "-m set --match-set {pods} src -m conntrack --ctstate INVALID -j DROP"
+                        "-m set --match-set {egress} src -m conntrack --ctstate INVALID -j DROP"
                     ),
                 ),
                 // Of a connection that is older than what we decided: neither routed nor translated. Not the first
@@ -179,7 +180,7 @@ pub(super) fn chains(family: Family, mask: u32) -> Vec<Chain> {
                 Rule::new(
                     "untranslated",
                     &format!(
-                        "-m mark --mark 0x0/{mask:#x} -m set --match-set {pods} src \
+                        "-m mark --mark 0x0/{mask:#x} -m set --match-set {egress} src \
                          -m conntrack --ctdir ORIGINAL --ctstatus CONFIRMED ! --ctstate SNAT -j DROP"
                     ),
                 ),
@@ -188,15 +189,15 @@ pub(super) fn chains(family: Family, mask: u32) -> Vec<Chain> {
                 Rule::new(
                     "unknown",
                     &format!(
-                        "-m set --match-set {remote} src -m set ! --match-set {pods} src -j DROP"
+                        "-m set --match-set {remote_pods} src -m set ! --match-set {egress} src -j DROP"
                     ),
                 ),
                 // Dropped, not rejected: it is known in a moment, and until then senders try again.
                 Rule::new(
                     "unclassified",
                     &format!(
-                        "-m set --match-set {local} src -m set ! --match-set {pods} src \
-                         -m set ! --match-set {free} src -j DROP"
+                        "-m set --match-set {local_pods} src -m set ! --match-set {egress} src \
+                         -m set ! --match-set {ordinary} src -j DROP"
                     ),
                 ),
             ],

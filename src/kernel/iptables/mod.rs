@@ -26,9 +26,11 @@ use self::sets::{
     StaticSet, create_vip, destroy, ipset, late_line, member_line, parse_sets, vip_of_set, vip_set,
 };
 use crate::kernel::conntrack::LateReply;
+use crate::kernel::error::{Error, StepError, executable};
+use crate::kernel::firewall::Firewall;
+use crate::kernel::ours::OwnSet;
 use crate::kernel::tool::{ToolError, run};
-use crate::kernel::{Error, Firewall, StepError, executable};
-use crate::state::{Family, FirewallState, Step};
+use crate::state::{Family, FirewallState, FirewallStep};
 
 /// Seconds to wait for the xtables lock, below the deadline for the tool.
 const LOCK_SECONDS: &str = "20";
@@ -80,7 +82,7 @@ impl Iptables {
 
     async fn install(&mut self, family: Family, vips: &BTreeSet<IpAddr>) -> Result<(), ToolError> {
         let mut sets = String::new();
-        for set in StaticSet::ALL {
+        for set in StaticSet::all() {
             // Writing into a String cannot fail.
             let _ = writeln!(sets, "{}", set.create(family));
         }
@@ -95,7 +97,7 @@ impl Iptables {
         self.translated.extend(vips);
 
         let sets = parse_sets(&run("ipset", &["save"], String::new()).await?);
-        let guarded = StaticSet::Vips.name(family);
+        let guarded = StaticSet::Set(OwnSet::Vips).name(family);
         let surplus = sets
             .get(&guarded)
             .into_iter()
@@ -121,7 +123,7 @@ impl Iptables {
         self.translated.retain(|vip| Family::of(*vip) != family);
         let sets = parse_sets(&run("ipset", &["save"], String::new()).await?);
         let is_ours = |name: &&String| {
-            StaticSet::ALL.iter().any(|set| set.name(family) == **name)
+            StaticSet::all().any(|set| set.name(family) == **name)
                 || vip_of_set(name).is_some_and(|vip| Family::of(vip) == family)
         };
         destroy(sets.keys().filter(is_ours).cloned().collect()).await
@@ -153,39 +155,46 @@ impl Iptables {
                 self.translated.retain(|vip| !old.contains(vip));
             }
         }
-        let unguard =
-            |vip: &IpAddr| format!("del {} {vip}\n", StaticSet::Vips.name(Family::of(*vip)));
+        let unguard = |vip: &IpAddr| {
+            format!(
+                "del {} {vip}\n",
+                StaticSet::Set(OwnSet::Vips).name(Family::of(*vip))
+            )
+        };
         ipset(vips.iter().map(unguard).collect()).await?;
         destroy(vips.iter().map(|vip| vip_set(*vip)).collect()).await
     }
 
-    /// Executes steps that all add or all remove a VIP.
-    async fn vips(&mut self, steps: &[&Step]) -> Result<(), ToolError> {
-        let vips_of = |wanted: Kind| -> Vec<IpAddr> {
-            let of_kind = steps.iter().filter(|step| kind(step) == wanted);
-            of_kind.filter_map(|step| vip_of(step)).collect()
-        };
-        self.add_vips(&vips_of(Kind::AddVips)).await?;
-        self.remove_vips(&vips_of(Kind::RemoveVips)).await
-    }
-
-    async fn one_by_one(&mut self, steps: &[&Step], failed: &mut Vec<StepError>) {
+    /// Executes steps, none of which changes a member of a set, one after the other.
+    async fn one_by_one(&mut self, steps: &[&FirewallStep], failed: &mut Vec<StepError>) {
         for step in steps {
             let result = match step {
-                Step::InstallFirewall(family, vips) => self.install(*family, vips).await,
-                Step::RemoveFirewall(family) => self.remove(*family).await,
-                _ => self.vips(&[step]).await,
+                FirewallStep::Install(family, vips) => self.install(*family, vips).await,
+                FirewallStep::Remove(family) => self.remove(*family).await,
+                FirewallStep::AddVip(vip) => self.add_vips(&[*vip]).await,
+                FirewallStep::RemoveVip(vip) => self.remove_vips(&[*vip]).await,
+                FirewallStep::AddNet(..)
+                | FirewallStep::RemoveNet(..)
+                | FirewallStep::AddPod(..)
+                | FirewallStep::RemovePod(..)
+                | FirewallStep::Translate { .. }
+                | FirewallStep::Untranslate { .. }
+                | FirewallStep::Mark { .. }
+                | FirewallStep::Unmark(_) => {
+                    self.members(&[step], failed).await;
+                    continue;
+                }
             };
             if let Err(error) = result {
-                failed.push(step_error(step, error));
+                failed.push(StepError::new(*step, error));
             }
         }
     }
 
     /// Changes members of sets, all in one process; a bad line costs only its own step and those that rely on
     /// it.
-    async fn members(&self, steps: &[&Step], failed: &mut Vec<StepError>) {
-        let mut rest: Vec<(&Step, String)> = steps
+    async fn members(&self, steps: &[&FirewallStep], failed: &mut Vec<StepError>) {
+        let mut rest: Vec<(&FirewallStep, String)> = steps
             .iter()
             .filter_map(|step| Some((*step, member_line(step)?)))
             .collect();
@@ -201,9 +210,9 @@ impl Iptables {
                 Some(bad) => {
                     // All others again: ipset may not have sent the lines before the bad one yet.
                     let (step, _) = rest.remove(bad);
-                    failed.push(step_error(step, error));
+                    failed.push(StepError::new(step, error));
                     let (done, later) = rest.split_at(bad);
-                    let later: Vec<&Step> = later.iter().map(|(step, _)| *step).collect();
+                    let later: Vec<&FirewallStep> = later.iter().map(|(step, _)| *step).collect();
                     let keep = executable(&later, failed);
                     let done = done.iter().map(|(step, _)| *step);
                     rest = done
@@ -214,10 +223,7 @@ impl Iptables {
                 None => {
                     let text = error.to_string();
                     for (step, _) in rest.drain(..) {
-                        failed.push(StepError {
-                            step: step.clone(),
-                            source: Error::Batch(text.clone()),
-                        });
+                        failed.push(StepError::new(step, Error::Batch(text.clone())));
                     }
                 }
             }
@@ -260,22 +266,24 @@ impl Firewall for Iptables {
         Ok(states)
     }
 
-    async fn apply(&mut self, steps: &[&Step], failed: &mut Vec<StepError>) {
-        for batch in steps.chunk_by(|a, b| kind(a) == kind(b)) {
+    async fn apply(&mut self, steps: &[&FirewallStep], failed: &mut Vec<StepError>) {
+        for batch in steps.chunk_by(|a, b| together(a).is_some() && together(a) == together(b)) {
             let batch = executable(batch, failed);
-            match batch.first().map(|step| kind(step)) {
-                None => {}
-                Some(Kind::Members) => self.members(&batch, failed).await,
-                Some(Kind::Single) => self.one_by_one(&batch, failed).await,
-                Some(Kind::AddVips | Kind::RemoveVips) => {
-                    if let Err(error) = self.vips(&batch).await {
-                        match batch.as_slice() {
-                            [only] => failed.push(step_error(only, error)),
-                            // Which one it was cannot be told: one bad VIP must cost no other.
-                            _ => self.one_by_one(&batch, failed).await,
-                        }
-                    }
+            let vips: Vec<IpAddr> = batch.iter().filter_map(|step| vip_of(step)).collect();
+            let result = match batch.first().and_then(|step| together(step)) {
+                None => Err(None),
+                Some(Together::Members) => {
+                    self.members(&batch, failed).await;
+                    Ok(())
                 }
+                Some(Together::AddVips) => self.add_vips(&vips).await.map_err(Some),
+                Some(Together::RemoveVips) => self.remove_vips(&vips).await.map_err(Some),
+            };
+            match (result, batch.as_slice()) {
+                (Ok(()), _) => {}
+                (Err(Some(error)), [only]) => failed.push(StepError::new(*only, error)),
+                // Which one it was cannot be told: one bad VIP must cost no other.
+                (Err(_), _) => self.one_by_one(&batch, failed).await,
             }
         }
     }
@@ -285,34 +293,34 @@ impl Firewall for Iptables {
     }
 }
 
-fn step_error(step: &Step, error: ToolError) -> StepError {
-    StepError {
-        step: step.clone(),
-        source: error.into(),
-    }
-}
-
-/// Which steps can be executed together.
+/// Steps that are executed in one process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
+enum Together {
     Members,
     AddVips,
     RemoveVips,
-    Single,
 }
 
-fn kind(step: &Step) -> Kind {
+/// With which others a step is executed; `None`: by itself.
+fn together(step: &FirewallStep) -> Option<Together> {
     match step {
-        Step::AddVip(_) => Kind::AddVips,
-        Step::RemoveVip(_) => Kind::RemoveVips,
-        Step::InstallFirewall(..) | Step::RemoveFirewall(_) => Kind::Single,
-        _ => Kind::Members,
+        FirewallStep::Install(..) | FirewallStep::Remove(_) => None,
+        FirewallStep::AddVip(_) => Some(Together::AddVips),
+        FirewallStep::RemoveVip(_) => Some(Together::RemoveVips),
+        FirewallStep::AddNet(..)
+        | FirewallStep::RemoveNet(..)
+        | FirewallStep::AddPod(..)
+        | FirewallStep::RemovePod(..)
+        | FirewallStep::Translate { .. }
+        | FirewallStep::Untranslate { .. }
+        | FirewallStep::Mark { .. }
+        | FirewallStep::Unmark(_) => Some(Together::Members),
     }
 }
 
-fn vip_of(step: &Step) -> Option<IpAddr> {
+fn vip_of(step: &FirewallStep) -> Option<IpAddr> {
     match step {
-        Step::AddVip(vip) | Step::RemoveVip(vip) => Some(*vip),
+        FirewallStep::AddVip(vip) | FirewallStep::RemoveVip(vip) => Some(*vip),
         _ => None,
     }
 }

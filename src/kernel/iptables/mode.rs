@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::kernel::Error;
+use crate::kernel::error::Error;
 use crate::kernel::tool::run;
 use crate::state::Family;
 

@@ -9,7 +9,8 @@ use crate::kernel::iptables::chains::{
     Chain, Line, NAT, chains, is_own_chain, translated_vips, translation,
 };
 use crate::kernel::iptables::sets::{Sets, StaticSet, vip_of_set};
-use crate::state::{Family, FirewallState, Mark, PodState, Skeleton};
+use crate::kernel::ours::OwnSet;
+use crate::state::{Family, FirewallState, Mark, NetSet, PodSet, PodState, Skeleton};
 
 pub(super) fn state(family: Family, mask: u32, lines: &[Line], sets: &Sets) -> FirewallState {
     let members = |set: StaticSet| sets.get(&set.name(family)).map_or(&[][..], Vec::as_slice);
@@ -30,17 +31,10 @@ pub(super) fn state(family: Family, mask: u32, lines: &[Line], sets: &Sets) -> F
             .collect()
     };
     let mut pods: BTreeMap<IpAddr, PodState> = BTreeMap::new();
-    for pod in addresses(StaticSet::Pods) {
-        pods.entry(pod).or_default().egress = true;
-    }
-    for pod in addresses(StaticSet::Gateway) {
-        pods.entry(pod).or_default().gateway_here = true;
-    }
-    for pod in addresses(StaticSet::Blocked) {
-        pods.entry(pod).or_default().blocked = true;
-    }
-    for pod in addresses(StaticSet::Free) {
-        pods.entry(pod).or_default().ordinary = true;
+    for set in PodSet::ALL {
+        for pod in addresses(StaticSet::Set(OwnSet::Pods(set))) {
+            pods.entry(pod).or_default().set(set, true);
+        }
     }
     for (pod, rest) in members(StaticSet::Mark) {
         if let (Ok(pod), Some(mark)) = (pod.parse(), skbmark(rest)) {
@@ -57,20 +51,22 @@ pub(super) fn state(family: Family, mask: u32, lines: &[Line], sets: &Sets) -> F
             pods.entry(pod).or_default().vips.insert(vip);
         }
     }
-    let guarded: BTreeSet<IpAddr> = addresses(StaticSet::Vips).collect();
+    let guarded: BTreeSet<IpAddr> = addresses(StaticSet::Set(OwnSet::Vips)).collect();
     let with_rule: BTreeSet<IpAddr> = translated_vips(lines).collect();
     let skeleton = skeleton(family, mask, lines, sets, [&with_set, &guarded, &with_rule]);
-    FirewallState {
+    let mut state = FirewallState {
         skeleton,
-        excluded: nets(StaticSet::Excluded),
-        remote_pods: nets(StaticSet::Remote),
-        local_pods: nets(StaticSet::Local),
         vips: with_set
             .into_iter()
             .filter(|vip| guarded.contains(vip) && with_rule.contains(vip))
             .collect(),
         pods,
+        ..FirewallState::default()
+    };
+    for set in NetSet::ALL {
+        *state.nets_mut(set) = nets(StaticSet::Set(OwnSet::Nets(set)));
     }
+    state
 }
 
 /// `skbmark 0x100000/0xf00000`; without a mask all bits count.
@@ -92,7 +88,7 @@ pub(super) fn skeleton(
     sets: &Sets,
     [with_set, guarded, with_rule]: [&BTreeSet<IpAddr>; 3],
 ) -> Skeleton {
-    let own_sets = StaticSet::ALL.map(|set| set.name(family));
+    let own_sets: Vec<String> = StaticSet::all().map(|set| set.name(family)).collect();
     let has_chain = lines
         .iter()
         .any(|line| is_own_chain(&line.chain) || line.jumps_to_us());

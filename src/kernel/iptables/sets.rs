@@ -6,10 +6,11 @@ use std::time::Duration;
 
 use ipnet::IpNet;
 
-use crate::kernel::LATE_REPLY_SECONDS;
 use crate::kernel::conntrack::LateReply;
+use crate::kernel::firewall::LATE_REPLY_SECONDS;
+use crate::kernel::ours::{OwnSet, digit};
 use crate::kernel::tool::{ToolError, run};
-use crate::state::{Family, Step};
+use crate::state::{Family, FirewallStep, NetSet, PodSet};
 
 /// What every set of ours is called.
 const PREFIX: &str = "METALEG-";
@@ -22,72 +23,35 @@ const RELEASE_PAUSE: Duration = Duration::from_millis(50);
 /// The sets that are always there, one of each for each family.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum StaticSet {
-    /// Destinations that are not egress.
-    Excluded,
-    /// Pod networks of other nodes.
-    Remote,
-    /// Pod networks of this node whose pods wait to be classified.
-    Local,
-    /// Pods of this node that are no egress pods.
-    Free,
-    /// VIPs to guard.
-    Vips,
-    /// Egress pods.
-    Pods,
+    /// A set that the other backend has, too.
+    Set(OwnSet),
     /// Marks of pods that are routed to another node.
     Mark,
-    /// Pods whose gateway this node is: no rule asks, a restarted agent does.
-    Gateway,
-    /// Pods without a way out.
-    Blocked,
-    /// Replies of forgotten connections: the kernel removes them by itself, and nobody reads them.
-    LateReplies,
 }
 
 impl StaticSet {
-    pub(super) const ALL: [StaticSet; 10] = [
-        StaticSet::Excluded,
-        StaticSet::Remote,
-        StaticSet::Local,
-        StaticSet::Free,
-        StaticSet::Vips,
-        StaticSet::Pods,
-        StaticSet::Mark,
-        StaticSet::Gateway,
-        StaticSet::Blocked,
-        StaticSet::LateReplies,
-    ];
+    pub(super) fn all() -> impl Iterator<Item = StaticSet> {
+        let sets = OwnSet::ALL.into_iter().map(StaticSet::Set);
+        sets.chain([StaticSet::Mark])
+    }
 
     pub(super) fn name(self, family: Family) -> String {
-        let what = match self {
-            StaticSet::Excluded => "EXCLUDED",
-            StaticSet::Remote => "REMOTE",
-            StaticSet::Local => "LOCAL",
-            StaticSet::Free => "FREE",
-            StaticSet::Vips => "VIPS",
-            StaticSet::Pods => "PODS",
-            StaticSet::Mark => "MARK",
-            StaticSet::Gateway => "GATEWAY",
-            StaticSet::Blocked => "BLOCKED",
-            StaticSet::LateReplies => "LATE",
+        let word = match self {
+            StaticSet::Set(set) => set.word(),
+            StaticSet::Mark => "mark",
         };
-        let number = match family {
-            Family::V4 => 4,
-            Family::V6 => 6,
-        };
-        format!("{PREFIX}{what}-{number}")
+        let word = word.to_uppercase().replace('_', "-");
+        format!("{PREFIX}{word}-{}", digit(family))
     }
 
     pub(super) fn create(self, family: Family) -> String {
-        let kind = match self {
-            StaticSet::Excluded | StaticSet::Remote | StaticSet::Local => "hash:net",
-            StaticSet::LateReplies => "hash:ip,port,ip",
-            _ => "hash:ip",
-        };
-        let extension = match self {
-            StaticSet::Mark => " skbinfo".to_owned(),
-            StaticSet::LateReplies => format!(" timeout {LATE_REPLY_SECONDS}"),
-            _ => String::new(),
+        let (kind, extension) = match self {
+            StaticSet::Set(OwnSet::Nets(_)) => ("hash:net", String::new()),
+            StaticSet::Set(OwnSet::Pods(_) | OwnSet::Vips) => ("hash:ip", String::new()),
+            StaticSet::Set(OwnSet::LateReplies) => {
+                ("hash:ip,port,ip", format!(" timeout {LATE_REPLY_SECONDS}"))
+            }
+            StaticSet::Mark => ("hash:ip", " skbinfo".to_owned()),
         };
         create(&self.name(family), kind, family, &extension)
     }
@@ -154,47 +118,38 @@ pub(super) fn vip_of_set(name: &str) -> Option<IpAddr> {
 pub(super) fn create_vip(vip: IpAddr) -> String {
     let family = Family::of(vip);
     let set = create(&vip_set(vip), "hash:ip", family, "");
-    format!("{set}\nadd {} {vip}\n", StaticSet::Vips.name(family))
+    format!(
+        "{set}\nadd {} {vip}\n",
+        StaticSet::Set(OwnSet::Vips).name(family)
+    )
 }
 
-/// The `ipset restore` line of a step that changes one member of a set.
-pub(super) fn member_line(step: &Step) -> Option<String> {
-    let (verb, set, member) = match step {
-        Step::Exclude(net) => ("add", StaticSet::Excluded, *net),
-        Step::Include(net) => ("del", StaticSet::Excluded, *net),
-        Step::AddRemotePods(net) => ("add", StaticSet::Remote, *net),
-        Step::RemoveRemotePods(net) => ("del", StaticSet::Remote, *net),
-        Step::AddLocalPods(net) => ("add", StaticSet::Local, *net),
-        Step::RemoveLocalPods(net) => ("del", StaticSet::Local, *net),
-        Step::Free(pod) => ("add", StaticSet::Free, IpNet::from(*pod)),
-        Step::Unfree(pod) => ("del", StaticSet::Free, IpNet::from(*pod)),
-        Step::Know(pod) => ("add", StaticSet::Pods, IpNet::from(*pod)),
-        Step::Unknow(pod) => ("del", StaticSet::Pods, IpNet::from(*pod)),
-        Step::Unmark(pod) => ("del", StaticSet::Mark, IpNet::from(*pod)),
-        Step::Gateway(pod) => ("add", StaticSet::Gateway, IpNet::from(*pod)),
-        Step::Ungateway(pod) => ("del", StaticSet::Gateway, IpNet::from(*pod)),
-        Step::Block(pod) => ("add", StaticSet::Blocked, IpNet::from(*pod)),
-        Step::Unblock(pod) => ("del", StaticSet::Blocked, IpNet::from(*pod)),
-        Step::Mark { pod, mark } => {
-            let set = StaticSet::Mark.name(Family::of(*pod));
-            return Some(format!("add {set} {pod} skbmark {mark}"));
-        }
-        Step::Translate { pod, vip } => return Some(format!("add {} {pod}", vip_set(*vip))),
-        Step::Untranslate { pod, vip } => return Some(format!("del {} {pod}", vip_set(*vip))),
-        _ => return None,
-    };
-    let set_name = set.name(Family::of_net(member));
-    match set {
-        StaticSet::Excluded | StaticSet::Remote | StaticSet::Local => {
-            Some(format!("{verb} {set_name} {member}"))
-        }
-        _ => Some(format!("{verb} {set_name} {}", member.addr())),
-    }
+/// The `ipset restore` line of a step that changes one member of a set; none of other steps.
+pub(super) fn member_line(step: &FirewallStep) -> Option<String> {
+    let of_nets =
+        |set: &NetSet, net: &IpNet| StaticSet::Set(OwnSet::Nets(*set)).name(Family::of_net(*net));
+    let of_pods =
+        |set: &PodSet, pod: &IpAddr| StaticSet::Set(OwnSet::Pods(*set)).name(Family::of(*pod));
+    let marks = |pod: &IpAddr| StaticSet::Mark.name(Family::of(*pod));
+    Some(match step {
+        FirewallStep::AddNet(set, net) => format!("add {} {net}", of_nets(set, net)),
+        FirewallStep::RemoveNet(set, net) => format!("del {} {net}", of_nets(set, net)),
+        FirewallStep::AddPod(set, pod) => format!("add {} {pod}", of_pods(set, pod)),
+        FirewallStep::RemovePod(set, pod) => format!("del {} {pod}", of_pods(set, pod)),
+        FirewallStep::Mark { pod, mark } => format!("add {} {pod} skbmark {mark}", marks(pod)),
+        FirewallStep::Unmark(pod) => format!("del {} {pod}", marks(pod)),
+        FirewallStep::Translate { pod, vip } => format!("add {} {pod}", vip_set(*vip)),
+        FirewallStep::Untranslate { pod, vip } => format!("del {} {pod}", vip_set(*vip)),
+        FirewallStep::Install(..)
+        | FirewallStep::Remove(_)
+        | FirewallStep::AddVip(_)
+        | FirewallStep::RemoveVip(_) => return None,
+    })
 }
 
 /// The `ipset restore` line that expects late replies.
 pub(super) fn late_line(late: &LateReply) -> String {
-    let set = StaticSet::LateReplies.name(Family::of(late.pod.0));
+    let set = StaticSet::Set(OwnSet::LateReplies).name(Family::of(late.pod.0));
     let ((pod, port), (outside, _)) = (late.pod, late.outside);
     format!("add {set} {pod},{}:{port},{outside}\n", late.protocol)
 }
@@ -268,7 +223,7 @@ pub(super) async fn names() -> Result<Vec<String>, ToolError> {
 
 /// Whether a set is of this backend.
 pub(super) fn is_own_set(name: &str) -> bool {
-    let is_static = |family: Family| StaticSet::ALL.iter().any(|set| set.name(family) == name);
+    let is_static = |family: Family| StaticSet::all().any(|set| set.name(family) == name);
     Family::ALL.into_iter().any(is_static) || vip_of_set(name).is_some()
 }
 

@@ -5,32 +5,17 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::{IpNet, Ipv4Subnets, Ipv6Subnets};
 
-use crate::kernel::LATE_REPLY_SECONDS;
 use crate::kernel::conntrack::LateReply;
+use crate::kernel::firewall::LATE_REPLY_SECONDS;
 use crate::kernel::nftables::ruleset::{mark_of_chain, slot_chain};
-use crate::state::{Family, FirewallState, PodState, Skeleton};
+use crate::kernel::ours::{OwnSet, digit};
+use crate::state::{Family, FirewallState, NetSet, PodSet, PodState, Skeleton};
 
 /// A set or map of one family.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Kind {
-    /// Destinations that are not egress.
-    Excluded,
-    /// Pod networks of other nodes.
-    Remote,
-    /// Pod networks of this node whose pods wait to be classified.
-    Local,
-    /// Pods of this node that are no egress pods.
-    Free,
-    /// VIPs to guard.
-    Vips,
-    /// Egress pods.
-    Pods,
-    /// Pods whose gateway this node is: no rule asks, a restarted agent does.
-    Gatewayed,
-    /// Pods without a way out.
-    Blocked,
-    /// Replies of forgotten connections: the kernel removes them by itself, and nobody reads them.
-    LateReplies,
+    /// A set that the other backend has, too.
+    Set(OwnSet),
     /// Pod to the chain that marks its packets for its gateway.
     Slot,
     /// Pod to VIP.
@@ -38,45 +23,24 @@ pub(crate) enum Kind {
 }
 
 impl Kind {
-    pub(crate) const ALL: [Kind; 11] = [
-        Kind::Excluded,
-        Kind::Remote,
-        Kind::Local,
-        Kind::Free,
-        Kind::Vips,
-        Kind::Pods,
-        Kind::Gatewayed,
-        Kind::Blocked,
-        Kind::LateReplies,
-        Kind::Slot,
-        Kind::Vip,
-    ];
+    pub(crate) fn all() -> impl Iterator<Item = Kind> {
+        let sets = OwnSet::ALL.into_iter().map(Kind::Set);
+        sets.chain([Kind::Slot, Kind::Vip])
+    }
 
     /// Whether its keys are networks.
     pub(crate) fn of_networks(self) -> bool {
-        matches!(self, Kind::Excluded | Kind::Remote | Kind::Local)
+        matches!(self, Kind::Set(OwnSet::Nets(_)))
     }
 
     /// The name of the family's set.
     pub(crate) fn name(self, family: Family) -> String {
-        let name = match self {
-            Kind::Excluded => "excluded",
-            Kind::Remote => "remote",
-            Kind::Local => "local",
-            Kind::Free => "free",
-            Kind::Vips => "vips",
-            Kind::Pods => "pods",
-            Kind::Gatewayed => "gateway_here",
-            Kind::Blocked => "blocked",
-            Kind::LateReplies => "late",
+        let word = match self {
+            Kind::Set(set) => set.word(),
             Kind::Slot => "slot",
             Kind::Vip => "vip",
         };
-        let number = match family {
-            Family::V4 => 4,
-            Family::V6 => 6,
-        };
-        format!("{name}{number}")
+        format!("{word}{}", digit(family))
     }
 
     /// The declaration as `nft` takes it, with elements.
@@ -92,7 +56,7 @@ impl Kind {
         let (word, kind) = match self {
             Kind::Slot => ("map", format!("{address} : verdict")),
             Kind::Vip => ("map", format!("{address} : {address}")),
-            Kind::LateReplies => (
+            Kind::Set(OwnSet::LateReplies) => (
                 "set",
                 format!("{address} . inet_proto . inet_service . {address} . inet_service"),
             ),
@@ -100,7 +64,7 @@ impl Kind {
         };
         let flags = match self {
             _ if self.of_networks() => "    flags interval;\n".to_owned(),
-            Kind::LateReplies => {
+            Kind::Set(OwnSet::LateReplies) => {
                 format!("    flags timeout;\n    timeout {LATE_REPLY_SECONDS}s;\n")
             }
             _ => String::new(),
@@ -144,17 +108,10 @@ pub(crate) fn of_pod(address: IpAddr, pod: &PodState, elements: &mut Elements) {
         let set = elements.entry(kind).or_default();
         set.insert(IpNet::from(address), value);
     };
-    if pod.egress {
-        put(Kind::Pods, Value::None);
-    }
-    if pod.gateway_here {
-        put(Kind::Gatewayed, Value::None);
-    }
-    if pod.blocked {
-        put(Kind::Blocked, Value::None);
-    }
-    if pod.ordinary {
-        put(Kind::Free, Value::None);
+    for set in PodSet::ALL {
+        if pod.is_in(set) {
+            put(Kind::Set(OwnSet::Pods(set)), Value::None);
+        }
     }
     if let Some(mark) = pod.mark {
         put(Kind::Slot, Value::Chain(slot_chain(mark)));
@@ -172,14 +129,15 @@ pub(crate) fn of_networks(state: &FirewallState, elements: &mut Elements) {
         let nets = IpNet::aggregate(&nets.iter().copied().collect());
         nets.into_iter().map(|net| (net, Value::None)).collect()
     };
-    elements.insert(Kind::Excluded, disjoint(&state.excluded));
-    elements.insert(Kind::Remote, disjoint(&state.remote_pods));
-    elements.insert(Kind::Local, disjoint(&state.local_pods));
+    for set in NetSet::ALL {
+        let nets = disjoint(state.nets(set));
+        elements.insert(Kind::Set(OwnSet::Nets(set)), nets);
+    }
     let vips = state
         .vips
         .iter()
         .map(|vip| (IpNet::from(*vip), Value::None));
-    elements.insert(Kind::Vips, vips.collect());
+    elements.insert(Kind::Set(OwnSet::Vips), vips.collect());
 }
 
 /// All elements of a family.
@@ -196,17 +154,10 @@ pub(crate) fn of_state(state: &FirewallState) -> Elements {
 pub(crate) fn state_of(elements: &Elements, mask: u32, skeleton: Skeleton) -> FirewallState {
     let keys = |kind: Kind| elements.get(&kind).into_iter().flatten();
     let mut pods: BTreeMap<IpAddr, PodState> = BTreeMap::new();
-    for (net, _) in keys(Kind::Pods) {
-        pods.entry(net.addr()).or_default().egress = true;
-    }
-    for (net, _) in keys(Kind::Gatewayed) {
-        pods.entry(net.addr()).or_default().gateway_here = true;
-    }
-    for (net, _) in keys(Kind::Blocked) {
-        pods.entry(net.addr()).or_default().blocked = true;
-    }
-    for (net, _) in keys(Kind::Free) {
-        pods.entry(net.addr()).or_default().ordinary = true;
+    for set in PodSet::ALL {
+        for (net, _) in keys(Kind::Set(OwnSet::Pods(set))) {
+            pods.entry(net.addr()).or_default().set(set, true);
+        }
     }
     for (net, value) in keys(Kind::Slot) {
         if let Value::Chain(chain) = value {
@@ -218,14 +169,19 @@ pub(crate) fn state_of(elements: &Elements, mask: u32, skeleton: Skeleton) -> Fi
             pods.entry(net.addr()).or_default().vips.insert(*vip);
         }
     }
-    FirewallState {
+    let mut state = FirewallState {
         skeleton,
-        excluded: keys(Kind::Excluded).map(|(net, _)| *net).collect(),
-        remote_pods: keys(Kind::Remote).map(|(net, _)| *net).collect(),
-        local_pods: keys(Kind::Local).map(|(net, _)| *net).collect(),
-        vips: keys(Kind::Vips).map(|(net, _)| net.addr()).collect(),
+        vips: keys(Kind::Set(OwnSet::Vips))
+            .map(|(net, _)| net.addr())
+            .collect(),
         pods,
+        ..FirewallState::default()
+    };
+    for set in NetSet::ALL {
+        let nets = keys(Kind::Set(OwnSet::Nets(set))).map(|(net, _)| *net);
+        state.nets_mut(set).extend(nets);
     }
+    state
 }
 
 /// The key of late replies: each part begins at a multiple of four bytes, as nft concatenates them.

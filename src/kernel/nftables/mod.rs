@@ -26,11 +26,13 @@ pub(crate) use self::read::{BaseChain, any_chain};
 use self::ruleset::{Chain, chains};
 pub(crate) use self::ruleset::{TABLE, TRANSLATION_PRIORITY};
 use crate::kernel::conntrack::LateReply;
+use crate::kernel::error::{Error, StepError, executable};
+use crate::kernel::firewall::{Firewall, LATE_REPLY_SECONDS};
 use crate::kernel::netfilter::{Message, Netfilter, NetlinkError, message};
+use crate::kernel::ours::OwnSet;
 use crate::kernel::tool::run;
-use crate::kernel::{Error, Firewall, LATE_REPLY_SECONDS, StepError, executable};
 use crate::settings::FwMask;
-use crate::state::{Family, FirewallState, KernelState, Skeleton, Step};
+use crate::state::{Family, FirewallState, FirewallStep, KernelState, Skeleton};
 
 /// `NFNL_SUBSYS_NFTABLES` of nfnetlink.h: the subsystem that a transaction is for.
 const SUBSYSTEM: u16 = 10;
@@ -77,10 +79,7 @@ impl Nftables {
         let mut states = BTreeMap::new();
         for &family in &self.families {
             let mut elements = Elements::new();
-            for kind in Kind::ALL
-                .into_iter()
-                .filter(|kind| *kind != Kind::LateReplies)
-            {
+            for kind in Kind::all().filter(|kind| *kind != Kind::Set(OwnSet::LateReplies)) {
                 if sets.contains(&kind.name(family)) {
                     elements.insert(kind, self.members(kind, family)?);
                 }
@@ -142,8 +141,8 @@ impl Nftables {
             },
         )?;
         let missing = self.families.iter().flat_map(|family| {
-            let names = Kind::ALL.map(|kind| kind.name(*family));
-            names.into_iter().filter(|name| !sets.contains(name))
+            let names = Kind::all().map(|kind| kind.name(*family));
+            names.filter(|name| !sets.contains(name))
         });
         if let Some(set) = { missing }.next() {
             return Ok(Some(format!("set {set} is missing")));
@@ -176,13 +175,14 @@ impl Nftables {
     }
 
     /// Executes steps in one transaction: all of them or none. After a failure what is held must be read again.
-    async fn transaction(&mut self, steps: &[&Step]) -> Result<(), Error> {
+    async fn transaction(&mut self, steps: &[&FirewallStep]) -> Result<(), Error> {
         let before = self.concerned(steps);
         for step in steps {
-            self.held.apply(step);
+            self.held.apply_firewall(step);
         }
-        let whole =
-            |step: &&Step| matches!(step, Step::InstallFirewall(..) | Step::RemoveFirewall(_));
+        let whole = |step: &&FirewallStep| {
+            matches!(step, FirewallStep::Install(..) | FirewallStep::Remove(_))
+        };
         let nothing = FirewallState::default();
         let mut families = self.held.families.values();
         if !steps.iter().any(whole) {
@@ -200,7 +200,7 @@ impl Nftables {
     }
 
     /// The elements that steps concern, as held.
-    fn concerned(&self, steps: &[&Step]) -> BTreeMap<Family, Elements> {
+    fn concerned(&self, steps: &[&FirewallStep]) -> BTreeMap<Family, Elements> {
         let pods: BTreeSet<IpAddr> = steps.iter().filter_map(|step| step.pod()).collect();
         let networks = steps.iter().any(|step| step.pod().is_none());
         let mut concerned = BTreeMap::new();
@@ -258,27 +258,21 @@ impl Firewall for Nftables {
         Ok(states)
     }
 
-    async fn apply(&mut self, steps: &[&Step], failed: &mut Vec<StepError>) {
+    async fn apply(&mut self, steps: &[&FirewallStep], failed: &mut Vec<StepError>) {
         let batch = executable(steps, failed);
         if batch.is_empty() || self.transaction(&batch).await.is_ok() {
             return;
         }
         // Perhaps the table is not what we took it for. Then each step by itself: a bad one must cost no other.
         if let Err(error) = self.observe().await {
-            let source = |_| Error::Batch(error.to_string());
-            failed.extend(batch.iter().map(|step| StepError {
-                step: (*step).clone(),
-                source: source(step),
-            }));
+            let source = || Error::Batch(error.to_string());
+            failed.extend(batch.iter().map(|step| StepError::new(*step, source())));
             return;
         }
         for step in batch {
             for step in executable(&[step], failed) {
-                if let Err(source) = self.transaction(&[step]).await {
-                    failed.push(StepError {
-                        step: step.clone(),
-                        source,
-                    });
+                if let Err(error) = self.transaction(&[step]).await {
+                    failed.push(StepError::new(step, error));
                 }
             }
         }
@@ -305,7 +299,10 @@ fn late_messages(family: Family, replies: &[LateReply]) -> Vec<u8> {
                 SetElementAttribute::Expiration(u64::from(LATE_REPLY_SECONDS) * 1000),
             ])
         });
-        messages.extend(add(&Kind::LateReplies.name(family), elements.collect()));
+        messages.extend(add(
+            &Kind::Set(OwnSet::LateReplies).name(family),
+            elements.collect(),
+        ));
     }
     messages
 }
@@ -350,7 +347,7 @@ fn document(families: &[Family], mask: FwMask, state: &KernelState) -> String {
             .get(&family)
             .map_or(&nothing, |f| &f.firewall);
         let elements = elements::of_state(firewall);
-        for kind in Kind::ALL {
+        for kind in Kind::all() {
             text += &kind.text(family, elements.get(&kind).into_iter().flatten());
         }
     }
@@ -367,7 +364,7 @@ fn changes(from: &BTreeMap<Family, Elements>, to: &BTreeMap<Family, Elements>) -
     for family in Family::ALL {
         let (old, new) = (from.get(&family), to.get(&family));
         for (operation, these, those) in [(Change::Delete, old, new), (Change::Add, new, old)] {
-            for kind in Kind::ALL {
+            for kind in Kind::all() {
                 let others = those.and_then(|elements| elements.get(&kind));
                 let differing: Vec<_> = these
                     .and_then(|elements| elements.get(&kind))

@@ -125,9 +125,9 @@ pub(crate) fn chains(families: &[Family], mask: u32, slots: u32) -> Vec<Chain> {
             // The pod's node has just forgotten their connection: as the beginning of one from outside they would
             // make the pod's next packet an answer, which leaves as it is.
             rule(
-                "late",
+                "late-reply",
                 format!(
-                    "ct state new {ip} saddr . meta l4proto . th sport . {ip} daddr . th dport @late{n} counter drop"
+                    "ct state new {ip} saddr . meta l4proto . th sport . {ip} daddr . th dport @late_replies{n} counter drop"
                 ),
             ),
             // The gateway may know a connection that the pod's node has lost or has seen the end of: the same, for as
@@ -136,7 +136,7 @@ pub(crate) fn chains(families: &[Family], mask: u32, slots: u32) -> Vec<Chain> {
                 "midway",
                 format!(
                     "ct state new tcp flags & (fin | syn | rst | ack) != syn \
-                     {ip} daddr @pods{n} {ip} saddr != @excluded{n} counter drop"
+                     {ip} daddr @egress{n} {ip} saddr != @excluded{n} counter drop"
                 ),
             ),
             // A VIP moves before routes and objects do. A packet of an outside server that arrives here before
@@ -164,48 +164,51 @@ pub(crate) fn chains(families: &[Family], mask: u32, slots: u32) -> Vec<Chain> {
             // INVALID packets skip NAT.
             rule(
                 "invalid",
-                format!("{ip} saddr @pods{n} ct state invalid counter drop"),
+                format!("{ip} saddr @egress{n} ct state invalid counter drop"),
             ),
             // Another node takes us for its pod's gateway, and we do not know the pod yet: the masquerade of the
             // CNI plugin would give it this node's address.
             rule(
                 "unknown",
-                format!("{ip} saddr @remote{n} {ip} saddr != @pods{n} counter drop"),
+                format!("{ip} saddr @remote_pods{n} {ip} saddr != @egress{n} counter drop"),
             ),
             // Dropped, not rejected: it is known in a moment, and until then senders try again.
             rule(
                 "unclassified",
                 format!(
-                    "{ip} saddr @local{n} {ip} saddr != @pods{n} {ip} saddr != @free{n} counter drop"
+                    "{ip} saddr @local_pods{n} {ip} saddr != @egress{n} {ip} saddr != @ordinary{n} counter drop"
                 ),
             ),
         ]);
         translation.extend([
-            rule("other", format!("{ip} saddr != @pods{n} return")),
+            rule("other", format!("{ip} saddr != @egress{n} return")),
             excluded.clone(),
             // On its way to the gateway a packet keeps its source. Translating it to itself takes the decision
             // away from the masquerade of the CNI plugin.
             rule("identity", format!("{marked} snat {ip} to {ip} saddr")),
             rule("vip", format!("snat {ip} to {ip} saddr map @vip{n}")),
             // Nor may that have what has no translation.
-            rule("none", format!("{ip} saddr @pods{n} counter drop")),
+            rule("none", format!("{ip} saddr @egress{n} counter drop")),
         ]);
         leak.extend([
             excluded,
             rule("translated", format!("{ip} saddr @vips{n} return")),
-            rule("marked", format!("{marked} {ip} saddr @pods{n} return")),
+            rule("marked", format!("{marked} {ip} saddr @egress{n} return")),
             // On its way to the gateway.
             rule(
                 "error",
-                format!("{ip} saddr != @pods{n} ct state related meta l4proto {l4} return"),
+                format!("{ip} saddr != @egress{n} ct state related meta l4proto {l4} return"),
             ),
             // Whoever gave it another source: a masquerade of others, or a connection that is older than what we
             // decided.
             rule(
                 "leak",
-                format!("ct original {ip} saddr @pods{n} counter drop"),
+                format!("ct original {ip} saddr @egress{n} counter drop"),
             ),
-            rule("untranslated", format!("{ip} saddr @pods{n} counter drop")),
+            rule(
+                "untranslated",
+                format!("{ip} saddr @egress{n} counter drop"),
+            ),
         ]);
     }
     guard.extend(guard_excluded);

@@ -21,10 +21,12 @@ use netlink_packet_route::rule::{
 use netlink_sys::AsyncSocket;
 use rtnetlink::Handle;
 
-use crate::kernel::StepError;
 use crate::kernel::drift::Devices;
+use crate::kernel::error::StepError;
 use crate::names::Interface;
-use crate::state::{Family, Mark, NextHop, RouteState, Rule, RuleAction, Step, Table, TableId};
+use crate::state::{
+    Family, Mark, NextHop, RouteState, RouteStep, Rule, RuleAction, Table, TableId,
+};
 
 /// Protocol number of our rules and routes: in none of the lists of iproute2, FRR or BIRD. Shown by `ip rule`
 /// and `ip route` as `proto 77`.
@@ -251,42 +253,39 @@ impl Routes {
     }
 
     /// Executes route steps in order, and adds those that fail to `failed`.
-    pub(crate) async fn apply(&self, steps: &[&Step], failed: &mut Vec<StepError>) {
+    pub(crate) async fn apply(&self, steps: &[&RouteStep], failed: &mut Vec<StepError>) {
         for step in steps {
             if let Err(error) = self.execute(step).await {
-                failed.push(StepError {
-                    step: (*step).clone(),
-                    source: error.into(),
-                });
+                failed.push(StepError::new(*step, error));
             }
         }
     }
 
-    async fn execute(&self, step: &Step) -> Result<(), RouteError> {
+    async fn execute(&self, step: &RouteStep) -> Result<(), RouteError> {
         match step {
-            Step::AddRule(family, rule) => {
+            RouteStep::AddRule(family, rule) => {
                 let mut request = self.handle.rule().add();
                 *request.message_mut() = rule_message(*family, rule);
                 present(request.execute().await).map_err(refused("add the rule"))
             }
-            Step::RemoveRule(family, rule) => {
+            RouteStep::RemoveRule(family, rule) => {
                 let request = self.handle.rule().del(rule_message(*family, rule));
                 absent(request.execute().await).map_err(refused("remove the rule"))
             }
-            Step::AddFallback(family, table) => {
+            RouteStep::AddFallback(family, table) => {
                 let request = self.handle.route().add(fallback_message(*family, *table));
                 present(request.execute().await).map_err(refused("add the route"))
             }
-            Step::RemoveFallback(family, table) => {
+            RouteStep::RemoveFallback(family, table) => {
                 let request = self.handle.route().del(fallback_message(*family, *table));
                 absent(request.execute().await).map_err(refused("remove the route"))
             }
-            Step::SetGateway(table, hop) => {
+            RouteStep::SetGateway(table, hop) => {
                 let message = self.gateway_message(*table, hop).await?;
                 let request = self.handle.route().add(message).replace();
                 request.execute().await.map_err(refused("set the route"))
             }
-            Step::RemoveGateway(table, hop) => {
+            RouteStep::RemoveGateway(table, hop) => {
                 // The interface may be gone already, and the route with it.
                 let mut message = route_message(Family::of(hop.via), *table, GATEWAY_METRIC);
                 message.header.kind = RouteType::Unicast;
@@ -295,7 +294,6 @@ impl Routes {
                 let request = self.handle.route().del(message);
                 absent(request.execute().await).map_err(refused("remove the route"))
             }
-            _ => Ok(()),
         }
     }
 

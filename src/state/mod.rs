@@ -1,0 +1,401 @@
+//! The vocabulary of a node's kernel: what of ours is in it, what should be, and the steps between.
+//!
+//! Plain values without I/O, shared by `plan` (which makes the wanted [`KernelState`]), `kernel` (which reads
+//! the present one and executes [`Step`]s) and `diff` (which orders the steps).
+
+mod routing;
+mod step;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+
+pub use self::routing::{Mark, NextHop, NextHops, RouteState, Rule, RuleAction, Table, TableId};
+pub use self::step::{ConnectionStep, FirewallStep, RouteStep, Step};
+
+/// An IP address family. Everything is kept for each family by itself: they share no kernel object.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Family {
+    /// IPv4.
+    V4,
+    /// IPv6.
+    V6,
+}
+
+impl Family {
+    /// Both families, in the order in which they are worked on.
+    pub const ALL: [Family; 2] = [Family::V4, Family::V6];
+
+    /// The family of an address.
+    #[must_use]
+    pub fn of(address: IpAddr) -> Family {
+        if address.is_ipv4() {
+            Family::V4
+        } else {
+            Family::V6
+        }
+    }
+
+    /// The family of a network.
+    #[must_use]
+    pub fn of_net(net: IpNet) -> Family {
+        Family::of(net.addr())
+    }
+}
+
+impl fmt::Display for Family {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Family::V4 => "IPv4",
+            Family::V6 => "IPv6",
+        })
+    }
+}
+
+/// Whether the static part of the firewall (chains, jumps, sets) is there.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Skeleton {
+    /// Nothing of ours.
+    #[default]
+    Absent,
+    /// Something is missing or changed; the text says what, for the log.
+    Damaged(String),
+    /// All there, in the right order.
+    Intact,
+}
+
+/// A set of pods in the kernel: one flag of [`PodState`] each.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum PodSet {
+    /// Egress pods: their connections pass our NAT, and what escapes it is dropped.
+    Egress,
+    /// Pods whose gateway this node is. No rule looks there: a restarted agent knows by it whose connections became
+    /// stale while it was away.
+    GatewayHere,
+    /// Pods without a way out: rejected.
+    Blocked,
+    /// Pods of this node that are known to be no egress pods; kept only where pods wait for that.
+    Ordinary,
+}
+
+impl PodSet {
+    /// All of them.
+    pub const ALL: [PodSet; 4] = [
+        PodSet::Egress,
+        PodSet::GatewayHere,
+        PodSet::Blocked,
+        PodSet::Ordinary,
+    ];
+}
+
+impl fmt::Display for PodSet {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            PodSet::Egress => "egress pods",
+            PodSet::GatewayHere => "pods whose gateway this node is",
+            PodSet::Blocked => "blocked pods",
+            PodSet::Ordinary => "ordinary pods",
+        })
+    }
+}
+
+/// A set of networks in the kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum NetSet {
+    /// Destinations that are not egress.
+    Excluded,
+    /// Pod networks of the other nodes: what comes from there to outside must be of an egress pod.
+    RemotePods,
+    /// Pod networks of this node whose pods wait until they are classified.
+    LocalPods,
+}
+
+impl NetSet {
+    /// All of them.
+    pub const ALL: [NetSet; 3] = [NetSet::Excluded, NetSet::RemotePods, NetSet::LocalPods];
+}
+
+impl fmt::Display for NetSet {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            NetSet::Excluded => "excluded destinations",
+            NetSet::RemotePods => "remote pod networks",
+            NetSet::LocalPods => "local pod networks",
+        })
+    }
+}
+
+/// What this node does with one pod. The flags are independent because a crash can leave any of them.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PodState {
+    /// In [`PodSet::Egress`].
+    pub egress: bool,
+    /// The VIPs that it is translated to when it is not marked: one, or two in the middle of a change.
+    pub vips: BTreeSet<IpAddr>,
+    /// The mark that routes it to its gateway; none where this node is the gateway or the pod is elsewhere.
+    pub mark: Option<Mark>,
+    /// In [`PodSet::GatewayHere`].
+    pub gateway_here: bool,
+    /// The VIP may have been announced elsewhere since the last pass, so conntrack entries here may be stale. Set by the
+    /// agent, never read from the kernel: see [`KernelState::interrupt`].
+    pub interrupted: bool,
+    /// In [`PodSet::Blocked`].
+    pub blocked: bool,
+    /// In [`PodSet::Ordinary`].
+    pub ordinary: bool,
+}
+
+/// Firewall of one family.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct FirewallState {
+    /// Chains, jumps and static sets.
+    pub skeleton: Skeleton,
+    /// [`NetSet::Excluded`].
+    pub excluded: BTreeSet<IpNet>,
+    /// [`NetSet::RemotePods`].
+    pub remote_pods: BTreeSet<IpNet>,
+    /// [`NetSet::LocalPods`].
+    pub local_pods: BTreeSet<IpNet>,
+    /// All egress VIPs; each has its translation and is guarded.
+    pub vips: BTreeSet<IpAddr>,
+    /// Pods by address: egress pods of every node of the cluster, and the ordinary ones of this node.
+    pub pods: BTreeMap<IpAddr, PodState>,
+}
+
+/// Everything of ours in one family.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct FamilyState {
+    /// Rules and tables.
+    pub routes: RouteState,
+    /// Chains and sets.
+    pub firewall: FirewallState,
+}
+
+/// What does our work in another way: left by a start with another backend, or by an earlier release.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Remnant {
+    /// The table of the nftables backend.
+    Nftables,
+    /// Chains of the iptables backend on nf_tables.
+    IptablesNft,
+    /// Chains of the iptables backend on ip_tables.
+    IptablesLegacy,
+    /// Sets of the iptables backend.
+    Ipsets,
+    /// Chains, sets, rules and routes of releases before 0.3.
+    EarlierRelease,
+}
+
+/// Everything of ours in a node's kernel. A family that the kernel does not have is absent from the map.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct KernelState {
+    /// By family.
+    pub families: BTreeMap<Family, FamilyState>,
+    /// What is to go when the families are as wanted.
+    pub remnants: BTreeSet<Remnant>,
+    /// Connections may have been opened under other rules than these: before the agent was started, while
+    /// something was damaged, or before a step that failed.
+    pub doubt: bool,
+}
+
+impl fmt::Display for Remnant {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Remnant::Nftables => "the table of the nftables backend",
+            Remnant::IptablesNft => "the chains of the iptables backend in nf_tables mode",
+            Remnant::IptablesLegacy => "the chains of the iptables backend in legacy mode",
+            Remnant::Ipsets => "the sets of the iptables backend",
+            Remnant::EarlierRelease => "what a release before 0.3 left",
+        })
+    }
+}
+
+impl PodState {
+    /// Whether the pod is in a set.
+    #[must_use]
+    pub fn is_in(&self, set: PodSet) -> bool {
+        match set {
+            PodSet::Egress => self.egress,
+            PodSet::GatewayHere => self.gateway_here,
+            PodSet::Blocked => self.blocked,
+            PodSet::Ordinary => self.ordinary,
+        }
+    }
+
+    /// Puts the pod into a set, or takes it out.
+    pub fn set(&mut self, set: PodSet, member: bool) {
+        match set {
+            PodSet::Egress => self.egress = member,
+            PodSet::GatewayHere => (self.gateway_here, self.interrupted) = (member, false),
+            PodSet::Blocked => self.blocked = member,
+            PodSet::Ordinary => self.ordinary = member,
+        }
+    }
+
+    fn is_empty(&self) -> bool {
+        *self == PodState::default()
+    }
+}
+
+impl FirewallState {
+    /// The members of a set of networks.
+    #[must_use]
+    pub fn nets(&self, set: NetSet) -> &BTreeSet<IpNet> {
+        match set {
+            NetSet::Excluded => &self.excluded,
+            NetSet::RemotePods => &self.remote_pods,
+            NetSet::LocalPods => &self.local_pods,
+        }
+    }
+
+    /// The same, to be changed.
+    pub fn nets_mut(&mut self, set: NetSet) -> &mut BTreeSet<IpNet> {
+        match set {
+            NetSet::Excluded => &mut self.excluded,
+            NetSet::RemotePods => &mut self.remote_pods,
+            NetSet::LocalPods => &mut self.local_pods,
+        }
+    }
+
+    fn change_pod(&mut self, pod: IpAddr, change: impl FnOnce(&mut PodState)) {
+        let state = self.pods.entry(pod).or_default();
+        change(state);
+        if state.is_empty() {
+            self.pods.remove(&pod);
+        }
+    }
+
+    fn retain_vips(&mut self, keep: impl Fn(&IpAddr) -> bool) {
+        self.vips.retain(&keep);
+        for pod in self.pods.values_mut() {
+            pod.vips.retain(&keep);
+        }
+        self.pods.retain(|_, pod| !pod.is_empty());
+    }
+}
+
+impl FamilyState {
+    /// Where marked pods are routed to.
+    #[must_use]
+    pub fn next_hops(&self) -> NextHops<'_> {
+        NextHops::new(self)
+    }
+}
+
+impl KernelState {
+    /// What a step does to the state when it succeeds.
+    pub fn apply(&mut self, step: &Step) {
+        match step {
+            Step::Route(step) => self.apply_route(step),
+            Step::Firewall(step) => self.apply_firewall(step),
+            Step::Connection(ConnectionStep::ForgetWrongSource { .. }) => self.doubt = false,
+            // Connections are no part of the state.
+            Step::Connection(
+                ConnectionStep::Forget(_)
+                | ConnectionStep::Resume { .. }
+                | ConnectionStep::ElicitAck(_)
+                | ConnectionStep::ForgetNewlyExcluded { .. },
+            ) => {}
+            Step::RemoveRemnant(remnant) => {
+                self.remnants.remove(remnant);
+            }
+        }
+    }
+
+    fn apply_route(&mut self, step: &RouteStep) {
+        match step {
+            RouteStep::AddRule(family, rule) => {
+                self.family(*family).routes.rules.insert(*rule);
+            }
+            RouteStep::RemoveRule(family, rule) => {
+                self.family(*family).routes.rules.remove(rule);
+            }
+            RouteStep::AddFallback(family, table) => {
+                self.table(*family, *table, |t| t.fallback = true);
+            }
+            RouteStep::RemoveFallback(family, table) => {
+                self.table(*family, *table, |t| t.fallback = false);
+            }
+            RouteStep::SetGateway(table, hop) => {
+                let gateway = Some(hop.clone());
+                self.table(Family::of(hop.via), *table, |t| t.gateway = gateway);
+            }
+            RouteStep::RemoveGateway(table, hop) => {
+                self.table(Family::of(hop.via), *table, |t| t.gateway = None);
+            }
+        }
+    }
+
+    /// What a step of the firewall does to the state when it succeeds.
+    pub fn apply_firewall(&mut self, step: &FirewallStep) {
+        match step {
+            FirewallStep::Install(family, vips) => {
+                let firewall = &mut self.family(*family).firewall;
+                firewall.skeleton = Skeleton::Intact;
+                firewall.vips.clone_from(vips);
+                firewall.retain_vips(|vip| vips.contains(vip));
+            }
+            FirewallStep::Remove(family) => {
+                self.family(*family).firewall = FirewallState::default();
+            }
+            FirewallStep::AddVip(vip) => {
+                self.firewall(*vip).vips.insert(*vip);
+            }
+            FirewallStep::RemoveVip(vip) => self.firewall(*vip).retain_vips(|other| other != vip),
+            FirewallStep::AddNet(set, net) => {
+                self.firewall(net.addr()).nets_mut(*set).insert(*net);
+            }
+            FirewallStep::RemoveNet(set, net) => {
+                self.firewall(net.addr()).nets_mut(*set).remove(net);
+            }
+            FirewallStep::AddPod(set, pod) => self.change_pod(*pod, |p| p.set(*set, true)),
+            FirewallStep::RemovePod(set, pod) => self.change_pod(*pod, |p| p.set(*set, false)),
+            FirewallStep::Translate { pod, vip } => self.change_pod(*pod, |p| {
+                p.vips.insert(*vip);
+            }),
+            FirewallStep::Untranslate { pod, vip } => self.change_pod(*pod, |p| {
+                p.vips.remove(vip);
+            }),
+            FirewallStep::Mark { pod, mark } => self.change_pod(*pod, |p| p.mark = Some(*mark)),
+            FirewallStep::Unmark(pod) => self.change_pod(*pod, |p| p.mark = None),
+        }
+    }
+
+    /// The destinations that are not egress, of both families.
+    pub fn excluded(&self) -> impl Iterator<Item = IpNet> {
+        let families = self.families.values();
+        families.flat_map(|family| family.firewall.excluded.iter().copied())
+    }
+
+    /// Notes that the node may have been no gateway of these VIPs for a while: what it knows of their pods' connections
+    /// may be stale, and to go on being the gateway begins with resuming them.
+    pub fn interrupt(&mut self, vips: &BTreeSet<IpAddr>) {
+        let families = self.families.values_mut();
+        for pod in families.flat_map(|family| family.firewall.pods.values_mut()) {
+            pod.interrupted |= pod.gateway_here && !pod.vips.is_disjoint(vips);
+        }
+    }
+
+    fn family(&mut self, family: Family) -> &mut FamilyState {
+        self.families.entry(family).or_default()
+    }
+
+    fn firewall(&mut self, address: IpAddr) -> &mut FirewallState {
+        &mut self.family(Family::of(address)).firewall
+    }
+
+    fn change_pod(&mut self, pod: IpAddr, change: impl FnOnce(&mut PodState)) {
+        self.firewall(pod).change_pod(pod, change);
+    }
+
+    fn table(&mut self, family: Family, id: TableId, change: impl FnOnce(&mut Table)) {
+        let tables = &mut self.family(family).routes.tables;
+        let table = tables.entry(id).or_default();
+        change(table);
+        if *table == Table::default() {
+            tables.remove(&id);
+        }
+    }
+}

@@ -1,0 +1,165 @@
+//! Marks, rules and tables: how a packet is routed to its gateway.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+
+use crate::state::FamilyState;
+
+/// A routing table of ours.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct TableId(pub u32);
+
+impl fmt::Display for TableId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.0)
+    }
+}
+
+/// A value of the packet mark within a mask: the bits outside the mask belong to others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Mark {
+    /// The bits to set or to compare, all within `mask`.
+    pub value: u32,
+    /// The bits that count.
+    pub mask: u32,
+}
+
+impl fmt::Display for Mark {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:#x}/{:#x}", self.value, self.mask)
+    }
+}
+
+/// What a routing rule does with a packet that it matches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum RuleAction {
+    /// Nothing: the target of `Goto` rules.
+    Nop,
+    /// Route by a table; without a match there, go on with the next rule.
+    Lookup(TableId),
+    /// Reject with an ICMP error.
+    Unreachable,
+    /// Go on at the rule with this priority.
+    Goto(u32),
+}
+
+/// A routing policy rule (`ip rule`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Rule {
+    /// Place in the list of rules, lowest first. Rules of others may share it.
+    pub priority: u32,
+    /// What happens to matching packets.
+    pub action: RuleAction,
+    /// Match on the packet mark.
+    pub mark: Option<Mark>,
+    /// The match is inverted as a whole (`ip rule add not …`).
+    pub not: bool,
+    /// Match on the source.
+    pub from: Option<IpAddr>,
+    /// Match on the destination.
+    pub to: Option<IpNet>,
+}
+
+impl fmt::Display for Rule {
+    /// The form that `ip rule` takes.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "pref {}", self.priority)?;
+        if self.not {
+            f.write_str(" not")?;
+        }
+        if let Some(from) = self.from {
+            write!(f, " from {from}")?;
+        }
+        if let Some(to) = self.to {
+            write!(f, " to {to}")?;
+        }
+        if let Some(mark) = self.mark {
+            write!(f, " fwmark {mark}")?;
+        }
+        match self.action {
+            RuleAction::Nop => f.write_str(" nop"),
+            RuleAction::Lookup(table) => write!(f, " lookup {table}"),
+            RuleAction::Unreachable => f.write_str(" unreachable"),
+            RuleAction::Goto(priority) => write!(f, " goto {priority}"),
+        }
+    }
+}
+
+/// Where a routing table sends its packets.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct NextHop {
+    /// Address of the gateway node.
+    pub via: IpAddr,
+    /// Name of the interface on which the gateway is directly reachable.
+    pub dev: String,
+}
+
+impl fmt::Display for NextHop {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} dev {}", self.via, self.dev)
+    }
+}
+
+/// One routing table of ours.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Table {
+    /// The `unreachable` default route with the worst metric is there: without it a table that lost its
+    /// gateway is empty, the lookup falls through to `main`, and the packet leaks.
+    pub fallback: bool,
+    /// The default route to the gateway.
+    pub gateway: Option<NextHop>,
+}
+
+/// Rules and tables of one family.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct RouteState {
+    /// Our rules: in the kernel those with our protocol number, wherever they stand.
+    pub rules: BTreeSet<Rule>,
+    /// Our tables.
+    pub tables: BTreeMap<TableId, Table>,
+}
+
+/// Where the pods of one family are routed to, looked up by their marks.
+#[derive(Debug)]
+pub struct NextHops<'a> {
+    state: &'a FamilyState,
+    by_mark: BTreeMap<(Mark, Option<IpAddr>), (TableId, &'a NextHop)>,
+}
+
+impl<'a> NextHops<'a> {
+    pub(super) fn new(state: &'a FamilyState) -> NextHops<'a> {
+        let hop = |rule: &Rule| match rule.action {
+            RuleAction::Lookup(id) => {
+                let table = state.routes.tables.get(&id)?;
+                Some((id, table.gateway.as_ref()?))
+            }
+            RuleAction::Nop | RuleAction::Unreachable | RuleAction::Goto(_) => None,
+        };
+        let rules = state.routes.rules.iter();
+        let by_mark = rules.filter_map(|rule| Some(((rule.mark?, rule.from), hop(rule)?)));
+        NextHops {
+            state,
+            by_mark: by_mark.collect(),
+        }
+    }
+
+    /// The table and the gateway that a pod is routed to; a rule of the pod's own counts before the one of its mark.
+    #[must_use]
+    pub fn of(&self, pod: IpAddr) -> Option<(TableId, &'a NextHop)> {
+        let mark = self.state.firewall.pods.get(&pod)?.mark?;
+        let of_all = || self.by_mark.get(&(mark, None));
+        self.by_mark
+            .get(&(mark, Some(pod)))
+            .or_else(of_all)
+            .copied()
+    }
+
+    /// The pods that are routed to a gateway, and where.
+    pub fn pods(&self) -> impl Iterator<Item = (IpAddr, &'a NextHop)> {
+        let pods = self.state.firewall.pods.keys();
+        pods.filter_map(|pod| Some((*pod, self.of(*pod)?.1)))
+    }
+}
