@@ -1,6 +1,61 @@
-//! What is ours in a kernel: names and numbers that both backends share.
+//! What is ours in a kernel: names and numbers that several files share.
 
-use crate::state::{Family, NetSet, PodSet};
+use crate::state::{Family, NetSet, PodSet, Rule, RuleAction, TableId};
+
+/// Protocol number of our rules and routes: in none of the lists of iproute2, FRR or BIRD. Shown by `ip rule`
+/// and `ip route` as `proto 77`.
+pub(crate) const PROTOCOL_NUMBER: u8 = 77;
+/// How many priorities of routing rules are ours.
+const PRIORITIES: u32 = 100;
+/// How long replies to forgotten connections are still dropped. Old gateway and server normally learn of the change
+/// within seconds.
+pub(crate) const LATE_REPLY_SECONDS: u32 = 60;
+
+/// The numbers that we use, and others should not.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Ranges {
+    /// Bits of the mark.
+    pub(crate) mask: u32,
+    /// How many marks there are.
+    pub(crate) slots: u32,
+    /// Tables are numbered from here + 1.
+    pub(crate) table_offset: u32,
+    /// First of our rules' priorities.
+    pub(crate) priority: u32,
+}
+
+impl Ranges {
+    /// Whether a table has a number of our range.
+    pub(crate) fn has_table(&self, table: TableId) -> bool {
+        table.0 > self.table_offset
+    }
+
+    /// Whether a rule of others takes packets away from ours: it stands among ours, or ahead of them and matches our
+    /// bits of the mark.
+    pub(crate) fn collides(&self, rule: &Rule) -> bool {
+        let ours = self.priority..self.priority.saturating_add(PRIORITIES);
+        let takes_our_mark = rule.mark.is_some_and(|m| m.mask & self.mask != 0)
+            && rule.priority < ours.end
+            && rule.action != RuleAction::Nop;
+        ours.contains(&rule.priority) || takes_our_mark
+    }
+
+    /// Whether a rule without a protocol number is one that releases before 0.3 made: the pairs of mark and table are
+    /// theirs.
+    pub(crate) fn is_earlier(&self, rule: &Rule) -> bool {
+        let (Some(mark), RuleAction::Lookup(table)) = (rule.mark, rule.action) else {
+            return false;
+        };
+        let slot = mark.value >> self.mask.trailing_zeros();
+        mark.mask == self.mask
+            && mark.value & !self.mask == 0
+            && table.0.checked_sub(self.table_offset) == slot.checked_sub(1)
+            && slot > 0
+            && rule.to.is_none()
+            && rule.from.is_none()
+            && !rule.not
+    }
+}
 
 /// A set that every firewall backend keeps, one for each family.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

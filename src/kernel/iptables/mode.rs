@@ -16,6 +16,15 @@ pub(crate) enum Variant {
 }
 
 impl Variant {
+    /// The other one.
+    pub(super) fn other(self) -> Variant {
+        match self {
+            Variant::Nft => Variant::Legacy,
+            Variant::Legacy => Variant::Nft,
+        }
+    }
+
+    /// The name of a tool that speaks to it.
     pub(super) fn tool(self, family: Family, what: &str) -> String {
         let iptables = match family {
             Family::V4 => "iptables",

@@ -1,4 +1,4 @@
-//! What is in the kernel, as a state.
+//! What is in the kernel, as a state. Pure.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -6,8 +6,9 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 
 use crate::kernel::iptables::chains::{
-    Chain, Line, NAT, chains, is_own_chain, translated_vips, translation,
+    Chain, NAT, chains, is_own_chain, jumps_to_us, translated_vips, translation,
 };
+use crate::kernel::iptables::save::Line;
 use crate::kernel::iptables::sets::{Sets, StaticSet, vip_of_set};
 use crate::kernel::ours::OwnSet;
 use crate::state::{Family, FirewallState, Mark, NetSet, PodSet, PodState, Skeleton};
@@ -91,7 +92,7 @@ pub(super) fn skeleton(
     let own_sets: Vec<String> = StaticSet::all().map(|set| set.name(family)).collect();
     let has_chain = lines
         .iter()
-        .any(|line| is_own_chain(&line.chain) || line.jumps_to_us());
+        .any(|line| is_own_chain(&line.chain) || jumps_to_us(line));
     if !has_chain && with_set.is_empty() && !own_sets.iter().any(|set| sets.contains_key(set)) {
         return Skeleton::Absent;
     }
@@ -104,7 +105,7 @@ pub(super) fn skeleton(
         }
     }
     let expected = chains(family, mask).len();
-    let jumps = lines.iter().filter(|line| line.jumps_to_us()).count();
+    let jumps = lines.iter().filter(|line| jumps_to_us(line)).count();
     if jumps != expected {
         return Skeleton::Damaged(format!("{jumps} jumps to our chains instead of {expected}"));
     }
