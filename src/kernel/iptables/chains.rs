@@ -53,6 +53,18 @@ pub(super) struct Chain {
     pub(super) rules: Vec<Rule>,
 }
 
+/// A chain of the table `mangle`.
+fn mangle(name: &'static str, base: &'static str, rules: Vec<Rule>) -> Chain {
+    Chain {
+        table: "mangle",
+        name,
+        base,
+        jump: jump(name, ""),
+        first: false,
+        rules,
+    }
+}
+
 /// Every chain of a family, in no order that matters.
 pub(super) fn chains(family: Family, mask: u32) -> Vec<Chain> {
     vec![
@@ -125,19 +137,13 @@ fn block(family: Family) -> Chain {
 /// mangle PREROUTING: egress packets whose gateway is another node get its mark.
 fn mark(family: Family) -> Chain {
     let marks = StaticSet::Mark.name(family);
-    Chain {
-        table: "mangle",
-        name: MARK,
-        base: "PREROUTING",
-        jump: jump(MARK, ""),
-        first: false,
-        rules: vec![
-            // The answer to an inbound connection goes back the way that the connection came.
-            reply(),
-            // Destinations are not looked at here, before DNAT: the routing rules do it, after DNAT.
-            Rule::new("mark", &format!("-j SET --map-set {marks} src --map-mark")),
-        ],
-    }
+    let rules = vec![
+        // The answer to an inbound connection goes back the way that the connection came.
+        reply(),
+        // Destinations are not looked at here, before DNAT: the routing rules do it, after DNAT.
+        Rule::new("mark", &format!("-j SET --map-set {marks} src --map-mark")),
+    ];
+    mangle(MARK, "PREROUTING", rules)
 }
 
 /// mangle FORWARD: drops what must neither become a connection nor leave.
@@ -148,102 +154,88 @@ fn guard(family: Family, mask: u32) -> Chain {
         [NetSet::Excluded, NetSet::RemotePods, NetSet::LocalPods].map(|set| nets(set, family));
     let [egress, blocked, ordinary] =
         [PodSet::Egress, PodSet::Blocked, PodSet::Ordinary].map(|set| pods(set, family));
-    Chain {
-        table: "mangle",
-        name: GUARD,
-        base: "FORWARD",
-        jump: jump(GUARD, ""),
-        first: false,
-        rules: vec![
-            // A reply of a connection that this node has just forgotten. As NEW it would begin a connection from
-            // outside; the pod's next packet would count as a reply, skip marking, and leave with the pod's own address.
-            Rule::new(
-                "late-reply",
-                &format!(
-                    "-m conntrack --ctstate NEW -m set --match-set {late_replies} dst,dst,src -j DROP"
-                ),
+    let rules = vec![
+        // A reply of a connection that this node has just forgotten. As NEW it would begin a connection from
+        // outside; the pod's next packet would count as a reply, skip marking, and leave with the pod's own address.
+        Rule::new(
+            "late-reply",
+            &format!(
+                "-m conntrack --ctstate NEW -m set --match-set {late_replies} dst,dst,src -j DROP"
             ),
-            // The gateway may still hold an entry that the pod's node has lost. The same for a packet of such a
-            // connection, as long as the pod is an egress pod; TCP tells a beginning by its bare SYN.
-            Rule::new(
-                "midway",
-                &format!(
-                    "-p tcp ! --syn -m conntrack --ctstate NEW -m set --match-set {egress} dst \
+        ),
+        // The gateway may still hold an entry that the pod's node has lost. A packet that is no bare SYN must not
+        // create one here: as above. Only where TCP says what a beginning is, and only to egress pods.
+        Rule::new(
+            "midway",
+            &format!(
+                "-p tcp ! --syn -m conntrack --ctstate NEW -m set --match-set {egress} dst \
                      -m set ! --match-set {excluded} src -j DROP"
-                ),
             ),
-            // A VIP moves before routes and objects do. A server's packet that comes here ahead of the pod's own next
-            // packet would create an entry that clashes with the pod's; an INVALID one would be routed, and answered
-            // with an error that the server believes.
-            Rule::new(
-                "to-vip",
-                &format!(
-                    "-m conntrack --ctstate NEW,INVALID -m set --match-set {vips} dst -j DROP"
-                ),
-            ),
-            // Translated by a node that was the gateway and is none any more.
-            Rule::new(
-                "from-vip",
-                &format!("-m set --match-set {vips} src -j DROP"),
-            ),
-            to_excluded(family),
-            reply(),
-            // To be rejected in METALEG-BLOCK; what gets past it is dropped in METALEG-LEAK.
-            Rule::new(
-                "blocked",
-                &format!("-m set --match-set {blocked} src -j RETURN"),
-            ),
-            // INVALID packets skip NAT.
-            Rule::new(
-                "invalid",
-                &format!("-m set --match-set {egress} src -m conntrack --ctstate INVALID -j DROP"),
-            ),
-            // Of a connection that is older than what we decided: neither marked nor translated. Not the first packet,
-            // which is translated after this chain; `! --ctstate NEW` would pass all packets of a connection without
-            // replies.
-            Rule::new(
-                "untranslated",
-                &format!(
-                    "-m mark --mark 0x0/{mask:#x} -m set --match-set {egress} src \
+        ),
+        // A VIP moves before routes and objects do. A server's packet that comes here ahead of the pod's own next
+        // packet would create an entry that clashes with the pod's; an INVALID one would be routed, and answered
+        // with an error that the server believes.
+        Rule::new(
+            "to-vip",
+            &format!("-m conntrack --ctstate NEW,INVALID -m set --match-set {vips} dst -j DROP"),
+        ),
+        // Translated by a node that was the gateway and is none any more.
+        Rule::new(
+            "from-vip",
+            &format!("-m set --match-set {vips} src -j DROP"),
+        ),
+        to_excluded(family),
+        reply(),
+        // To be rejected in METALEG-BLOCK; what gets past it is dropped in METALEG-LEAK.
+        Rule::new(
+            "blocked",
+            &format!("-m set --match-set {blocked} src -j RETURN"),
+        ),
+        // INVALID packets skip NAT.
+        Rule::new(
+            "invalid",
+            &format!("-m set --match-set {egress} src -m conntrack --ctstate INVALID -j DROP"),
+        ),
+        // Of a connection that is older than what we decided: neither marked nor translated. Not the first packet,
+        // which is translated after this chain; `! --ctstate NEW` would pass all packets of a connection without
+        // replies.
+        Rule::new(
+            "untranslated",
+            &format!(
+                "-m mark --mark 0x0/{mask:#x} -m set --match-set {egress} src \
                      -m conntrack --ctdir ORIGINAL --ctstatus CONFIRMED ! --ctstate SNAT -j DROP"
-                ),
             ),
-            // Another node takes this one for its pod's gateway, and this one does not know the pod yet: the masquerade
-            // of the CNI plugin would give it this node's address.
-            Rule::new(
-                "unknown",
-                &format!(
-                    "-m set --match-set {remote_pods} src -m set ! --match-set {egress} src -j DROP"
-                ),
+        ),
+        // Another node takes this one for its pod's gateway, and this one does not know the pod yet: the masquerade
+        // of the CNI plugin would give it this node's address.
+        Rule::new(
+            "unknown",
+            &format!(
+                "-m set --match-set {remote_pods} src -m set ! --match-set {egress} src -j DROP"
             ),
-            // A pod of this node that is not classified yet. Dropped, not rejected: it is known in a moment, and until
-            // then senders try again.
-            Rule::new(
-                "unclassified",
-                &format!(
-                    "-m set --match-set {local_pods} src -m set ! --match-set {egress} src \
+        ),
+        // A pod of this node that is not classified yet. Dropped, not rejected: it is known in a moment, and until
+        // then senders try again.
+        Rule::new(
+            "unclassified",
+            &format!(
+                "-m set --match-set {local_pods} src -m set ! --match-set {egress} src \
                      -m set ! --match-set {ordinary} src -j DROP"
-                ),
             ),
-        ],
-    }
+        ),
+    ];
+    mangle(GUARD, "FORWARD", rules)
 }
 
 /// mangle POSTROUTING: drops what somebody else accepted in FORWARD ahead of METALEG-BLOCK.
 fn leak(family: Family) -> Chain {
     let blocked = pods(PodSet::Blocked, family);
-    Chain {
-        table: "mangle",
-        name: LEAK,
-        base: "POSTROUTING",
-        jump: jump(LEAK, ""),
-        first: false,
-        rules: vec![
-            to_excluded(family),
-            reply(),
-            Rule::new("leak", &format!("-m set --match-set {blocked} src -j DROP")),
-        ],
-    }
+    let rules = vec![
+        to_excluded(family),
+        reply(),
+        Rule::new("leak", &format!("-m set --match-set {blocked} src -j DROP")),
+    ];
+    mangle(LEAK, "POSTROUTING", rules)
 }
 
 fn nets(set: NetSet, family: Family) -> String {
@@ -310,10 +302,46 @@ pub(super) fn translated_vips(lines: &[Line]) -> impl Iterator<Item = IpAddr> {
         .filter_map(|line| vip_of_tag(line.tag()?))
 }
 
-pub(super) fn vip_of_tag(tag: &str) -> Option<IpAddr> {
+fn vip_of_tag(tag: &str) -> Option<IpAddr> {
     let (vip, _) = tag
         .strip_prefix(TAG)?
         .strip_prefix("vip=")?
         .rsplit_once(':')?;
     vip.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use nix::libc::{NF_IP_PRI_FILTER, NF_IP_PRI_MANGLE, NF_IP_PRI_NAT_SRC};
+
+    use super::*;
+    use crate::kernel::tests::documented;
+
+    #[test]
+    fn the_chains_are_as_documented() {
+        let row = |chain: &Chain| {
+            let name = |rule: &Rule| {
+                let (name, _) = rule.tag[TAG.len()..].split_once(':').unwrap();
+                name.to_owned()
+            };
+            let names: Vec<String> = chain.rules.iter().map(name).collect();
+            let priority = match chain.table {
+                "mangle" => NF_IP_PRI_MANGLE,
+                "filter" => NF_IP_PRI_FILTER,
+                _ => NF_IP_PRI_NAT_SRC,
+            };
+            vec![
+                chain.name.to_owned(),
+                format!("{} {}", chain.table, chain.base),
+                priority.to_string(),
+                names.join(" "),
+            ]
+        };
+        let chains: BTreeSet<Vec<String>> =
+            chains(Family::V4, 0x00f0_0000).iter().map(row).collect();
+        let documented = documented("Backend iptables");
+        assert_eq!(chains, documented.into_iter().collect());
+    }
 }

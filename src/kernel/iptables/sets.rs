@@ -206,6 +206,16 @@ pub(super) fn is_earlier_set(name: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kernel::tests::{documented_sets, page_name};
+
+    #[test]
+    fn the_sets_are_as_documented() {
+        let name = |set: OwnSet| (page_name(set), StaticSet::Set(set).name(Family::V4));
+        let mut sets: BTreeMap<String, String> = OwnSet::ALL.into_iter().map(name).collect();
+        sets.insert("slot".to_owned(), StaticSet::Mark.name(Family::V4));
+        sets.insert("vip".to_owned(), vip_set("192.0.2.200".parse().unwrap()));
+        assert_eq!(sets, documented_sets(2));
+    }
 
     #[test]
     fn the_set_of_a_vip_has_a_name_that_fits_and_gives_the_vip_back() {

@@ -207,6 +207,21 @@ pub(crate) fn octets(address: IpAddr) -> Vec<u8> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kernel::tests::{documented_sets, page_name};
+
+    #[test]
+    fn the_sets_are_as_documented() {
+        let name = |kind: Kind| {
+            let name = kind.name(Family::V4);
+            match kind {
+                Kind::Set(set) => (page_name(set), name),
+                Kind::Slot => ("slot".to_owned(), name),
+                Kind::Vip => ("vip".to_owned(), name),
+            }
+        };
+        let sets: BTreeMap<String, String> = Kind::all().map(name).collect();
+        assert_eq!(sets, documented_sets(1));
+    }
 
     #[test]
     fn a_state_survives_the_way_through_elements() {

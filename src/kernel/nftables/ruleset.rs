@@ -35,6 +35,17 @@ pub(crate) struct Hook {
     pub(crate) priority: i32,
 }
 
+impl Hook {
+    fn new(kind: &'static str, name: &'static str, number: c_int, priority: i32) -> Hook {
+        Hook {
+            kind,
+            name,
+            number,
+            priority,
+        }
+    }
+}
+
 /// A chain of ours.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Chain {
@@ -120,12 +131,7 @@ fn slot(number: u32, mask: u32) -> Chain {
 /// Egress packets whose gateway is another node go to its slot. After DNAT (-100): the destination is looked at as it will
 /// be routed, not as it was sent.
 fn marking(families: &[Words]) -> Chain {
-    let hook = Hook {
-        kind: "filter",
-        name: "prerouting",
-        number: NF_INET_PRE_ROUTING,
-        priority: -95,
-    };
+    let hook = Hook::new("filter", "prerouting", NF_INET_PRE_ROUTING, -95);
     // The answer to an inbound connection goes back the way that the connection came. Not `ct direction original` where
     // pods are looked up: untracked and INVALID packets have no direction, and must not slip through.
     let mut rules = vec![reply()];
@@ -139,16 +145,11 @@ fn marking(families: &[Words]) -> Chain {
     base("marking", hook, rules)
 }
 
-/// ICMP errors that this node itself sends about an egress connection, such as "fragmentation needed", go over the gateway,
-/// too: the server can match them only if they come from the VIP. In the hook where a node's own packets are routed again
-/// when their mark changes.
+/// ICMP errors that this node sends about an egress connection (such as "fragmentation needed") are marked too and go over
+/// the gateway, because the server can match them only if they come from the VIP. A chain of type `route`: after it a
+/// node's own packet is routed again when its mark has changed.
 fn errors(families: &[Words]) -> Chain {
-    let hook = Hook {
-        kind: "route",
-        name: "output",
-        number: NF_INET_LOCAL_OUT,
-        priority: -150,
-    };
+    let hook = Hook::new("route", "output", NF_INET_LOCAL_OUT, -150);
     let mut rules = Vec::new();
     for words in families {
         let Words { ip, n, l4, .. } = words;
@@ -166,12 +167,7 @@ fn errors(families: &[Words]) -> Chain {
 /// Drops or rejects what must neither become a connection nor leave. Before the filters of others (0), which may accept and
 /// so end only their own chain.
 fn guard(families: &[Words]) -> Chain {
-    let hook = Hook {
-        kind: "filter",
-        name: "forward",
-        number: NF_INET_FORWARD,
-        priority: -5,
-    };
+    let hook = Hook::new("filter", "forward", NF_INET_FORWARD, -5);
     let mut rules = Vec::new();
     for words in families {
         let Words { ip, n, .. } = words;
@@ -184,8 +180,8 @@ fn guard(families: &[Words]) -> Chain {
                     "ct state new {ip} saddr . meta l4proto . th sport . {ip} daddr . th dport @late_replies{n} counter drop"
                 ),
             ),
-            // The gateway may still hold an entry that the pod's node has lost. The same for a packet of such a
-            // connection, as long as the pod is an egress pod; TCP tells a beginning by its bare SYN.
+            // The gateway may still hold an entry that the pod's node has lost. A packet that is no bare SYN must not
+            // create one here: as above. Only where TCP says what a beginning is, and only to egress pods.
             words.rule(
                 "midway",
                 &format!(
@@ -246,12 +242,12 @@ fn guard(families: &[Words]) -> Chain {
 
 /// The source that a new connection of an egress pod gets.
 fn translation(families: &[Words], marked: &str) -> Chain {
-    let hook = Hook {
-        kind: "nat",
-        name: "postrouting",
-        number: NF_INET_POST_ROUTING,
-        priority: TRANSLATION_PRIORITY,
-    };
+    let hook = Hook::new(
+        "nat",
+        "postrouting",
+        NF_INET_POST_ROUTING,
+        TRANSLATION_PRIORITY,
+    );
     let mut rules = Vec::new();
     for words in families {
         let Words { ip, n, .. } = words;
@@ -273,12 +269,7 @@ fn translation(families: &[Words], marked: &str) -> Chain {
 
 /// Drops what would leave with a wrong source. After every translation: the source is the one that will be on the wire.
 fn leak(families: &[Words], marked: &str) -> Chain {
-    let hook = Hook {
-        kind: "filter",
-        name: "postrouting",
-        number: NF_INET_POST_ROUTING,
-        priority: 105,
-    };
+    let hook = Hook::new("filter", "postrouting", NF_INET_POST_ROUTING, 105);
     let mut rules = vec![reply()];
     for words in families {
         let Words { ip, n, l4, .. } = words;
@@ -342,5 +333,36 @@ impl Chain {
             text += &format!("    {} comment \"{}\"\n", rule.text, rule.tag);
         }
         text + "  }\n"
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernel::tag::TAG;
+    use crate::kernel::tests::documented;
+
+    #[test]
+    fn the_chains_are_as_documented() {
+        let chains: Vec<Vec<String>> = chains(&[Family::V4], 0x0010_0000, 1)
+            .iter()
+            .map(|chain| {
+                let names: Vec<&str> = chain
+                    .rules
+                    .iter()
+                    .map(|rule| {
+                        let (name, _) = rule.tag[TAG.len()..].split_once(':').unwrap();
+                        name.strip_suffix("-4").unwrap_or(name)
+                    })
+                    .collect();
+                let (hook, priority) = match chain.hook {
+                    Some(hook) => (hook.name, hook.priority.to_string()),
+                    None => ("-", "-".to_owned()),
+                };
+                let name = chain.name.replace("slot1", "slotN");
+                vec![name, hook.to_owned(), priority, names.join(" ")]
+            })
+            .collect();
+        assert_eq!(chains, documented("Backend nftables"));
     }
 }
