@@ -19,7 +19,7 @@ const SOURCE_LINK_ADDRESS: u8 = 1;
 const TARGET_LINK_ADDRESS: u8 = 2;
 /// A packet with less was forwarded, and comes from another network (RFC 4861, 7.1).
 const HOP_LIMIT: u8 = 255;
-/// TTL of a packet that is to be taken for one of a server: a host's usual one.
+/// TTL of what we send in a server's name.
 const TTL: u8 = 64;
 
 /// A link-layer address.
@@ -75,7 +75,7 @@ fn arp(packet: &[u8]) -> Option<Claim> {
         return None;
     }
     let address = Ipv4Addr::from(*packet.get(14..)?.first_chunk::<4>()?);
-    // A probe for a duplicate (RFC 5227) claims nothing.
+    // A probe of address conflict detection (RFC 5227) claims nothing.
     (!address.is_unspecified()).then_some(Claim {
         address: address.into(),
         mac: mac(packet, 8)?,
@@ -93,7 +93,7 @@ fn advertisement(packet: &[u8], source: Mac) -> Option<Claim> {
     let mut options = message.get(24..)?;
     let mut owner = source;
     while let [kind, length, ..] = *options {
-        // In units of 8 bytes; none would never end.
+        // In units of 8 bytes; 0 is invalid (RFC 4861, 4.6).
         let length = usize::from(length) * 8;
         if length == 0 {
             return None;

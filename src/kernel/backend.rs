@@ -22,7 +22,7 @@ pub(crate) trait Backend {
     /// with the pod's own address.
     async fn expect_late_replies(&mut self, replies: &[LateReply]) -> Result<(), Error>;
 
-    /// Chains of others that translate before this backend does and that are not registered with nftables.
+    /// NAT chains of others that may come before this backend's and that only its tools show, as words for the operator.
     async fn foreign_nat(&self) -> Result<BTreeSet<String>, Error>;
 }
 
@@ -31,13 +31,13 @@ pub(crate) trait Backend {
 pub(crate) struct Profile {
     /// Its name, and why it works as it does, for the log.
     pub(crate) name: String,
-    /// The netlink port of its own changes, by which they are told from those of others; none where it runs tools.
+    /// The netlink port of its own changes, which are no drift; none where it runs tools.
     pub(crate) port: Option<u32>,
     /// Which objects of nftables are its own: what others change of them is drift.
     pub(crate) watched: Watched,
     /// Where its source NAT is.
     pub(crate) nat: NatPlace,
-    /// What it works with, and a start with another backend would find as a remnant.
+    /// What another backend would find as remnants of it.
     pub(crate) remnants: Vec<Remnant>,
 }
 

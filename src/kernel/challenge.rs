@@ -1,13 +1,13 @@
 //! Elicits challenge ACKs: makes pods of this node send a packet on each of their connections.
 //!
-//! The new gateway of a pod has no conntrack entry of its connections, and drops the server's packets until it sees one of
-//! the pod's. Where only the server has something to send, as in the middle of a long query, that would never be. So the
-//! pod gets a SYN in the server's name: a kernel answers a SYN on an established connection with a challenge ACK
-//! (RFC 5961, 4), whatever its sequence number. That changes nothing at either end, and takes the pod's way out. A
-//! connection that cannot go on is reset so.
+//! The new gateway of a pod has no conntrack entries of its connections, and drops the server's packets until it sees one
+//! of the pod's. Where only the server has something to send, as in the middle of a long query, none comes. So the pod
+//! gets a SYN in the server's name: a kernel answers a SYN on an established connection with a challenge ACK (RFC 5961, 4),
+//! whatever its sequence number. That changes nothing at either end, and takes the pod's way out. When the connection
+//! cannot go on, because it leaves with another source now, the server answers the ACK with a reset.
 //!
-//! The frame goes to the pod's interface, past this node's netfilter: there it would create an entry of a connection from
-//! outside, and the pod's challenge ACK would count as its reply.
+//! The frame is sent on the pod's interface and so bypasses this node's netfilter: there the SYN would create an entry of
+//! a connection from outside, and the challenge ACK would count as its reply.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -70,8 +70,8 @@ pub(crate) struct Unheard {
     pub(crate) flows: BTreeSet<Flow>,
 }
 
-/// Challenges the pods, now and twice more, while the caller goes on; one that is not on a link of this node is passed over.
-/// A failure costs only time: the connection goes on when the pod sends something by itself.
+/// Challenges the pods, now and twice more, in a task of its own; pods that are not on a link of this node are skipped. A
+/// failure costs only time: the connection goes on when the pod sends something by itself.
 pub(crate) fn elicit(unheard: Unheard, excluded: BTreeSet<IpNet>, challenges: Challenges) {
     let Unheard { mut flows, pods } = unheard;
     if pods.is_empty() {

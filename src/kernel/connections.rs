@@ -10,8 +10,8 @@ use crate::kernel::conntrack::{self, Selection};
 use crate::kernel::error::{Error, StepError, executable};
 use crate::state::ConnectionStep;
 
-/// Executes steps, with one look at the connections for all of them. Which pods are to be challenged, in the end, joins
-/// `unheard`; the steps that fail join `failed`.
+/// Executes steps with one dump of the connections for all of them. Pods that are to be challenged in the end join
+/// `unheard`; steps that fail join `failed`.
 pub(crate) async fn apply(
     steps: &[&ConnectionStep],
     firewall: &mut impl Backend,

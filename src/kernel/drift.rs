@@ -38,7 +38,7 @@ const SETTLE: Duration = Duration::from_millis(20);
 /// Between two reports, so that a program that changes things all the time does not make us read all the time.
 const SHORTEST_INTERVAL: Duration = Duration::from_millis(500);
 
-/// Hears what the kernel notifies of.
+/// Listens for the kernel's notifications.
 pub(crate) struct DriftListener {
     routes: TokioSocket,
     netfilter: TokioSocket,

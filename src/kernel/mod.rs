@@ -55,7 +55,7 @@ pub struct Observed {
     pub state: KernelState,
     /// Tables of our range that others use: not to be used by us.
     pub occupied: BTreeSet<(Family, TableId)>,
-    /// What of others gets in the way of ours, as sentences for the operator.
+    /// What of others comes before ours or among it, as sentences for the operator.
     pub collisions: BTreeSet<String>,
 }
 
@@ -252,7 +252,7 @@ impl Kernel for NodeKernel {
                 connections::apply(steps, firewall, excluded, &mut unheard, &mut failed).await;
             }
             for remnant in batch.remnants {
-                // Until ours does all of the work, it is done by what is left.
+                // What is left does the work until ours does all of it: it stays when anything has failed.
                 let step = Step::RemoveRemnant(remnant);
                 for _ in executable(&[&step], &mut failed) {
                     if let Err(source) = self.remove(remnant).await {
@@ -266,7 +266,7 @@ impl Kernel for NodeKernel {
     }
 }
 
-/// Steps by who executes them; of one kind, as a rule.
+/// Steps of one executor.
 #[derive(Default)]
 struct Batch<'a> {
     routes: Vec<&'a RouteStep>,

@@ -21,7 +21,7 @@ const RECEIVE_BYTES: usize = 64 * 1024;
 const SEND_BYTES: usize = 8 * 1024 * 1024;
 /// Room for the answers to some hundred requests, of about 1 KiB each in the kernel's memory.
 const ANSWER_BYTES: usize = 1024 * 1024;
-/// How often a dump that a change of others interrupted is tried again.
+/// How often a dump is tried when changes of others interrupt it.
 const DUMP_TRIES: u32 = 20;
 
 /// What can go wrong when speaking to netfilter.
@@ -169,7 +169,7 @@ impl Netfilter {
         take(messages(&buffer)?)
     }
 
-    /// Sends a transaction, and returns the first failure that the kernel reports; none: it is in force.
+    /// Sends a transaction. Returns the first failure that the kernel reports; without one it is in force.
     pub(crate) fn commit(&self, batch: &[u8]) -> Result<(), NetlinkError> {
         self.send(batch)?;
         let mut result = Ok(());

@@ -106,3 +106,69 @@ pub(crate) fn digit(family: Family) -> u8 {
         Family::V6 => 6,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::state::Mark;
+
+    const RANGES: Ranges = Ranges {
+        mask: 0x00f0_0000,
+        slots: 15,
+        table_offset: 100_000,
+        priority: 1000,
+    };
+
+    /// `pref PRIORITY fwmark VALUE/MASK lookup TABLE`.
+    fn rule(priority: u32, mark: (u32, u32), table: u32) -> Rule {
+        let (value, mask) = mark;
+        Rule {
+            priority,
+            action: RuleAction::Lookup(TableId(table)),
+            mark: Some(Mark { value, mask }),
+            not: false,
+            from: None,
+            to: None,
+        }
+    }
+
+    #[test]
+    fn rules_of_others_collide_among_ours_and_ahead_of_them_with_our_mark() {
+        let (ours, other) = ((0x0010_0000, 0x00ff_0000), (1, 1));
+        for (priority, mark, expected) in [
+            (999, ours, true),
+            (999, other, false),
+            (1000, other, true),
+            (1099, other, true),
+            (1100, ours, false),
+        ] {
+            let rule = rule(priority, mark, 254);
+            assert_eq!(RANGES.collides(&rule), expected, "{rule}");
+        }
+        let action = RuleAction::Nop;
+        let nop = Rule {
+            action,
+            ..rule(999, ours, 0)
+        };
+        assert!(!RANGES.collides(&nop));
+    }
+
+    #[test]
+    fn an_earlier_rule_pairs_a_mark_with_the_table_that_earlier_releases_gave_it() {
+        let first = rule(998, (0x0010_0000, RANGES.mask), 100_000);
+        assert!(RANGES.is_earlier(&first));
+        assert!(RANGES.is_earlier(&rule(998, (0x0020_0000, RANGES.mask), 100_001)));
+        for other in [
+            rule(998, (0x0010_0000, RANGES.mask), 100_001),
+            rule(998, (0, RANGES.mask), 100_000),
+            rule(998, (0x0010_0000, 0x00ff_0000), 100_000),
+            Rule { not: true, ..first },
+            Rule {
+                to: Some("10.0.0.0/8".parse().unwrap()),
+                ..first
+            },
+        ] {
+            assert!(!RANGES.is_earlier(&other), "{other}");
+        }
+    }
+}

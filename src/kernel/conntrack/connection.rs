@@ -18,7 +18,7 @@ const CTA_PROTOINFO_TCP_FLAGS_REPLY: u16 = 5;
 /// `IP_CT_TCP_FLAG_BE_LIBERAL` of nf_conntrack_tcp.h.
 const BE_LIBERAL: u8 = 8;
 
-/// What a request about an entry says of it.
+/// The attributes of an entry.
 pub(super) type Entry = Vec<ConntrackAttribute>;
 
 /// Replies that may still come to a pod's own address when their connection is forgotten: from the node that was its
@@ -54,13 +54,13 @@ pub(super) struct Ends {
 pub(super) struct Connection {
     /// As the first packet was sent, before any translation.
     pub(super) original: Ends,
-    /// As replies are sent: from where the packets were sent to after DNAT, to the source that they left with.
+    /// As replies are sent: from the destination after DNAT to the source after SNAT.
     pub(super) reply: Ends,
     /// TCP or UDP; `None`: another protocol.
     pub(super) protocol: Option<Protocol>,
     /// A packet of the reply direction was seen.
     pub(super) is_replied: bool,
-    /// Of TCP, and both ends have agreed to it.
+    /// Of TCP, in state ESTABLISHED.
     pub(super) is_established: bool,
     attributes: Entry,
 }
@@ -147,7 +147,7 @@ impl Connection {
         self.attributes.into_iter().filter(identifies).collect()
     }
 
-    /// The same, and that packets of both directions pass whatever their place in the TCP window is.
+    /// The request that sets the entry liberal: packets of both directions pass, wherever their TCP windows are by now.
     pub(super) fn resumption(self) -> Entry {
         // The value, and which bits of it count.
         let liberal = |kind| ProtoInfoTCP::Other(DefaultNla::new(kind, vec![BE_LIBERAL; 2]));

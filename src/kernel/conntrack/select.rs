@@ -42,9 +42,9 @@ pub(super) enum Choice {
     Forget,
     /// It is a server's, to a VIP: forgotten.
     ForgetUnreplied,
-    /// It is kept, wherever its TCP window is.
+    /// It is kept, and set liberal.
     Resume,
-    /// None of our business.
+    /// Nothing.
     Leave,
 }
 

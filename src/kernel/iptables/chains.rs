@@ -14,7 +14,7 @@ const BLOCK: &str = "METALEG-BLOCK";
 const MARK: &str = "METALEG-MARK";
 const GUARD: &str = "METALEG-GUARD";
 const LEAK: &str = "METALEG-LEAK";
-/// A mark of releases before 0.3 means another gateway than ours.
+/// The chain in which releases before 0.3 set marks.
 pub(super) const EARLIER_MARK: &str = "METALEG-RT-MARK";
 
 /// A rule without its chain: the text after `-A CHAIN`, comment included.
@@ -44,7 +44,7 @@ impl Rule {
 pub(super) struct Chain {
     pub(super) table: &'static str,
     pub(super) name: &'static str,
-    /// The built-in chain with the jump.
+    /// The built-in chain that jumps to it.
     pub(super) base: &'static str,
     pub(super) jump: Rule,
     /// The jump must be the first rule of its chain: what another rule accepts or translates ahead of it would
@@ -138,7 +138,7 @@ fn block(family: Family) -> Chain {
 fn mark(family: Family) -> Chain {
     let marks = StaticSet::Mark.name(family);
     let rules = vec![
-        // The answer to an inbound connection goes back the way that the connection came.
+        // The reply of an inbound connection goes back the way that the connection came.
         reply(),
         // Destinations are not looked at here, before DNAT: the routing rules do it, after DNAT.
         Rule::new("mark", &format!("-j SET --map-set {marks} src --map-mark")),
@@ -163,8 +163,8 @@ fn guard(family: Family, mask: u32) -> Chain {
                 "-m conntrack --ctstate NEW -m set --match-set {late_replies} dst,dst,src -j DROP"
             ),
         ),
-        // The gateway may still hold an entry that the pod's node has lost. A packet that is no bare SYN must not
-        // create one here: as above. Only where TCP says what a beginning is, and only to egress pods.
+        // The gateway may still hold an entry that the pod's node has lost. A packet other than a bare SYN to an egress
+        // pod must not create one here, as above. Only TCP shows where a connection begins.
         Rule::new(
             "midway",
             &format!(
@@ -258,7 +258,7 @@ fn to_excluded(family: Family) -> Rule {
     Rule::new("excluded", &text)
 }
 
-/// Answers to inbound connections pass. `! --ctdir ORIGINAL` would not do: an untracked packet has no direction, and must
+/// Replies of inbound connections pass. `! --ctdir ORIGINAL` would not do: an untracked packet has no direction, and must
 /// not slip through.
 fn reply() -> Rule {
     Rule::new("reply", "-m conntrack --ctdir REPLY -j RETURN")

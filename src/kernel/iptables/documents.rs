@@ -37,7 +37,7 @@ pub(super) fn install_document(
             .filter(|line| line.table == name && jumps_to_us(line));
         lines.extend(jumps.map(Line::delete));
         lines.extend(own().map(|chain| {
-            // A mark of an earlier release means another gateway: ours comes after it, and replaces it.
+            // A mark of an earlier release means another gateway: ours is set after it, and replaces it.
             let is_marked = |line: &Line| line.target() == Some(EARLIER_MARK);
             if chain.base == "PREROUTING" && present.iter().any(is_marked) {
                 format!("-A {} {}", chain.base, chain.jump.text)

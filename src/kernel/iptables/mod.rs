@@ -36,7 +36,7 @@ use crate::kernel::ours::OwnSet;
 use crate::kernel::tool::{ToolError, run};
 use crate::state::{Family, FirewallState, FirewallStep, Remnant};
 
-/// How many input lines a batch may lose before it is given up.
+/// How many bad input lines a batch may have before it is given up.
 const MOST_BAD_LINES: usize = 32;
 
 /// The iptables backend of one node.
@@ -227,7 +227,7 @@ impl Backend for Iptables {
         Profile {
             name: format!("iptables ({}: {})", self.variant, self.why),
             port: None,
-            // Of built-in chains, because the jumps to ours are there.
+            // Built-in chains, too, because the jumps to ours are there.
             watched: Watched {
                 tables: &["mangle", "filter", "nat"],
                 chains: Some(|chain| {
@@ -272,7 +272,7 @@ impl Backend for Iptables {
             match (result, batch.as_slice()) {
                 (Ok(()), _) => {}
                 (Err(Some(error)), [only]) => failed.push(StepError::new(*only, error)),
-                // Which one it was cannot be told: one bad VIP must cost no other.
+                // Nothing says which VIP failed: one by one, so that a bad one costs no other.
                 (Err(_), _) => self.one_by_one(&batch, failed).await,
             }
         }
@@ -298,7 +298,7 @@ enum Together {
     RemoveVips,
 }
 
-/// With which others a step is executed; `None`: by itself.
+/// Which steps a step is executed together with; `None`: with none.
 fn together(step: &FirewallStep) -> Option<Together> {
     match step {
         FirewallStep::Install(..) | FirewallStep::Remove(_) => None,

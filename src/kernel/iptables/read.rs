@@ -13,6 +13,7 @@ use crate::kernel::iptables::sets::{Sets, StaticSet, vip_of_set};
 use crate::kernel::ours::OwnSet;
 use crate::state::{Family, FirewallState, Mark, NetSet, PodSet, PodState, Skeleton};
 
+/// What the lines of `iptables-save` and `ipset save` say.
 pub(super) fn state(family: Family, mask: u32, lines: &[Line], sets: &Sets) -> FirewallState {
     let members = |set: StaticSet| sets.get(&set.name(family)).map_or(&[][..], Vec::as_slice);
     let addresses = |set: StaticSet| {
@@ -71,7 +72,7 @@ pub(super) fn state(family: Family, mask: u32, lines: &[Line], sets: &Sets) -> F
 }
 
 /// `skbmark 0x100000/0xf00000`; without a mask all bits count.
-pub(super) fn skbmark(rest: &str) -> Option<Mark> {
+fn skbmark(rest: &str) -> Option<Mark> {
     let mut words = rest.split(' ').skip_while(|word| *word != "skbmark");
     let text = words.nth(1)?;
     let number = |text: &str| u32::from_str_radix(text.trim_start_matches("0x"), 16).ok();
@@ -82,7 +83,7 @@ pub(super) fn skbmark(rest: &str) -> Option<Mark> {
     Some(Mark { value, mask })
 }
 
-pub(super) fn skeleton(
+fn skeleton(
     family: Family,
     mask: u32,
     lines: &[Line],
@@ -116,7 +117,7 @@ pub(super) fn skeleton(
 }
 
 /// What is wrong with a chain or the jump to it.
-pub(super) fn damage(chain: &Chain, lines: &[Line]) -> Option<String> {
+fn damage(chain: &Chain, lines: &[Line]) -> Option<String> {
     let name = chain.name;
     let rules_of = |wanted: &'static str| {
         let of_chain = move |line: &&Line| {

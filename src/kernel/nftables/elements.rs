@@ -90,9 +90,9 @@ impl Kind {
 /// What a map gives for a key.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Value {
-    /// Of a set: the key is in it.
+    /// Nothing: the key is a member of a set.
     None,
-    /// Go on in this chain.
+    /// A `goto` to this chain.
     Chain(String),
     /// This address.
     Address(IpAddr),
@@ -115,7 +115,7 @@ pub(crate) fn of_pod(address: IpAddr, pod: &PodState, elements: &mut Elements) {
     if let Some(mark) = pod.mark {
         put(Kind::Slot, Value::Chain(slot_chain(mark)));
     }
-    // Of two, in the middle of a change, a map can hold one.
+    // In the middle of a change there are two; a map holds one value for a key.
     if let Some(vip) = pod.vips.last() {
         put(Kind::Vip, Value::Address(*vip));
     }
@@ -123,7 +123,7 @@ pub(crate) fn of_pod(address: IpAddr, pod: &PodState, elements: &mut Elements) {
 
 /// The elements of everything but pods.
 pub(crate) fn of_networks(state: &FirewallState, elements: &mut Elements) {
-    // In the middle of a change one network may hold another: intervals of a set may not.
+    // In the middle of a change one network may contain another; the intervals of a set must not overlap.
     let disjoint = |nets: &BTreeSet<IpNet>| {
         let nets = IpNet::aggregate(&nets.iter().copied().collect());
         nets.into_iter().map(|net| (net, Value::None)).collect()

@@ -10,7 +10,7 @@ use crate::state::Family;
 /// The networks between the ends of intervals, as the kernel keeps them: `true` marks the first address after
 /// an interval.
 pub(crate) fn networks(family: Family, mut ends: Vec<(IpAddr, bool)>) -> BTreeSet<IpNet> {
-    // Where one interval follows on another, its start comes after the other's end.
+    // Where one interval directly follows another, its start is the other's end, and has to come after it.
     ends.sort_by_key(|(address, is_end)| (*address, !is_end));
     let mut nets = BTreeSet::new();
     let mut start = None;

@@ -1,8 +1,8 @@
 //! Firewall backend on nftables: one table of our own, ahead of every masquerade.
 //!
 //! The table as a whole is written by one `nft` process, in one transaction; after that each change is a
-//! transaction of set elements over netlink, without a process. Steps that come together go together: nobody
-//! sees the state between two of them.
+//! transaction of set elements over netlink, without a process. Steps that come together are one transaction: no packet
+//! meets the state between two of them.
 
 mod elements;
 mod intervals;
@@ -102,7 +102,7 @@ impl Nftables {
             Ok(())
         });
         match all {
-            // No table, no set: nothing in it.
+            // Without a table or a set there is nothing in it.
             Err(error) if error.is_absent() => Ok(T::default()),
             all => all,
         }
@@ -275,7 +275,7 @@ impl Backend for Nftables {
         if batch.is_empty() || self.transaction(&batch).await.is_ok() {
             return;
         }
-        // Perhaps the table is not what we took it for. Then each step by itself: a bad one must cost no other.
+        // The table may differ from what we held: read it again. Then one by one, so that a bad step costs no other.
         if let Err(error) = self.observe().await {
             failed.extend(StepError::of_batch(batch, error));
             return;
@@ -307,7 +307,7 @@ impl Backend for Nftables {
 fn late_reply_messages(family: Family, replies: &[LateReply]) -> Vec<u8> {
     let mut messages = Vec::new();
     for part in replies.chunks(ELEMENTS_AT_ONCE) {
-        // The time is said again, so that it begins again for an element that is there (kernel 6.12 and newer).
+        // With an expiration, an element that is there lives for the full time again (kernel 6.12 and newer).
         let elements = part.iter().map(|late| {
             ListAttribute::Element(vec![
                 SetElementAttribute::Key(DataAttribute::Value(late_reply_key(late))),
@@ -354,7 +354,7 @@ fn base_of(chain: &Chain) -> Option<BaseChain> {
 /// The whole table as `nft` takes it, replacing whatever there is.
 fn document(families: &[Family], ranges: Ranges, state: &KernelState) -> String {
     let nothing = FirewallState::default();
-    // The sets may go to the chains, and the rules look into the sets: nft sorts that out within a table.
+    // Maps name chains and rules name sets: nft resolves both within a table, whatever the order.
     let mut text =
         format!("add table inet {TABLE}\ndelete table inet {TABLE}\ntable inet {TABLE} {{\n");
     for &family in families {
@@ -373,8 +373,8 @@ fn document(families: &[Family], ranges: Ranges, state: &KernelState) -> String 
     text + "}\n"
 }
 
-/// The messages that turn some elements into others: what goes first, because the value of an element cannot be
-/// changed but only replaced.
+/// The messages that turn some elements into others. Deletions come first: the value of an element cannot be changed,
+/// only replaced.
 fn changes(from: &BTreeMap<Family, Elements>, to: &BTreeMap<Family, Elements>) -> Vec<u8> {
     let mut batch = Vec::new();
     for family in Family::ALL {
@@ -453,7 +453,7 @@ fn inet(flags: u16, inner: NfTablesMessage) -> Vec<u8> {
     message(NetfilterProtoFamily::Inet, flags, 0, inner)
 }
 
-/// Messages between the marks of a transaction: all of them or none.
+/// Messages between begin and end of a transaction: all of them or none.
 fn transaction(messages: &[u8]) -> Vec<u8> {
     let mark = |inner: ControlMessage| {
         let inner = NetfilterMessageInner::None(inner);

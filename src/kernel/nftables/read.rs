@@ -37,13 +37,13 @@ const UDATA_COMMENT: u8 = 0;
 /// What makes a chain a base chain.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct BaseChain {
-    /// `filter` or `nat`.
+    /// `filter`, `nat` or `route`.
     pub(crate) kind: String,
     /// Number of the hook.
     pub(crate) hook: c_int,
     /// Place among the chains of the hook.
     pub(crate) priority: i32,
-    /// What no rule decides goes on.
+    /// Its policy is `accept`.
     pub(crate) accepts: bool,
 }
 

@@ -22,7 +22,7 @@ pub(crate) struct Rule {
     text: String,
 }
 
-/// Where a chain hooks into the way of packets.
+/// Where a base chain is attached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Hook {
     /// `filter`, `nat` or `route`.
@@ -132,7 +132,7 @@ fn slot(number: u32, mask: u32) -> Chain {
 /// be routed, not as it was sent.
 fn marking(families: &[Words]) -> Chain {
     let hook = Hook::new("filter", "prerouting", NF_INET_PRE_ROUTING, -95);
-    // The answer to an inbound connection goes back the way that the connection came. Not `ct direction original` where
+    // The reply of an inbound connection goes back the way that the connection came. Not `ct direction original` where
     // pods are looked up: untracked and INVALID packets have no direction, and must not slip through.
     let mut rules = vec![reply()];
     for words in families {
@@ -164,8 +164,8 @@ fn errors(families: &[Words]) -> Chain {
     base("errors", hook, rules)
 }
 
-/// Drops or rejects what must neither become a connection nor leave. Before the filters of others (0), which may accept and
-/// so end only their own chain.
+/// Drops or rejects what must neither become a connection nor leave. Before the filters of others (0): where they accept,
+/// that ends only their own chain, while a drop is final.
 fn guard(families: &[Words]) -> Chain {
     let hook = Hook::new("filter", "forward", NF_INET_FORWARD, -5);
     let mut rules = Vec::new();
@@ -180,8 +180,8 @@ fn guard(families: &[Words]) -> Chain {
                     "ct state new {ip} saddr . meta l4proto . th sport . {ip} daddr . th dport @late_replies{n} counter drop"
                 ),
             ),
-            // The gateway may still hold an entry that the pod's node has lost. A packet that is no bare SYN must not
-            // create one here: as above. Only where TCP says what a beginning is, and only to egress pods.
+            // The gateway may still hold an entry that the pod's node has lost. A packet other than a bare SYN to an
+            // egress pod must not create one here, as above. Only TCP shows where a connection begins.
             words.rule(
                 "midway",
                 &format!(
@@ -200,7 +200,7 @@ fn guard(families: &[Words]) -> Chain {
             words.rule("from-vip", &format!("{ip} saddr @vips{n} counter drop")),
         ]);
     }
-    // Below, only what goes to outside is looked at, and no answers to inbound connections.
+    // From here on only packets to outside are left, and no replies of inbound connections.
     rules.extend(families.iter().map(|words| words.excluded()));
     rules.push(reply());
     for words in families {
@@ -252,7 +252,7 @@ fn translation(families: &[Words], marked: &str) -> Chain {
     for words in families {
         let Words { ip, n, .. } = words;
         rules.extend([
-            // The NAT of everybody else is none of our business.
+            // NAT of pods that are no egress pods is the business of others.
             words.rule("other", &format!("{ip} saddr != @egress{n} return")),
             words.excluded(),
             // On its way to the gateway a packet keeps its source. Translating it to itself takes the decision away
@@ -299,7 +299,7 @@ fn leak(families: &[Words], marked: &str) -> Chain {
     base("leak", hook, rules)
 }
 
-/// Answers to inbound connections pass.
+/// Replies of inbound connections pass.
 fn reply() -> Rule {
     rule("reply", "ct direction reply return")
 }

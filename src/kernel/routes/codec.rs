@@ -66,7 +66,7 @@ pub(super) fn rule_message(family: Family, rule: &Rule) -> RuleMessage {
     message
 }
 
-/// A rule, by whose it is.
+/// A rule, and whose it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Found {
     /// Carries our protocol number.
