@@ -11,8 +11,6 @@ use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use futures::TryStreamExt;
-use netlink_packet_route::neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage};
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinHandle;
 use tracing::{debug, warn};
@@ -21,7 +19,7 @@ use self::hearing::Hearing;
 pub use self::hearing::{Anomaly, Heard, Wanted};
 use self::socket::LanSocket;
 use crate::error::chain;
-use crate::ethernet::Mac;
+use crate::kernel::neighbours::neighbour_table;
 
 /// Pause before an interface that went away is tried again, and resolution of the questions' times.
 const PAUSE: Duration = Duration::from_millis(250);
@@ -204,48 +202,4 @@ async fn hear(
             }
         }
     }
-}
-
-/// Who has an address, and where.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Neighbour {
-    pub(crate) address: IpAddr,
-    pub(crate) mac: Mac,
-    /// Number of the interface.
-    pub(crate) interface: u32,
-}
-
-/// The kernel's neighbour table.
-pub(crate) async fn neighbour_table(
-    handle: &rtnetlink::Handle,
-) -> Result<Vec<Neighbour>, rtnetlink::Error> {
-    let neighbours: Vec<NeighbourMessage> =
-        handle.neighbours().get().execute().try_collect().await?;
-    Ok(neighbours.iter().filter_map(neighbour).collect())
-}
-
-fn neighbour(message: &NeighbourMessage) -> Option<Neighbour> {
-    let (mut mac, mut address) = (None, None);
-    for attribute in &message.attributes {
-        match attribute {
-            NeighbourAttribute::LinkLayerAddress(bytes) => {
-                mac = bytes
-                    .first_chunk::<6>()
-                    .filter(|_| bytes.len() == 6)
-                    .map(|m| Mac(*m));
-            }
-            NeighbourAttribute::Destination(NeighbourAddress::Inet(v4)) => {
-                address = Some(IpAddr::from(*v4));
-            }
-            NeighbourAttribute::Destination(NeighbourAddress::Inet6(v6)) => {
-                address = Some(IpAddr::from(*v6));
-            }
-            _ => {}
-        }
-    }
-    Some(Neighbour {
-        address: address?,
-        mac: mac?,
-        interface: message.header.ifindex,
-    })
 }
