@@ -20,7 +20,7 @@ use crate::kernel::{self, Kernel, StepError};
 use crate::lan::Lan;
 use crate::pass::{Confirmed, Memory, Pass};
 use crate::plan::Desired;
-use crate::report::log::{self, Log};
+use crate::report::log::{self, Change, Log};
 use crate::report::{Report, events};
 use crate::settings::Settings;
 use crate::state::Step;
@@ -198,8 +198,9 @@ impl<K: Kernel> Agent<'_, K> {
         self.report.planned(&pass.desired);
         let nothing = Desired::default();
         let before = self.memory.last().unwrap_or(&nothing);
-        log::changes(before, &pass.desired);
-        news.extend(events::changes(before, &pass.desired, &pass.view, own));
+        let changes = log::changes(before, &pass.desired);
+        changes.iter().for_each(Change::log);
+        news.extend(events::of_changes(&changes, &pass.view, own));
         self.report.publish(news, &pass.view);
     }
 }

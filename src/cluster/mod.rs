@@ -144,46 +144,38 @@ impl Service {
     #[must_use]
     pub fn of(object: &core::Service) -> Service {
         let spec = object.spec.as_ref();
-        let ingress = object
-            .status
-            .as_ref()
-            .and_then(|status| status.load_balancer.as_ref())
-            .and_then(|balancer| balancer.ingress.as_deref())
-            .unwrap_or_default();
+        let status = || object.status.as_ref()?.load_balancer.as_ref();
+        let ingress = status().and_then(|status| status.ingress.as_deref());
+        let ingress = ingress.unwrap_or_default();
         let mut vips = BTreeMap::new();
         for ip in ingress.iter().filter_map(|i| i.ip.as_ref()?.parse().ok()) {
             vips.entry(Family::of(ip)).or_insert(ip);
         }
+        let families = spec.and_then(|spec| spec.ip_families.as_deref());
+        let family = |family: &String| match family.as_str() {
+            "IPv4" => Some(Family::V4),
+            "IPv6" => Some(Family::V6),
+            _ => None,
+        };
+        let annotations = object.metadata.annotations.as_ref();
+        let on_no_gateway = annotations.and_then(|all| all.get(ON_NO_GATEWAY_ANNOTATION));
+        let created = object.metadata.creation_timestamp.as_ref();
         Service {
             uid: object.metadata.uid.clone().unwrap_or_default(),
-            created: object
-                .metadata
-                .creation_timestamp
-                .as_ref()
-                .map_or(i64::MAX, |time| time.0.as_second()),
+            created: created.map_or(i64::MAX, |time| time.0.as_second()),
             load_balancer: spec.and_then(|s| s.type_.as_deref()) == Some("LoadBalancer"),
-            families: spec
-                .and_then(|s| s.ip_families.as_deref())
+            families: families
                 .unwrap_or_default()
                 .iter()
-                .filter_map(|family| match family.as_str() {
-                    "IPv4" => Some(Family::V4),
-                    "IPv6" => Some(Family::V6),
-                    _ => None,
-                })
+                .filter_map(family)
                 .collect(),
             vips,
             hostname: ingress.iter().find_map(|i| i.hostname.clone()),
-            on_no_gateway: object
-                .metadata
-                .annotations
-                .as_ref()
-                .and_then(|annotations| annotations.get(ON_NO_GATEWAY_ANNOTATION))
-                .map_or(OnNoGateway::default(), |value| match value.as_str() {
-                    "reject" => OnNoGateway::Reject,
-                    "node-address" => OnNoGateway::NodeAddress,
-                    other => OnNoGateway::Unknown(other.to_owned()),
-                }),
+            on_no_gateway: match on_no_gateway.map(String::as_str) {
+                None | Some("reject") => OnNoGateway::Reject,
+                Some("node-address") => OnNoGateway::NodeAddress,
+                Some(other) => OnNoGateway::Unknown(other.to_owned()),
+            },
             selector: spec.and_then(|s| s.selector.clone()).unwrap_or_default(),
         }
     }
@@ -220,28 +212,17 @@ impl EndpointSlice {
     #[must_use]
     pub fn of(object: &discovery::EndpointSlice) -> Option<EndpointSlice> {
         let namespace = object.metadata.namespace.clone()?;
-        let service = object
-            .metadata
-            .labels
-            .as_ref()?
-            .get("kubernetes.io/service-name")?;
-        let endpoints = object
-            .endpoints
-            .as_deref()
-            .unwrap_or_default()
-            .iter()
-            .map(|endpoint| Endpoint {
-                addresses: endpoint.addresses.clone(),
-                node: endpoint.node_name.clone().map(NodeName),
-                target: target(endpoint.target_ref.as_ref(), &namespace),
-            })
-            .collect();
+        let labels = object.metadata.labels.as_ref()?;
+        let name = labels.get("kubernetes.io/service-name")?.clone();
+        let endpoints = object.endpoints.as_deref().unwrap_or_default();
+        let endpoint = |endpoint: &discovery::Endpoint| Endpoint {
+            addresses: endpoint.addresses.clone(),
+            node: endpoint.node_name.clone().map(NodeName),
+            target: target(endpoint.target_ref.as_ref(), &namespace),
+        };
         Some(EndpointSlice {
-            service: ObjectKey {
-                namespace: namespace.clone(),
-                name: service.clone(),
-            },
-            endpoints,
+            endpoints: endpoints.iter().map(endpoint).collect(),
+            service: ObjectKey { namespace, name },
         })
     }
 }
@@ -267,37 +248,22 @@ impl Node {
     /// The facts of a Node object; addresses and networks that do not parse are left out.
     #[must_use]
     pub fn of(object: &core::Node) -> Node {
-        let addresses = object
-            .status
-            .as_ref()
-            .and_then(|status| status.addresses.as_deref())
-            .unwrap_or_default()
-            .iter()
-            .filter(|address| address.type_ == "InternalIP")
-            .filter_map(|address| address.address.parse().ok())
-            .collect();
-        let spec = object.spec.as_ref();
-        let pod_cidrs = spec
-            .and_then(|spec| spec.pod_cidrs.as_deref())
-            .unwrap_or_default()
-            .iter()
-            .chain(spec.and_then(|spec| spec.pod_cidr.as_ref()))
-            .filter_map(|cidr| cidr.parse::<IpNet>().ok())
-            .map(|cidr| cidr.trunc())
-            .collect();
-        let conditions = object.status.as_ref().and_then(|s| s.conditions.as_deref());
+        let (spec, status) = (object.spec.as_ref(), object.status.as_ref());
+        let addresses = status.and_then(|status| status.addresses.as_deref());
+        let addresses = addresses.unwrap_or_default().iter();
+        let internal = addresses.filter(|address| address.type_ == "InternalIP");
+        let pod_cidrs = spec.and_then(|spec| spec.pod_cidrs.as_deref());
+        let pod_cidrs = pod_cidrs.unwrap_or_default().iter();
+        let pod_cidrs = pod_cidrs.chain(spec.and_then(|spec| spec.pod_cidr.as_ref()));
+        let conditions = status.and_then(|status| status.conditions.as_deref());
         let is_ready = |c: &core::NodeCondition| c.type_ == "Ready" && c.status == "True";
+        let boot = status.and_then(|status| Some(status.node_info.as_ref()?.boot_id.clone()));
         Node {
-            addresses,
-            pod_cidrs,
+            addresses: internal.filter_map(|a| a.address.parse().ok()).collect(),
+            pod_cidrs: networks(pod_cidrs),
             ready: conditions.unwrap_or_default().iter().any(is_ready),
             uid: object.metadata.uid.clone().unwrap_or_default(),
-            boot: object
-                .status
-                .as_ref()
-                .and_then(|status| status.node_info.as_ref())
-                .map(|info| BootId(info.boot_id.clone()))
-                .filter(|boot| !boot.0.is_empty()),
+            boot: boot.filter(|boot| !boot.is_empty()).map(BootId),
             programmed: None,
         }
     }
@@ -319,15 +285,14 @@ impl Node {
 /// The networks of a ServiceCIDR object.
 #[must_use]
 pub fn service_cidrs(object: &networking::ServiceCIDR) -> BTreeSet<IpNet> {
-    let spec = object.spec.as_ref();
-    let cidrs = spec
-        .and_then(|spec| spec.cidrs.as_deref())
-        .unwrap_or_default();
-    cidrs
-        .iter()
-        .filter_map(|cidr| cidr.parse::<IpNet>().ok())
-        .map(|cidr| cidr.trunc())
-        .collect()
+    let cidrs = || object.spec.as_ref()?.cidrs.as_deref();
+    networks(cidrs().unwrap_or_default())
+}
+
+/// The networks that parse.
+fn networks<'a>(texts: impl IntoIterator<Item = &'a String>) -> BTreeSet<IpNet> {
+    let nets = texts.into_iter().filter_map(|text| text.parse().ok());
+    nets.map(|net: IpNet| net.trunc()).collect()
 }
 
 #[cfg(test)]

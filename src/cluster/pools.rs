@@ -31,17 +31,13 @@ pub fn networks(object: &DynamicObject) -> BTreeSet<IpNet> {
             .filter_map(|v| Some(v.as_str()?.to_owned()))
             .collect()
     };
-    let mut found: Vec<String> = spec["cidr"]
-        .as_str()
-        .map(str::to_owned)
-        .into_iter()
-        .collect();
+    let cidr = spec["cidr"].as_str().map(str::to_owned);
+    let mut found: Vec<String> = cidr.into_iter().collect();
     found.extend(texts(&ipam["podCIDRs"]));
     for pool in ipam["pools"]["allocated"].as_array().into_iter().flatten() {
         found.extend(texts(&pool["cidrs"]));
     }
-    let nets = found.iter().filter_map(|text| text.parse::<IpNet>().ok());
-    nets.map(|net| net.trunc()).collect()
+    super::networks(&found)
 }
 
 #[cfg(test)]

@@ -17,8 +17,8 @@ use crate::backoff::Backoff;
 use crate::cluster::View;
 use crate::error::chain;
 use crate::names::{NodeName, ObjectKey};
-use crate::plan::{Blocked, Desired, Ignored, Subject, Verdict};
-use crate::report::log::Notice;
+use crate::plan::{Blocked, Ignored, Subject, Verdict};
+use crate::report::log::{Change, Notice};
 use crate::state::Family;
 
 /// Pauses while the API server does not answer.
@@ -39,53 +39,36 @@ pub struct ServiceEvent {
     pub note: String,
 }
 
-/// What became different for whom, as far as the agent of `own` is to publish it.
+/// Events of what has changed, as far as the agent of `own` is to publish them.
 #[must_use]
-pub fn changes(before: &Desired, now: &Desired, view: &View, own: &NodeName) -> Vec<ServiceEvent> {
-    let mut events = Vec::new();
+pub fn of_changes(changes: &[Change<'_>], view: &View, own: &NodeName) -> Vec<ServiceEvent> {
     let mut publishers = None;
-    let mut publish = |service: &ObjectKey, is_of_this_node: bool, event: ServiceEvent| {
-        let publishers = publishers.get_or_insert_with(|| Publishers::of(view, own));
-        let is_ours = if is_of_this_node {
-            publishers.has_pods_here(service)
-        } else {
-            publishers.is_ours(service)
+    let of_change = |change: &Change<'_>| {
+        let (event, differs_by_node) = match *change {
+            Change::Verdict(service, family, old, verdict) => {
+                let differs_by_node = old.is_some_and(is_of_the_node) || is_of_the_node(verdict);
+                (of_verdict(service, family, old, verdict)?, differs_by_node)
+            }
+            Change::Ignored(subject, reason) => {
+                let event = ServiceEvent {
+                    service: service_of(subject, view)?.clone(),
+                    // A hostNetwork pod is no mistake.
+                    is_warning: !matches!(reason, Ignored::NodeAddress(_)),
+                    reason: "Ignored",
+                    note: format!("ignoring {subject}: {reason}"),
+                };
+                (event, false)
+            }
+            Change::Gone(_) | Change::UnknownNetwork(..) => return None,
         };
-        if is_ours {
-            events.push(event);
-        }
+        let publishers = publishers.get_or_insert_with(|| Publishers::of(view, own));
+        let is_ours = match differs_by_node {
+            true => publishers.has_pods_here(&event.service),
+            false => publishers.is_ours(&event.service),
+        };
+        is_ours.then_some(event)
     };
-    for (service, verdicts) in &now.services {
-        for (family, verdict) in verdicts {
-            let old = before.services.get(service).and_then(|v| v.get(family));
-            if old == Some(verdict) {
-                continue;
-            }
-            let differs_by_node = [old, Some(verdict)]
-                .into_iter()
-                .flatten()
-                .any(is_of_the_node);
-            if let Some(event) = of_verdict(service, *family, old, verdict) {
-                publish(service, differs_by_node, event);
-            }
-        }
-    }
-    for (subject, reason) in &now.ignored {
-        if before.ignored.get(subject) == Some(reason) {
-            continue;
-        }
-        if let Some(service) = service_of(subject, view) {
-            let event = ServiceEvent {
-                service: service.clone(),
-                // A hostNetwork pod is no mistake.
-                is_warning: !matches!(reason, Ignored::NodeAddress(_)),
-                reason: "Ignored",
-                note: format!("ignoring {subject}: {reason}"),
-            };
-            publish(service, false, event);
-        }
-    }
-    events
+    changes.iter().filter_map(of_change).collect()
 }
 
 /// Warnings to the Services that have a notice's VIP, as far as the agent of `own` is to publish them.
@@ -252,6 +235,8 @@ fn document(event: ServiceEvent, uid: String) -> (Event, ObjectReference) {
 mod tests {
     use super::*;
     use crate::cluster::{Endpoint, EndpointSlice, Target};
+    use crate::plan::Desired;
+    use crate::report::log::changes;
 
     fn key(name: &str) -> ObjectKey {
         ObjectKey {
@@ -298,7 +283,7 @@ mod tests {
     /// The reasons that each of three nodes publishes.
     fn published(before: &Desired, now: &Desired) -> [Vec<&'static str>; 3] {
         [1, 2, 3].map(|n| {
-            let events = changes(before, now, &view(), &node(n));
+            let events = of_changes(&changes(before, now), &view(), &node(n));
             events.iter().map(|event| event.reason).collect()
         })
     }
@@ -346,7 +331,8 @@ mod tests {
             published(&Desired::default(), &now),
             [vec![], vec!["Ignored"], vec![]]
         );
-        let events = changes(&Desired::default(), &now, &view(), &node(2));
+        let before = Desired::default();
+        let events = of_changes(&changes(&before, &now), &view(), &node(2));
         assert_eq!(
             events[0].note,
             "ignoring endpoint 10.244.2.9 of EndpointSlice shop/a-1: belongs to Service shop/older, which is older"

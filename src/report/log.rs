@@ -4,7 +4,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io::IsTerminal;
 use std::net::IpAddr;
 
-use tracing::field::{DisplayValue, display};
 use tracing::{info, warn};
 use tracing_subscriber::EnvFilter;
 
@@ -13,16 +12,12 @@ use crate::error::chain;
 use crate::kernel::StepError;
 use crate::lan::Anomaly;
 use crate::names::{NodeName, ObjectKey};
-use crate::plan::Desired;
+use crate::plan::{Desired, Ignored, Subject, Verdict};
 use crate::settings::{LogFormat, Settings};
 use crate::state::Family;
 
 /// How many failed steps are named.
 const MOST_FAILURES: usize = 10;
-
-/// What is logged when private networks are excluded.
-const UNKNOWN_NETWORK: &str = "pod is in no node's podCIDRs: all private networks are excluded from egress, \
-     set FIREWALL_EXCLUDE_DST_CIDRS to the cluster's networks";
 
 /// Starts logging, to standard error.
 pub fn start(settings: &Settings) {
@@ -104,70 +99,58 @@ impl Log {
     }
 }
 
-/// A line about what has changed between two plans.
-#[derive(Debug)]
-struct Line {
-    is_warning: bool,
-    service: Option<ObjectKey>,
-    family: Option<Family>,
-    pod: Option<IpAddr>,
-    text: String,
+/// Something that became different between two plans.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Change<'a> {
+    /// What becomes of a Service in one family: before, and now.
+    Verdict(&'a ObjectKey, Family, Option<&'a Verdict>, &'a Verdict),
+    /// A Service that is no egress Service any more.
+    Gone(&'a ObjectKey),
+    /// Something is ignored.
+    Ignored(&'a Subject, &'a Ignored),
+    /// Private networks are excluded because of a pod.
+    UnknownNetwork(Family, IpAddr),
 }
 
-/// Logs what became different for whom.
-pub fn changes(before: &Desired, now: &Desired) {
-    fn field<T: std::fmt::Display>(value: &Option<T>) -> Option<DisplayValue<&T>> {
-        value.as_ref().map(display)
-    }
-    for line in lines(before, now) {
-        let (service, family, pod) = (field(&line.service), field(&line.family), field(&line.pod));
-        if line.is_warning {
-            warn!(service, family, pod, "{}", line.text);
-        } else {
-            info!(service, family, pod, "{}", line.text);
-        }
-    }
+/// What became different between two plans.
+#[must_use]
+pub fn changes<'a>(before: &'a Desired, now: &'a Desired) -> Vec<Change<'a>> {
+    let verdicts = now.services.iter().flat_map(|(service, verdicts)| {
+        let old = before.services.get(service);
+        let changed = move |(family, verdict): (&Family, &'a Verdict)| {
+            let old = old.and_then(|old| old.get(family));
+            let change = Change::Verdict(service, *family, old, verdict);
+            (old != Some(verdict)).then_some(change)
+        };
+        verdicts.iter().filter_map(changed)
+    });
+    let gone = before.services.keys();
+    let gone = gone.filter(|service| !now.services.contains_key(*service));
+    let ignored = now.ignored.iter();
+    let ignored = ignored.filter(|(subject, reason)| before.ignored.get(*subject) != Some(*reason));
+    let unknown = now.unknown_networks.iter();
+    let unknown = unknown.filter(|(family, _)| !before.unknown_networks.contains_key(*family));
+    verdicts
+        .chain(gone.map(Change::Gone))
+        .chain(ignored.map(|(subject, reason)| Change::Ignored(subject, reason)))
+        .chain(unknown.map(|(family, pod)| Change::UnknownNetwork(*family, *pod)))
+        .collect()
 }
 
-fn lines(before: &Desired, now: &Desired) -> Vec<Line> {
-    let mut lines = Vec::new();
-    let mut add = |is_warning, service: Option<&ObjectKey>, family, pod, text| {
-        lines.push(Line {
-            is_warning,
-            service: service.cloned(),
-            family,
-            pod,
-            text,
-        });
-    };
-    for (service, verdicts) in &now.services {
-        for (family, verdict) in verdicts {
-            let old = before.services.get(service).and_then(|v| v.get(family));
-            if old != Some(verdict) {
-                let text = verdict.to_string();
-                add(false, Some(service), Some(*family), None, text);
-            }
+impl Change<'_> {
+    /// Writes it to the log.
+    pub fn log(&self) {
+        match self {
+            Change::Verdict(service, family, _, verdict) => info!(%service, %family, "{verdict}"),
+            Change::Gone(service) => info!(%service, "no longer an egress Service"),
+            Change::Ignored(subject, reason) => warn!("ignoring {subject}: {reason}"),
+            Change::UnknownNetwork(family, pod) => warn!(
+                %family, %pod,
+                "pod is in no node's podCIDRs: all private networks are excluded from egress, \
+                 set FIREWALL_EXCLUDE_DST_CIDRS to the cluster's networks"
+            ),
         }
     }
-    for service in before.services.keys() {
-        if !now.services.contains_key(service) {
-            let text = "no longer an egress Service".to_owned();
-            add(false, Some(service), None, None, text);
-        }
-    }
-    for (subject, reason) in &now.ignored {
-        if before.ignored.get(subject) != Some(reason) {
-            let text = format!("ignoring {subject}: {reason}");
-            add(true, None, None, None, text);
-        }
-    }
-    for (family, pod) in &now.unknown_networks {
-        if !before.unknown_networks.contains_key(family) {
-            let text = UNKNOWN_NETWORK.to_owned();
-            add(true, None, Some(*family), Some(*pod), text);
-        }
-    }
-    lines
 }
 
 /// Failed steps on one line.
@@ -185,7 +168,7 @@ pub fn failures(failed: &[StepError]) -> String {
 mod tests {
     use super::*;
     use crate::ethernet::Mac;
-    use crate::plan::{Blocked, Ignored, Subject, Verdict};
+    use crate::plan::Blocked;
 
     fn vip() -> IpAddr {
         IpAddr::from([192, 0, 2, 200])
@@ -239,15 +222,13 @@ mod tests {
             gateway: node(1),
         });
         let nothing = Desired::default();
-        let texts = |before: &Desired, now: &Desired| -> Vec<(bool, String)> {
-            let lines = lines(before, now).into_iter();
-            lines.map(|line| (line.is_warning, line.text)).collect()
-        };
-        assert_eq!(texts(&nothing, &blocked).len(), 2);
-        let through = "active: 192.0.2.200 through node1".to_owned();
-        assert_eq!(texts(&blocked, &active), [(false, through)]);
-        assert_eq!(texts(&active, &active), []);
-        let gone = "no longer an egress Service".to_owned();
-        assert_eq!(texts(&active, &nothing), [(false, gone)]);
+        let family = Family::V4;
+        let verdict = |plan: &Desired| plan.services[&key][&family].clone();
+        let (good, bad) = (verdict(&active), verdict(&blocked));
+        assert_eq!(changes(&nothing, &blocked).len(), 2);
+        let expected = Change::Verdict(&key, family, Some(&bad), &good);
+        assert_eq!(changes(&blocked, &active), [expected]);
+        assert_eq!(changes(&active, &active), []);
+        assert_eq!(changes(&active, &nothing), [Change::Gone(&key)]);
     }
 }
