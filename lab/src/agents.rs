@@ -41,6 +41,12 @@ impl Lab {
         Ok(())
     }
 
+    /// Whether that was done, and not undone.
+    #[must_use]
+    pub fn is_installed(&self) -> bool {
+        self.kubelet.is_some()
+    }
+
     /// Deletes what [`Lab::install_metaleg`] applied, and waits until no agent runs.
     ///
     /// # Errors
@@ -84,6 +90,20 @@ impl Lab {
             Ok((seen && updated).then_some(()))
         })?;
         self.wait_for_agents()
+    }
+
+    /// Whether the DaemonSet has these settings.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub fn has_settings(&self, settings: &[(&str, &str)]) -> Result<bool> {
+        let daemonset = self.api.get(DAEMONSET)?;
+        let env = &daemonset["spec"]["template"]["spec"]["containers"][0]["env"];
+        let has = |(name, value): &(&str, &str)| {
+            let mut env = env.as_array().into_iter().flatten();
+            env.any(|variable| variable["name"] == *name && variable["value"] == *value)
+        };
+        Ok(settings.iter().all(has))
     }
 
     fn set_env(&self, settings: &[(&str, &str)]) -> Result<()> {

@@ -3,33 +3,71 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::io::ErrorKind;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::IpAddr;
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, SystemTime};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
+use etherparse::{IpNumber, LaxNetSlice, LaxSlicedPacket, LinkSlice, TransportSlice};
 use nix::libc::PACKET_OUTGOING;
 use nix::net::if_::if_nametoindex;
 use nix::sys::socket::{LinkAddr, recvfrom, setsockopt, sockopt};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::host::Host;
-use crate::net;
-use crate::probe::PORT;
+use crate::{Family, Outside, net};
 
 /// `ETH_P_ALL` of if_ether.h.
 const EVERYTHING: u16 = 3;
-/// What a node's own packets begin with (`ip_default_ttl`): it resets what it knows nothing of, such as the answer to a
-/// connection that was forgotten.
-const HOPS: u8 = 64;
+/// The TTL of a node's own packets (`ip_default_ttl`): a node resets what it has no connection for, such as the answer
+/// to a forgotten one, and that packet may have the node's address.
+const OWN_TTL: u8 = 64;
 /// Holds what comes while the machine is busy with something else.
 const BUFFER_BYTES: usize = 16 << 20;
 
-/// The packets that left each node, by their source.
-pub type Sources = BTreeMap<(usize, IpAddr), Packets>;
+/// The packets that nodes forwarded to servers outside, by node and source.
+#[derive(Debug, Default)]
+pub struct Forwarded(BTreeMap<(usize, IpAddr), Packets>);
+
+impl Forwarded {
+    /// Checks the node and the source of every packet, and that there were packets at all: a capture that saw nothing
+    /// has shown nothing.
+    ///
+    /// # Errors
+    /// With the packets that `may_leave` does not allow.
+    pub fn only(&self, may_leave: impl Fn(usize, IpAddr) -> bool) -> Result<()> {
+        let wrong: Vec<String> = self
+            .iter()
+            .filter(|(node, source, _)| !may_leave(*node, *source))
+            .map(|(node, _, Packets { count, first })| {
+                format!("{count} from node{node}, first {first}")
+            })
+            .collect();
+        ensure!(wrong.is_empty(), "packets leaked: {}", wrong.join(", "));
+        ensure!(!self.0.is_empty(), "no packet was seen at all");
+        Ok(())
+    }
+
+    /// Checks that there was no packet. Shows something only where the same capture sees what does leave.
+    ///
+    /// # Errors
+    /// With the packets.
+    pub fn nothing(&self) -> Result<()> {
+        match self.0.is_empty() {
+            true => Ok(()),
+            false => self.only(|_, _| false),
+        }
+    }
+
+    /// The packets of each node and source.
+    pub fn iter(&self) -> impl Iterator<Item = (usize, IpAddr, &Packets)> {
+        let all = self.0.iter();
+        all.map(|((node, source), packets)| (*node, *source, packets))
+    }
+}
 
 /// Packets of one source.
 #[derive(Debug)]
@@ -43,10 +81,11 @@ pub struct Packets {
 /// A packet that left a node, and when.
 #[derive(Debug)]
 pub struct Packet {
-    source: SocketAddr,
-    to: SocketAddr,
-    /// The flags of a TCP header, `None` of UDP.
-    flags: Option<u8>,
+    source: IpAddr,
+    to: IpAddr,
+    protocol: IpNumber,
+    /// What its transport header says; nothing of a later fragment.
+    detail: String,
     at: SystemTime,
 }
 
@@ -56,14 +95,11 @@ impl fmt::Display for Packet {
         let of_day = since.unwrap_or_default().as_millis() % 86_400_000;
         let (seconds, ms) = (of_day / 1000, of_day % 1000);
         let (hours, minutes, seconds) = (seconds / 3600, seconds / 60 % 60, seconds % 60);
-        match self.flags {
-            Some(flags) => write!(f, "TCP, flags {flags:#04x}")?,
-            None => f.write_str("UDP")?,
-        }
-        let (source, to) = (self.source, self.to);
+        let protocol = self.protocol.keyword_str().unwrap_or("unknown protocol");
         write!(
             f,
-            " {source} to {to} at {hours:02}:{minutes:02}:{seconds:02}.{ms:03}"
+            "{protocol}{} {} to {} at {hours:02}:{minutes:02}:{seconds:02}.{ms:03}",
+            self.detail, self.source, self.to
         )
     }
 }
@@ -71,7 +107,7 @@ impl fmt::Display for Packet {
 /// Counts the packets that leave nodes for a server outside; stops when it goes out of scope.
 #[derive(Debug)]
 pub struct Capture {
-    seen: Arc<Mutex<Sources>>,
+    seen: Arc<Mutex<Forwarded>>,
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<std::io::Result<()>>>,
 }
@@ -79,18 +115,17 @@ pub struct Capture {
 impl Capture {
     /// Listens at the far ends of the nodes' wires.
     pub(crate) fn start(lan: &Host, nodes: usize) -> Result<Capture> {
-        let seen = Arc::new(Mutex::new(Sources::new()));
+        let seen = Arc::new(Mutex::new(Forwarded::default()));
         let stop = Arc::new(AtomicBool::new(false));
         let (ready, opened) = std::sync::mpsc::channel();
         let thread = lan.inside({
             let (seen, stop) = (seen.clone(), stop.clone());
             move || {
-                let ports: BTreeMap<usize, usize> = (1..=nodes)
-                    .filter_map(|n| {
-                        let index = if_nametoindex(format!("node{n}").as_str()).ok()?;
-                        Some((usize::try_from(index).ok()?, n))
-                    })
-                    .collect();
+                let mut ports = BTreeMap::new();
+                for n in 1..=nodes {
+                    let index = if_nametoindex(format!("node{n}").as_str())?;
+                    ports.insert(usize::try_from(index).unwrap_or_default(), n);
+                }
                 let protocol = Protocol::from(i32::from(EVERYTHING.to_be()));
                 let socket = Socket::new(Domain::PACKET, Type::RAW, Some(protocol))?;
                 setsockopt(&socket, sockopt::RcvBufForce, &BUFFER_BYTES)?;
@@ -117,7 +152,8 @@ impl Capture {
                     let packet = frame.get(..length).and_then(outbound);
                     if let (Some(node), Some(packet)) = (node, packet) {
                         let mut seen = seen.lock().unwrap_or_else(PoisonError::into_inner);
-                        seen.entry((*node, packet.source.ip()))
+                        seen.0
+                            .entry((*node, packet.source))
                             .and_modify(|packets| packets.count += 1)
                             .or_insert(Packets {
                                 count: 1,
@@ -143,7 +179,7 @@ impl Capture {
     ///
     /// # Errors
     /// When the capture has ended.
-    pub fn take(&self) -> Result<Sources> {
+    pub fn take(&self) -> Result<Forwarded> {
         let thread = self.thread.as_ref().context("the capture was stopped")?;
         if thread.is_finished() {
             bail!("the capture has failed");
@@ -163,49 +199,56 @@ impl Drop for Capture {
     }
 }
 
-/// A TCP or UDP packet to a server's port that the node has forwarded, unless the frame goes to a node or to everybody: on
-/// its way to a gateway a packet may have its pod's address.
+/// A packet that a node forwarded to a server outside, whatever its protocol: not one that it sent itself, and not one
+/// on its way to another node, which may have its pod's address.
 fn outbound(frame: &[u8]) -> Option<Packet> {
-    let (to, rest) = frame.split_first_chunk::<6>()?;
-    let is_for_a_node = (1..=net::MOST_NODES).any(|n| net::node_mac_bytes(n) == *to);
-    if is_for_a_node || to[0] & 1 == 1 {
+    let sliced = LaxSlicedPacket::from_ethernet(frame).ok()?;
+    let Some(LinkSlice::Ethernet2(ethernet)) = &sliced.link else {
+        return None;
+    };
+    let next_hop = ethernet.destination();
+    if (1..=net::MOST_NODES).any(|n| net::node_mac_bytes(n) == next_hop) {
         return None;
     }
-    let (kind, packet) = rest.get(6..)?.split_first_chunk::<2>()?;
-    let hops;
-    let (source, to, protocol, payload) = match u16::from_be_bytes(*kind) {
-        0x0800 => {
-            let words = usize::from(packet.first()? & 0x0f);
-            let (source, rest) = packet.get(12..)?.split_first_chunk::<4>()?;
-            let to = Ipv4Addr::from(*rest.first_chunk::<4>()?).into();
-            let source: IpAddr = Ipv4Addr::from(*source).into();
-            hops = *packet.get(8)?;
-            (source, to, *packet.get(9)?, packet.get(words * 4..)?)
+    let (source, to, ttl, payload) = match &sliced.net {
+        Some(LaxNetSlice::Ipv4(packet)) => {
+            let header = packet.header();
+            let (source, to) = (header.source_addr(), header.destination_addr());
+            (source.into(), to.into(), header.ttl(), packet.payload())
         }
-        0x86dd => {
-            let (source, rest) = packet.get(8..)?.split_first_chunk::<16>()?;
-            let to = Ipv6Addr::from(*rest.first_chunk::<16>()?).into();
-            let source: IpAddr = Ipv6Addr::from(*source).into();
-            hops = *packet.get(7)?;
-            (source, to, *packet.get(6)?, packet.get(40..)?)
+        Some(LaxNetSlice::Ipv6(packet)) => {
+            let header = packet.header();
+            let (source, to) = (header.source_addr(), header.destination_addr());
+            let payload = packet.payload();
+            (source.into(), to.into(), header.hop_limit(), payload)
         }
         _ => return None,
-    };
-    let port = |at| {
-        Some(u16::from_be_bytes(
-            payload.get(at..at + 2)?.try_into().ok()?,
-        ))
     };
     let to: IpAddr = to;
-    let flags = match protocol {
-        6 => Some(*payload.get(13)?),
-        17 => None,
-        _ => return None,
+    let is_server = Outside::BOTH.iter().any(|server| {
+        Family::BOTH
+            .iter()
+            .any(|family| server.address(*family) == to)
+    });
+    if !is_server || ttl >= OWN_TTL {
+        return None;
+    }
+    let detail = match &sliced.transport {
+        Some(TransportSlice::Tcp(tcp)) => {
+            let flags = tcp.slice().get(13).copied().unwrap_or_default();
+            let (from, to) = (tcp.source_port(), tcp.destination_port());
+            format!(" {from} to {to}, flags {flags:#04x},")
+        }
+        Some(TransportSlice::Udp(udp)) => {
+            format!(" {} to {}", udp.source_port(), udp.destination_port())
+        }
+        _ => String::new(),
     };
-    (port(2)? == PORT && hops < HOPS).then_some(Packet {
-        source: SocketAddr::new(source, port(0)?),
-        to: SocketAddr::new(to, PORT),
-        flags,
+    Some(Packet {
+        source,
+        to,
+        protocol: payload.ip_number,
+        detail,
         at: now(),
     })
 }
@@ -216,4 +259,81 @@ fn outbound(frame: &[u8]) -> Option<Packet> {
 )]
 fn now() -> SystemTime {
     SystemTime::now()
+}
+
+#[cfg(test)]
+mod tests {
+    use etherparse::{IpFragOffset, Ipv4Header, Ipv6FragmentHeader, PacketBuilder};
+
+    use super::*;
+
+    const ROUTER: [u8; 6] = [2, 0, 0, 0, 0, 0xfe];
+
+    fn frame(step: etherparse::PacketBuilderStep<etherparse::IpHeaders>, to: IpNumber) -> Vec<u8> {
+        let mut frame = Vec::new();
+        step.write(&mut frame, to, b"payload").expect("a packet");
+        frame
+    }
+
+    fn v4(next_hop: [u8; 6], to: [u8; 4], ttl: u8, offset: u16) -> Vec<u8> {
+        let mut header =
+            Ipv4Header::new(7, ttl, IpNumber::UDP, [10, 244, 1, 11], to).expect("a header");
+        header.fragment_offset = IpFragOffset::try_new(offset).expect("an offset");
+        let headers = etherparse::IpHeaders::Ipv4(header, Default::default());
+        let step = PacketBuilder::ethernet2(net::node_mac_bytes(1), next_hop);
+        frame(step.ip(headers), IpNumber::UDP)
+    }
+
+    #[test]
+    fn every_protocol_to_a_server_is_seen_also_a_later_fragment() {
+        let server = [198, 51, 100, 10];
+        let seen = |frame: &[u8]| outbound(frame).map(|packet| packet.source.to_string());
+        let own = Some("10.244.1.11".to_owned());
+        assert_eq!(seen(&v4(ROUTER, server, 63, 0)), own);
+        assert_eq!(seen(&v4(ROUTER, server, 63, 100)), own);
+        for number in [IpNumber::ICMP, IpNumber::SCTP, IpNumber::GRE] {
+            let header =
+                Ipv4Header::new(7, 63, number, [10, 244, 1, 11], server).expect("a header");
+            let headers = etherparse::IpHeaders::Ipv4(header, Default::default());
+            let step = PacketBuilder::ethernet2(net::node_mac_bytes(1), ROUTER);
+            assert_eq!(seen(&frame(step.ip(headers), number)), own, "{number:?}");
+        }
+    }
+
+    #[test]
+    fn what_is_not_forwarded_to_a_server_is_left_out() {
+        let server = [198, 51, 100, 10];
+        assert!(outbound(&v4(ROUTER, server, 64, 0)).is_none(), "a node's");
+        assert!(outbound(&v4(net::node_mac_bytes(2), server, 63, 0)).is_none());
+        assert!(outbound(&v4(ROUTER, [10, 96, 0, 1], 63, 0)).is_none());
+    }
+
+    #[test]
+    fn an_extension_header_hides_nothing() {
+        let source: std::net::Ipv6Addr = "fd00:10:244:1::b".parse().expect("an address");
+        let to: std::net::Ipv6Addr = "2001:db8:2::10".parse().expect("an address");
+        let mut frame = Vec::new();
+        let ethernet = etherparse::Ethernet2Header {
+            source: net::node_mac_bytes(1),
+            destination: ROUTER,
+            ether_type: etherparse::EtherType::IPV6,
+        };
+        ethernet.write(&mut frame).expect("a header");
+        let header = etherparse::Ipv6Header {
+            payload_length: 16,
+            next_header: IpNumber::IPV6_FRAGMENTATION_HEADER,
+            hop_limit: 63,
+            source: source.octets(),
+            destination: to.octets(),
+            ..Default::default()
+        };
+        header.write(&mut frame).expect("a header");
+        let offset = IpFragOffset::try_new(100).expect("an offset");
+        let fragment = Ipv6FragmentHeader::new(IpNumber::UDP, offset, false, 7);
+        fragment.write(&mut frame).expect("a header");
+        frame.extend([0; 8]);
+        let packet = outbound(&frame).expect("a packet");
+        assert_eq!(packet.source, source);
+        assert_eq!(packet.protocol, IpNumber::UDP);
+    }
 }

@@ -187,6 +187,12 @@ pub fn eventually<T>(
 }
 
 impl Lab {
+    /// What kind of lab it is.
+    #[must_use]
+    pub fn options(&self) -> &Options {
+        &self.options
+    }
+
     /// The directory with logs and kubeconfigs.
     #[must_use]
     pub fn directory(&self) -> &Path {

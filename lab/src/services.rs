@@ -149,6 +149,23 @@ impl Lab {
         })
     }
 
+    /// Whether there is a Service of that name.
+    ///
+    /// # Errors
+    /// When the API server does not answer.
+    pub fn has_service(&self, name: &str) -> Result<bool> {
+        let path = format!("{SERVICES}/{name}");
+        Ok(self.api.request("GET", &path, None)?.is_some())
+    }
+
+    /// Whether a Service is opted in.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn is_labelled(&self, name: &str) -> Result<bool> {
+        Ok(self.service(name)?["metadata"]["labels"][EGRESS_LABEL] == "true")
+    }
+
     fn service(&self, name: &str) -> Result<Value> {
         self.api.get(&format!("{SERVICES}/{name}"))
     }

@@ -70,7 +70,10 @@ impl Lab {
         net::join(&lan, &lan_server, "02:00:00:00:00:64", &net::LAN_SERVER)?;
         net::default_route(&lan_server)?;
         net::routes_to_pods(&lan_server, options.nodes, None)?;
-        let mut servers = vec![probe::serve(&lan_server)?, probe::serve(&far_server)?];
+        let mut servers = vec![
+            probe::serve_outside(&lan_server)?,
+            probe::serve_outside(&far_server)?,
+        ];
         for node in &nodes {
             servers.push(probe::serve(node)?);
         }
