@@ -77,9 +77,9 @@ pub(crate) fn group() -> Group {
             refused(name, value, 2, line)
         })
     });
-    let alone = |row: &str, check| Row::alone(format!("startup::{row}"), check);
+    let alone = |row, check: fn() -> Result<()>| Row::alone(format!("startup::{row}"), check);
     let others: [Row; 3] = [
-        alone("without_a_kubeconfig", without_kubeconfig as fn() -> _),
+        alone("without_a_kubeconfig", without_kubeconfig),
         alone("without_nft", without_nft),
         alone("api_server_does_not_answer", unreachable),
     ];
