@@ -348,14 +348,15 @@ fn ask_udp(to: SocketAddr) -> std::io::Result<Seen> {
     socket.connect(to)?;
     socket.set_read_timeout(Some(Duration::from_secs(1)))?;
     let mut buffer = [0; 64];
-    let mut last = None;
     for _ in 0..3 {
         match socket.send(b"?").and_then(|_| socket.recv(&mut buffer)) {
             Ok(length) => return Ok(Seen::from_line(&String::from_utf8_lossy(&buffer[..length]))),
-            Err(error) => last = Some(error),
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+            // The kernel sends such an error only once a second to one host, after the first six.
+            Err(error) => return Err(error),
         }
     }
-    last.map_or(Ok(Seen::TimedOut), Err)
+    Ok(Seen::TimedOut)
 }
 
 fn ask_icmp(to: IpAddr) -> std::io::Result<Seen> {
@@ -368,7 +369,6 @@ fn ask_icmp(to: IpAddr) -> std::io::Result<Seen> {
     socket.connect((to, 0))?;
     socket.set_read_timeout(Some(Duration::from_secs(1)))?;
     let mut buffer = [0; 64];
-    let mut last = None;
     for number in 1..=3 {
         let question = [request, 0, 0, 0, 0, 0, 0, number];
         match socket
@@ -379,10 +379,12 @@ fn ask_icmp(to: IpAddr) -> std::io::Result<Seen> {
                 let line = buffer.get(8..length).unwrap_or_default();
                 return Ok(Seen::from_line(&String::from_utf8_lossy(line)));
             }
-            Err(error) => last = Some(error),
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+            // The kernel sends such an error only once a second to one host, after the first six.
+            Err(error) => return Err(error),
         }
     }
-    last.map_or(Ok(Seen::TimedOut), Err)
+    Ok(Seen::TimedOut)
 }
 
 /// Asks a web server on a host itself, and returns the whole answer.
