@@ -655,7 +655,8 @@ fn restart(stage: &mut Stage, signal: Signal) -> Result<()> {
 enum Meanwhile {
     /// What is left of ours keeps every packet in.
     NothingLeaks,
-    /// What was deleted was all that kept them in.
+    /// What was deleted was all that kept them in, or routed them: for some milliseconds packets leave as their nodes,
+    /// as their pods, or as the VIP from another node.
     Exposed,
 }
 
@@ -746,7 +747,6 @@ fn damage(stage: &mut Stage) -> Result<()> {
             Ok(healed.then_some(()))
         })?;
         let left = only_vips(&capture.take()?, gateway, vips);
-        metaleg_lab::say!("    {damage}: {meanwhile:?}: {left:?}");
         if meanwhile == Meanwhile::NothingLeaks {
             left.with_context(|| format!("between {damage} and its repair"))?;
         }
