@@ -236,16 +236,16 @@ impl Lab {
         })
     }
 
-    /// Lets agents live that have not died; returns how many have.
+    /// Lets agents live that have not died; returns the nodes of those that have.
     ///
     /// # Errors
     /// When a file cannot be removed.
-    pub fn disarm_kill_points(&self) -> Result<usize> {
-        let mut died = 0;
+    pub fn disarm_kill_points(&self) -> Result<Vec<usize>> {
+        let mut died = Vec::new();
         for number in self.node_numbers() {
             match fs::remove_file(self.kill_point(number)) {
                 Ok(()) => {}
-                Err(error) if error.kind() == std::io::ErrorKind::NotFound => died += 1,
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => died.push(number),
                 Err(error) => return Err(error.into()),
             }
         }

@@ -22,6 +22,8 @@ const SHORT_GRACE: (&str, Duration) = ("3s", Duration::from_secs(4));
 const RELEASE_GOAL: Duration = Duration::from_millis(20);
 /// How many agents die at least while every step of the changes of [`kill_points`] is their last.
 const DEATHS: usize = 60;
+/// Of how many kinds these steps are at least.
+const KINDS: usize = 12;
 
 /// With whether the backend matters.
 const ROWS: [(&str, Check, bool); 9] = [
@@ -433,26 +435,26 @@ fn die_at_every_step(stage: &mut Stage) -> Result<()> {
     let allowed = Allowed::vips(&lone).and_nodes([from % nodes + 1]);
     let mut watch = Watch::start(lab, &["lone"], allowed, table)?;
     watch.aftermath = Duration::from_millis(200);
-    let mut deaths = 0;
+    let mut died_before = Vec::new();
     for steps in 0.. {
-        let mut died = 0;
+        let mut round = Round::default();
         for (name, wanted) in [
             ("label set, agents die at step n", true),
             ("label removed, agents die at step n", false),
         ] {
             watch.during(lab, name, |lab| {
-                died += deaths_during(lab, steps, |lab| {
+                round.add(deaths_during(lab, steps, |lab| {
                     lab.label_service("lone", wanted)?;
                     settle_lone(lab, wanted, &lone)
-                })?;
+                })?);
                 settle_lone(lab, wanted, &lone)?;
                 Ok(None)
             })?;
         }
-        deaths += died;
-        if died == 0 {
+        if round.is_last(steps) {
             break;
         }
+        died_before.extend(round.died_before);
     }
     drop(watch);
     lab.delete_service("lone")?;
@@ -461,36 +463,89 @@ fn die_at_every_step(stage: &mut Stage) -> Result<()> {
     let mut watch = Watch::start(lab, &SHOP, Allowed::vips(vips), table)?;
     watch.aftermath = Duration::from_millis(200);
     for steps in 0.. {
-        let mut died = 0;
+        let mut round = Round::default();
         watch.unbroken(lab, "VIP moves, agents die at step n", |lab| {
             let from = lab.wait_for_announcer(vips[0], None)?;
             let to = from % nodes + 1;
-            died = deaths_during(lab, steps, |lab| lab.move_announcement(vips, to))?;
+            round = deaths_during(lab, steps, |lab| lab.move_announcement(vips, to))?;
             Ok(Some((from, to)))
         })?;
-        deaths += died;
-        if died == 0 {
+        if round.is_last(steps) {
             break;
         }
+        died_before.extend(round.died_before);
     }
-    say!("agents died {deaths} times");
+    let deaths = died_before.len();
+    let kinds: BTreeSet<String> = died_before.into_iter().collect();
+    let named: Vec<&str> = kinds.iter().map(String::as_str).collect();
+    say!("agents died {deaths} times, before: {}", named.join("; "));
     ensure!(deaths >= DEATHS, "agents died {deaths} times only");
+    ensure!(kinds.len() >= KINDS, "only before {kinds:?}");
     Ok(())
 }
 
-/// The agent of every node dies before it executes its next step but `steps`; returns how many have.
+/// One change, and agents that die in it.
+#[derive(Default)]
+struct Round {
+    /// The step before which each agent died, without its addresses and numbers.
+    died_before: Vec<String>,
+    /// How many steps an agent had to execute at most.
+    most_steps: usize,
+}
+
+impl Round {
+    fn add(&mut self, other: Round) {
+        self.died_before.extend(other.died_before);
+        self.most_steps = self.most_steps.max(other.most_steps);
+    }
+
+    /// Whether no agent had more to do than `steps`: not only nobody died, perhaps because a change came in parts.
+    fn is_last(&self, steps: usize) -> bool {
+        self.died_before.is_empty() && self.most_steps <= steps
+    }
+}
+
+/// The steps that an agent has told since its log was so long.
+fn steps_since(lab: &Lab, node: usize, length: usize) -> Vec<String> {
+    let log = lab.agent_log(node);
+    let lines = log.get(length..).unwrap_or_default().lines();
+    let steps = lines.filter_map(|line| {
+        let (_, step) = line.split_once(" DEBUG ")?;
+        let (step, _) = step.split_once(" reason=")?;
+        let words = step.split(' ').filter(|word| {
+            let is_name = |c: char| !c.is_ascii_digit() && c != ':';
+            word.chars().all(is_name)
+        });
+        Some(words.collect::<Vec<_>>().join(" "))
+    });
+    steps.collect()
+}
+
+/// The agent of every node dies before it executes its next step but `steps`.
 fn deaths_during(
     lab: &Lab,
     steps: usize,
     change: impl FnOnce(&Lab) -> Result<()>,
-) -> Result<usize> {
+) -> Result<Round> {
     let logs = lab.agent_log_lengths();
     lab.arm_kill_points(steps)?;
     change(lab)?;
     lab.wait_for_kill_points(&logs)?;
     let died = lab.disarm_kill_points()?;
     lab.wait_for_agents()?;
-    Ok(died)
+    let mut round = Round::default();
+    for (node, length) in lab.node_numbers().zip(logs) {
+        let mut told = steps_since(lab, node, length);
+        round.most_steps = round.most_steps.max(told.len());
+        if died.contains(&node) {
+            ensure!(
+                told.len() > steps,
+                "node{node} died before step {steps} of {told:?}"
+            );
+            round.died_before.push(told.swap_remove(steps));
+        }
+    }
+    Ok(round)
 }
 
 fn settle_lone(lab: &Lab, is_labelled: bool, vips: &[IpAddr]) -> Result<()> {
