@@ -197,7 +197,10 @@ fn run_group(group: Group, rows: Vec<Due>) {
     let longest: Vec<String> = times
         .iter()
         .take(LONGEST)
-        .map(|(seconds, name)| format!("{name} {seconds:.1} s"))
+        .map(|(seconds, name)| {
+            let row = name.rsplit("::").next().unwrap_or(name);
+            format!("{row} {seconds:.1} s")
+        })
         .collect();
     say!(
         "lab {}: up in {up:.1} s, {rows} rows, {total:.1} s in all; longest: {}",

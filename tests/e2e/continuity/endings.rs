@@ -39,7 +39,9 @@ pub(super) fn rows(backend: &str) -> Vec<Row> {
             lab.label_service("shop", false)?;
             settle_as_nodes(lab, &SHOP, Before::Vips(vips))?;
             let change = |lab: &mut Lab| lab.label_service("shop", true);
-            let allowed = Allowed::vips(vips).and_nodes(others(lab, gateway));
+            let allowed = Allowed::vips(vips)
+                .and_nodes(others(lab, gateway))
+                .with_limits_of(lab);
             ending(lab, "label set", &pods, gateway, allowed, change, table)?;
             settle(lab, &SHOP, vips, Before::Same)
         }),

@@ -178,13 +178,15 @@ struct Allowed {
     vips: BTreeSet<IpAddr>,
     /// By these nodes, with the node's address.
     nodes: BTreeSet<usize>,
+    /// By the gateway, with the address of one of these nodes.
+    through_gateway: bool,
 }
 
 impl Allowed {
     fn vips(vips: &[IpAddr]) -> Allowed {
         Allowed {
             vips: vips.iter().copied().collect(),
-            nodes: BTreeSet::new(),
+            ..Allowed::default()
         }
     }
 
@@ -193,11 +195,26 @@ impl Allowed {
         self
     }
 
+    /// The iptables backend has nothing like the `leak` chain for what has a translation: until a connection that is older
+    /// than the label is forgotten, its packets keep the address of the pod's node, and already go through the gateway.
+    fn with_limits_of(mut self, lab: &Lab) -> Allowed {
+        let backend = ("FIREWALL_BACKEND", "iptables");
+        self.through_gateway = lab.options().settings.contains(&backend);
+        self
+    }
+
     fn includes(&self, node: usize, source: IpAddr, moved: Moved) -> bool {
         let is_gateway = moved.is_none_or(|(from, to)| node == from || node == to);
-        let own = Family::BOTH.map(|family| net::pick(&net::node(node), family));
+        let is_of = |node: usize| {
+            Family::BOTH
+                .iter()
+                .any(|family| net::pick(&net::node(node), *family) == source)
+        };
+        let is_relayed =
+            || self.through_gateway && is_gateway && self.nodes.iter().any(|node| is_of(*node));
         self.vips.contains(&source) && is_gateway
-            || self.nodes.contains(&node) && own.contains(&source)
+            || self.nodes.contains(&node) && is_of(node)
+            || is_relayed()
     }
 }
 
