@@ -651,7 +651,7 @@ fn restart(stage: &mut Stage, signal: Signal) -> Result<()> {
 }
 
 /// What the pods experience until a damage is repaired.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug)]
 enum Meanwhile {
     /// What is left of ours keeps every packet in.
     NothingLeaks,
@@ -747,8 +747,15 @@ fn damage(stage: &mut Stage) -> Result<()> {
             Ok(healed.then_some(()))
         })?;
         let left = only_vips(&capture.take()?, gateway, vips);
-        if meanwhile == Meanwhile::NothingLeaks {
-            left.with_context(|| format!("between {damage} and its repair"))?;
+        match meanwhile {
+            Meanwhile::NothingLeaks => {
+                left.with_context(|| format!("between {damage} and its repair"))?;
+            }
+            // Connections that have begun meanwhile are forgotten when the rules are back.
+            Meanwhile::Exposed => eventually(Duration::from_secs(1), "nothing leaks", || {
+                std::thread::sleep(Duration::from_millis(100));
+                only_vips(&capture.take()?, gateway, vips).map(Some)
+            })?,
         }
         leave_as(lab, &SHOP, vips).with_context(|| format!("after {damage}"))?;
         if damage.contains("MASQUERADE") {

@@ -1,6 +1,7 @@
 //! What Services, slices, pods and settings make of a pod, in clusters whose agents have a single bit of the mark:
 //! every gateway is one beyond the marks, and every pod is routed by its address.
 
+use std::io::ErrorKind;
 use std::net::IpAddr;
 use std::time::Duration;
 
@@ -193,8 +194,8 @@ fn completed(stage: &mut Stage) -> Result<()> {
 }
 
 fn excluded(stage: &mut Stage) -> Result<()> {
-    stage.configured(&[("FIREWALL_EXCLUDE_DST_CIDRS", "auto")])?;
     stage.shop()?;
+    stage.configured(&[("FIREWALL_EXCLUDE_DST_CIDRS", "auto")])?;
     let Stage { lab, vips, .. } = stage;
     let mut streams = Vec::new();
     let mut pods = Vec::new();
@@ -266,9 +267,15 @@ fn no_announcer(stage: &mut Stage) -> Result<()> {
         let Err(error) = stream.ask(END_GOAL) else {
             bail!("{} goes on", what());
         };
-        let cause = error.downcast_ref::<std::io::Error>();
+        // The latter where the reset was there before.
+        let by_reset = |cause: &std::io::Error| {
+            matches!(
+                cause.kind(),
+                ErrorKind::ConnectionReset | ErrorKind::BrokenPipe
+            )
+        };
         ensure!(
-            cause.is_some_and(|cause| cause.kind() == std::io::ErrorKind::ConnectionReset),
+            error.downcast_ref().is_some_and(by_reset),
             "{} does not end with a reset: {error:#}",
             what()
         );
