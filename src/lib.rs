@@ -62,6 +62,13 @@ pub mod report;
 pub mod settings;
 pub mod state;
 
+// So that tests here and in `tests/` name things in the same way, and share their fixtures.
+#[cfg(test)]
+extern crate self as metaleg;
+#[cfg(test)]
+#[path = "../tests/fixtures/mod.rs"]
+mod fixtures;
+
 #[cfg(test)]
 mod tests {
     /// What decides must not do: no I/O, no clock, no cluster.

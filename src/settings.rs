@@ -353,7 +353,10 @@ impl Settings {
     }
 
     /// Settings from whatever knows a variable's value; empty means the default.
-    fn parse(value_of: impl Fn(&str) -> String) -> Result<Settings, SettingsError> {
+    ///
+    /// # Errors
+    /// [`SettingsError::Bad`] names the first setting that makes no sense.
+    pub fn parse(value_of: impl Fn(&str) -> String) -> Result<Settings, SettingsError> {
         let value = |name: &'static str| -> (&'static str, String) {
             let given = value_of(name);
             let trimmed = given.trim();

@@ -124,7 +124,9 @@ pub async fn run(
 }
 
 impl Shown {
-    fn of(desired: &Desired, view: &View, node: &NodeName) -> Shown {
+    /// What a node's plan says of what it saw.
+    #[must_use]
+    pub fn of(desired: &Desired, view: &View, node: &NodeName) -> Shown {
         let mut services = Vec::new();
         for (service, verdicts) in &desired.services {
             for (family, verdict) in verdicts {

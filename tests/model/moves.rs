@@ -9,18 +9,18 @@
 //! by experiment. One packet of each direction is in flight at a time, between any two steps; but it arrives, in
 //! microseconds, before an agent has heard of a move and made its next plan, in milliseconds.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{HashMap, VecDeque};
 use std::net::IpAddr;
 
-use crate::cluster::leases::BootId;
-use crate::cluster::{Endpoint, EndpointSlice, Node, OnNoGateway, Service, Target, View};
-use crate::diff::diff;
-use crate::diff::model::{Fate, Packet, Tracking, fate};
-use crate::names::{Interface, NodeName, ObjectKey};
-use crate::plan::plan;
-use crate::plan::slots::Slots;
-use crate::settings::Settings;
-use crate::state::{ConnectionStep, Family, FamilyState, KernelState, Step};
+use metaleg::cluster::View;
+use metaleg::diff::diff;
+use metaleg::names::NodeName;
+use metaleg::plan::plan;
+use metaleg::plan::slots::Slots;
+use metaleg::state::{ConnectionStep, Family, FamilyState, KernelState, Step};
+
+use crate::data_path::{Fate, Packet, Tracking, fate};
+use crate::fixtures::{With, endpoint, lan, node as node_fixture, service, settings_on, slice};
 
 const POD: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(10, 244, 1, 11));
 const VIP: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(192, 0, 2, 200));
@@ -143,50 +143,27 @@ fn address(n: usize) -> IpAddr {
 }
 
 fn view(course: &Course, announcer: usize) -> View {
-    let service = Service {
-        uid: String::new(),
-        created: 0,
-        load_balancer: true,
-        families: [Family::V4].into(),
-        vips: [(Family::V4, VIP)].into(),
-        hostname: None,
-        on_no_gateway: OnNoGateway::Reject,
-        selector: BTreeMap::new(),
-    };
-    let key = ObjectKey {
-        namespace: "shop".to_owned(),
-        name: "shop".to_owned(),
-    };
-    let endpoint = Endpoint {
-        addresses: vec![POD.to_string()],
-        node: Some(node(HOME)),
-        target: Target::Pod(key.clone()),
-    };
-    let slice = EndpointSlice {
-        service: key.clone(),
-        endpoints: vec![endpoint],
-    };
     let nodes = (0..course.nodes).map(|n| {
-        let facts = Node {
-            addresses: vec![address(n)],
-            pod_cidrs: [format!("10.244.{}.0/24", n + 1).parse().unwrap()].into(),
-            ready: true,
-            programmed: Some(BootId("first".to_owned())),
-            ..Node::default()
-        };
-        (node(n), facts)
+        let net = format!("10.244.{}.0/24", n + 1);
+        node_fixture(&node(n).0)
+            .address(&address(n).to_string())
+            .pod_net(&net)
     });
-    View {
-        services: [(key.clone(), service)].into(),
-        slices: [(key, slice)].into(),
-        nodes: nodes.collect(),
-        announcers: [(VIP, node(announcer))].into(),
-        links: vec![Interface {
-            name: "eth0".to_owned(),
-            nets: ["192.0.2.0/24".parse().unwrap()].into(),
-        }],
+    let shop = service("shop")
+        .families(&[Family::V4])
+        .vip(&VIP.to_string());
+    let view = View {
+        links: vec![lan()],
         ..View::default()
-    }
+    };
+    nodes
+        .fold(view, With::with)
+        .with(shop.announced_by(&node(announcer).0))
+        .with(slice(
+            "shop",
+            "shop",
+            [endpoint(&POD.to_string(), &node(HOME).0)],
+        ))
 }
 
 impl Model {
@@ -233,7 +210,7 @@ impl Model {
     }
 
     fn desired(&self, n: usize, announcer: usize, kernel: &KernelState) -> KernelState {
-        let settings = Settings::default_on(&node(n).0);
+        let settings = settings_on(&node(n).0);
         let slots = Slots::adopt(kernel, &settings);
         let view = view(&self.course, announcer);
         plan(&view, &settings, &[Family::V4].into(), &slots).kernel
