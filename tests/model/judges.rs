@@ -174,8 +174,9 @@ impl Change<'_> {
             let new = packet(pod, destination, Tracking::New);
             let here = masquerade(&new);
             let vips = self.host.vips_of(pod);
-            let is_over = self.host.inside_forgotten.contains(&self.family)
-                || self.before.is_excluded(destination);
+            let ended = self.host.inside_forgotten.contains(&self.family);
+            let is_over = self.before.is_excluded(destination)
+                || (ended && !self.dead_run_excluded(destination));
             let old = self.connections(pod, destination).filter(|_| is_over);
             let old = old.map(|connection| Packet {
                 tracking: Tracking::Established(connection.bound),
