@@ -15,7 +15,7 @@ use crate::fixtures::net;
 use crate::fixtures::worlds::node_address;
 
 /// What connection tracking says of a packet.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Tracking {
     /// The first one of its connection: its translation is decided.
     New,
