@@ -1,4 +1,4 @@
-//! How errors are told.
+//! How errors are written.
 
 /// An error with its causes on one line, each said once.
 pub(crate) fn chain(error: &dyn std::error::Error) -> String {

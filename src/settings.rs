@@ -1,22 +1,20 @@
-//! Settings: one definition for each (environment variable, flag, default, help), and the only place that
-//! reads the environment.
+//! Settings: one definition for each (environment variable, flag, default, help). What was given on the command line
+//! and in the environment comes from [`crate::cli`].
 //!
-//! What was typed is turned once into what it means; a value that makes no sense is one line that names the
-//! setting, before anything is done.
+//! Text is parsed once, before anything is done; a value that makes no sense is one line that names the setting.
+
+mod mask;
 
 use std::collections::BTreeSet;
-use std::ffi::OsString;
 use std::fmt;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
-use clap::error::ErrorKind;
-use clap::{Arg, Command};
 use ipnet::IpNet;
 use tracing_subscriber::EnvFilter;
 
 use crate::names::NodeName;
-use crate::state::Mark;
+pub use crate::settings::mask::FwMask;
 
 /// A setting as operators see it.
 #[derive(Clone, Copy, Debug)]
@@ -30,7 +28,7 @@ pub struct Definition {
 }
 
 impl Definition {
-    fn flag(&self) -> String {
+    pub(crate) fn flag(&self) -> String {
         self.name.to_lowercase().replace('_', "-")
     }
 }
@@ -100,7 +98,9 @@ pub const DEFINITIONS: &[Definition] = &[
     Definition {
         name: "ANNOUNCER_GRACE_PERIOD",
         default: "30s",
-        help: "How long a VIP's last known announcer is kept as gateway when MetalLB names none",
+        help: "How long a VIP's gateway is kept while nothing names an announcer, the announcer is not programmed, or \
+               its Lease is lost; after a restart also how long an object that contradicts the kernel's gateway is \
+               checked on the LAN",
     },
     Definition {
         name: "ANNOUNCER_SOURCES",
@@ -140,64 +140,10 @@ pub const DEFINITIONS: &[Definition] = &[
     },
 ];
 
-/// More slots gain nothing, and each costs a chain: a node's pods hardly use as many gateways.
-const MOST_SLOTS: u32 = 255;
-
-/// The bits of the packet mark that are ours.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct FwMask(u32);
-
-impl FwMask {
-    /// A mask of contiguous bits.
-    ///
-    /// # Errors
-    /// When it has no bit or bits with gaps.
-    pub fn new(bits: u32) -> Result<FwMask, &'static str> {
-        if bits == 0 {
-            return Err("has no bit");
-        }
-        let low = bits >> bits.trailing_zeros();
-        if low & low.wrapping_add(1) != 0 {
-            return Err("is not contiguous");
-        }
-        Ok(FwMask(bits))
-    }
-
-    /// The mask as a number.
-    #[must_use]
-    pub fn bits(self) -> u32 {
-        self.0
-    }
-
-    /// How many slots there are: all values but 0, which means unmarked, and at most [`MOST_SLOTS`].
-    #[must_use]
-    pub fn slots(self) -> u32 {
-        MOST_SLOTS.min(self.0 >> self.0.trailing_zeros())
-    }
-
-    /// The mark of a slot, from 1: those from [`FwMask::slots`] on share the last one.
-    #[must_use]
-    pub fn mark(self, slot: u32) -> Mark {
-        Mark {
-            value: slot.clamp(1, self.slots()) << self.0.trailing_zeros(),
-            mask: self.0,
-        }
-    }
-
-    /// The mark that no marked packet has.
-    #[must_use]
-    pub fn unmarked(self) -> Mark {
-        Mark {
-            value: 0,
-            mask: self.0,
-        }
-    }
-}
-
 /// Which destinations are not egress.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ExcludedDestinations {
-    /// Those that the agent finds out by itself.
+    /// Those that the agent finds in the cluster.
     pub auto: bool,
     /// Those that the operator names.
     pub listed: BTreeSet<IpNet>,
@@ -212,6 +158,15 @@ pub enum FirewallBackend {
     Nftables,
     /// iptables and ipset.
     Iptables,
+}
+
+/// Where claims to announce a VIP come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum AnnouncerSource {
+    /// MetalLB's ServiceL2Status objects.
+    Status,
+    /// ARP and neighbour discovery on the LAN.
+    Lan,
 }
 
 /// How log lines look.
@@ -244,13 +199,13 @@ pub struct Settings {
     pub reconciliation_interval: Duration,
     /// Route only pods of this node.
     pub filter_endpoints_for_node: bool,
-    /// Drop what pods of this node send before they are classified.
+    /// Drop what pods of this node send to outside before they are classified.
     pub strict_start: bool,
-    /// Drop what unknown pods of other nodes send through this node.
+    /// Drop what pods of other nodes send to outside through this node, unless they are egress pods.
     pub guard_transit: bool,
-    /// Listen on the LAN for announcements.
-    pub wire: bool,
-    /// How long the last known announcer is kept.
+    /// Where claims to announce a VIP are read from.
+    pub sources: BTreeSet<AnnouncerSource>,
+    /// How long the last known announcer or gateway is kept.
     pub grace: Duration,
     /// The interface towards the gateways, if the operator names it.
     pub lan_interface: Option<String>,
@@ -264,99 +219,17 @@ pub struct Settings {
     pub log_format: LogFormat,
 }
 
-/// How a plan is shown.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum PlanFormat {
-    /// For people.
-    Table,
-    /// For programs.
-    Json,
-    /// For both.
-    Yaml,
-}
-
-/// What the program is to do.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Action {
-    /// Be the node's agent.
-    Run,
-    /// Show what the node would be made into.
-    Plan(PlanFormat),
-    /// Remove everything of ours from the node's kernel.
-    Cleanup,
-}
-
-/// Why there are no settings.
-#[derive(Debug)]
-pub enum SettingsError {
-    /// `--help` or `--version`: the text to print, exit code 0.
-    Asked(String),
-    /// A setting that makes no sense, as one line.
-    Bad(String),
-}
-
-impl fmt::Display for SettingsError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            SettingsError::Asked(text) | SettingsError::Bad(text) => f.write_str(text),
-        }
-    }
-}
-
-impl std::error::Error for SettingsError {}
+/// A setting that makes no sense, as one line that names it and the value that was found.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct BadSetting(pub String);
 
 impl Settings {
-    /// What to do, with settings from the command line and the environment.
-    ///
-    /// # Errors
-    /// [`SettingsError::Bad`] names the first setting that makes no sense, with the value that was found.
-    pub fn load(
-        args: impl IntoIterator<Item = OsString>,
-    ) -> Result<(Action, Settings), SettingsError> {
-        let matches = command().try_get_matches_from(args).map_err(|error| {
-            if matches!(
-                error.kind(),
-                ErrorKind::DisplayHelp | ErrorKind::DisplayVersion
-            ) {
-                SettingsError::Asked(error.to_string())
-            } else {
-                let text = error.to_string();
-                let line = text.lines().next().unwrap_or_default();
-                SettingsError::Bad(format!(
-                    "{} (see --help)",
-                    line.trim_start_matches("error: ")
-                ))
-            }
-        })?;
-        let (action, matches) = match matches.subcommand() {
-            None => (Action::Run, &matches),
-            Some((CLEANUP, given)) => (Action::Cleanup, given),
-            Some((_, given)) => {
-                let format = given.get_one::<String>(OUTPUT).map(String::as_str);
-                let format = match format {
-                    Some("json") => PlanFormat::Json,
-                    Some("yaml") => PlanFormat::Yaml,
-                    _ => PlanFormat::Table,
-                };
-                (Action::Plan(format), given)
-            }
-        };
-        let settings = Settings::parse(|name| {
-            let given = matches.get_one::<String>(name).cloned().unwrap_or_default();
-            match (name, action, given.trim()) {
-                // What is removed is the same on every node.
-                ("NODE_NAME", Action::Cleanup, "") => "any".to_owned(),
-                _ => given,
-            }
-        })?;
-        Ok((action, settings))
-    }
-
     /// Settings from whatever knows a variable's value; empty means the default.
     ///
     /// # Errors
-    /// [`SettingsError::Bad`] names the first setting that makes no sense.
-    pub fn parse(value_of: impl Fn(&str) -> String) -> Result<Settings, SettingsError> {
+    /// For the first setting that makes no sense.
+    pub fn parse(value_of: impl Fn(&str) -> String) -> Result<Settings, BadSetting> {
         let value = |name: &'static str| -> (&'static str, String) {
             let given = value_of(name);
             let trimmed = given.trim();
@@ -369,7 +242,7 @@ impl Settings {
 
         let (name, node_name) = value("NODE_NAME");
         if node_name.is_empty() {
-            return Err(SettingsError::Bad(format!(
+            return Err(BadSetting(format!(
                 "{name} is not set: must be the name of this Kubernetes node (in a pod: fieldRef spec.nodeName)"
             )));
         }
@@ -380,9 +253,6 @@ impl Settings {
             _ => FirewallBackend::Auto,
         };
         one_of(&value("ROUTE_BACKEND"), &["netlink"])?;
-        let sources = value("ANNOUNCER_SOURCES");
-        let wire = one_of(&sources, &["status,wire", "status"])? == "status,wire";
-
         let mask = mask(&value("FIREWALL_MASK"))?;
         let (_, lan_interface) = value("LAN_INTERFACE");
         let log_format = match one_of(&value("LOG_FORMAT"), &["text", "json"])? {
@@ -404,7 +274,7 @@ impl Settings {
             filter_endpoints_for_node: boolean(&value("FILTER_ENDPOINTS_FOR_NODE"))?,
             strict_start: boolean(&value("STRICT_START"))?,
             guard_transit: boolean(&value("GUARD_TRANSIT"))?,
-            wire,
+            sources: sources(&value("ANNOUNCER_SOURCES"))?,
             grace: duration(&value("ANNOUNCER_GRACE_PERIOD"), Duration::ZERO)?,
             lan_interface: (!lan_interface.is_empty()).then_some(lan_interface),
             metrics_address: bind_address(&value("METRICS_BIND_ADDRESS"))?,
@@ -424,63 +294,13 @@ impl Settings {
     }
 }
 
-fn command() -> Command {
-    let args = DEFINITIONS.iter().map(|definition| {
-        let help = if definition.default.is_empty() {
-            definition.help.to_owned()
-        } else {
-            format!("{} [default: {}]", definition.help, definition.default)
-        };
-        Arg::new(definition.name)
-            .long(definition.flag())
-            .env(definition.name)
-            .hide_env_values(true)
-            .value_name("VALUE")
-            .allow_hyphen_values(true)
-            .global(true)
-            .help(help)
-    });
-    let output = Arg::new(OUTPUT)
-        .short('o')
-        .long("output")
-        .value_parser(["table", "json", "yaml"])
-        .default_value("table")
-        .help("How the plan is shown");
-    Command::new("metaleg-agent")
-        .version(env!("CARGO_PKG_VERSION"))
-        .about(
-            "MetalEG's agent for one Kubernetes node: pods of labelled Services leave the cluster with the \
-             Service's MetalLB address",
-        )
-        .after_help(
-            "Each setting is an environment variable or the flag of the same name; the flag wins.\n\
-             Without a command the program is the node's agent, until a signal ends it.\n\
-             Exit codes: 0 done, 1 failed, 2 bad settings (nothing was changed).",
-        )
-        .args(args)
-        .subcommand(
-            Command::new(PLAN)
-                .about("Show what this node would be made into, and why; changes nothing")
-                .arg(output),
-        )
-        .subcommand(Command::new(CLEANUP).about(
-            "Remove everything of MetalEG from this node's kernel, also what another backend or an earlier \
-             release left; needs no API server. Stop the agent first",
-        ))
-        .disable_help_subcommand(true)
-}
-
-const PLAN: &str = "plan";
-const CLEANUP: &str = "cleanup";
-const OUTPUT: &str = "output";
-
 type Value = (&'static str, String);
 
-fn bad((name, value): &Value, what: impl fmt::Display) -> SettingsError {
-    SettingsError::Bad(format!("{name}={value}: {what}"))
+fn bad((name, value): &Value, what: impl fmt::Display) -> BadSetting {
+    BadSetting(format!("{name}={value}: {what}"))
 }
 
-fn one_of<'a>(value: &'a Value, known: &[&str]) -> Result<&'a str, SettingsError> {
+fn one_of<'a>(value: &'a Value, known: &[&str]) -> Result<&'a str, BadSetting> {
     if known.contains(&value.1.as_str()) {
         Ok(&value.1)
     } else {
@@ -491,7 +311,7 @@ fn one_of<'a>(value: &'a Value, known: &[&str]) -> Result<&'a str, SettingsError
     }
 }
 
-fn mask(value: &Value) -> Result<FwMask, SettingsError> {
+fn mask(value: &Value) -> Result<FwMask, BadSetting> {
     let digits = value
         .1
         .strip_prefix("0x")
@@ -511,7 +331,7 @@ fn mask(value: &Value) -> Result<FwMask, SettingsError> {
     })
 }
 
-fn excluded(value: &Value) -> Result<ExcludedDestinations, SettingsError> {
+fn excluded(value: &Value) -> Result<ExcludedDestinations, BadSetting> {
     let mut excluded = ExcludedDestinations {
         auto: false,
         listed: BTreeSet::new(),
@@ -536,7 +356,19 @@ fn excluded(value: &Value) -> Result<ExcludedDestinations, SettingsError> {
     Ok(excluded)
 }
 
-fn number(value: &Value) -> Result<u32, SettingsError> {
+fn sources(value: &Value) -> Result<BTreeSet<AnnouncerSource>, BadSetting> {
+    let parsed = value.1.split(',').map(|word| match word.trim() {
+        "status" => Some(AnnouncerSource::Status),
+        "wire" => Some(AnnouncerSource::Lan),
+        _ => None,
+    });
+    let parsed: Option<BTreeSet<AnnouncerSource>> = parsed.collect();
+    parsed
+        .filter(|sources| sources.contains(&AnnouncerSource::Status))
+        .ok_or_else(|| bad(value, "unknown, must be status,wire or status"))
+}
+
+fn number(value: &Value) -> Result<u32, BadSetting> {
     value
         .1
         .parse()
@@ -544,7 +376,7 @@ fn number(value: &Value) -> Result<u32, SettingsError> {
 }
 
 /// Tables 0 (unspecified) and 253 to 255 (default, main, local) belong to the kernel.
-fn table_offset(value: &Value) -> Result<u32, SettingsError> {
+fn table_offset(value: &Value) -> Result<u32, BadSetting> {
     let offset = number(value)?;
     if offset.checked_add(MOST_TABLES).is_none() {
         return Err(bad(
@@ -555,11 +387,12 @@ fn table_offset(value: &Value) -> Result<u32, SettingsError> {
     Ok(offset)
 }
 
-/// Gateways have no limit: tables for this many must have numbers.
+/// The number of gateways has no limit of ours; the offset must leave table numbers for this many, the most nodes that
+/// Kubernetes supports.
 const MOST_TABLES: u32 = 5_000;
 
 /// The last of our 100 priorities must be ahead of the `main` table's rule at 32766.
-fn rule_priority(value: &Value) -> Result<u32, SettingsError> {
+fn rule_priority(value: &Value) -> Result<u32, BadSetting> {
     let priority = number(value)?;
     if (1..=32_666).contains(&priority) {
         Ok(priority)
@@ -571,7 +404,7 @@ fn rule_priority(value: &Value) -> Result<u32, SettingsError> {
     }
 }
 
-fn duration(value: &Value, least: Duration) -> Result<Duration, SettingsError> {
+fn duration(value: &Value, least: Duration) -> Result<Duration, BadSetting> {
     let duration = humantime::parse_duration(&value.1)
         .map_err(|_| bad(value, "must be a duration such as 30s, 5m or 1h 30m"))?;
     if duration < least {
@@ -583,7 +416,7 @@ fn duration(value: &Value, least: Duration) -> Result<Duration, SettingsError> {
     Ok(duration)
 }
 
-fn boolean(value: &Value) -> Result<bool, SettingsError> {
+fn boolean(value: &Value) -> Result<bool, BadSetting> {
     // The spellings that earlier releases took.
     match value.1.as_str() {
         "1" | "t" | "T" | "true" | "TRUE" | "True" => Ok(true),
@@ -592,7 +425,7 @@ fn boolean(value: &Value) -> Result<bool, SettingsError> {
     }
 }
 
-fn bind_address(value: &Value) -> Result<Option<SocketAddr>, SettingsError> {
+fn bind_address(value: &Value) -> Result<Option<SocketAddr>, BadSetting> {
     if value.1 == "0" {
         return Ok(None);
     }
@@ -611,7 +444,7 @@ fn bind_address(value: &Value) -> Result<Option<SocketAddr>, SettingsError> {
     })
 }
 
-fn log_filter(value: &Value) -> Result<String, SettingsError> {
+fn log_filter(value: &Value) -> Result<String, BadSetting> {
     EnvFilter::builder()
         .parse(&value.1)
         .map(|_| value.1.clone())

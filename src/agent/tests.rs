@@ -1,11 +1,14 @@
 use std::sync::Mutex;
 
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 
 use super::*;
-use crate::state::{FamilyState, Skeleton};
+use crate::cluster::Node;
+use crate::cluster::leases::BootId;
+use crate::names::{Interface, NodeName};
+use crate::state::{Family, FamilyState, FirewallStep, KernelState, Skeleton};
 
-/// A kernel that remembers what was done to it, and fails where it is told to.
+/// A kernel that remembers what was done to it, and fails where a test wants it.
 #[derive(Debug, Default)]
 struct FakeKernel {
     shared: Arc<Shared>,
@@ -15,10 +18,23 @@ struct FakeKernel {
 struct Shared {
     state: Mutex<KernelState>,
     log: Mutex<Vec<&'static str>>,
-    /// How many applies fail at their first step.
-    failing: Mutex<usize>,
+    /// How many applies fail, and at which steps.
+    failing: Mutex<Failing>,
     done: Notify,
-    disturbance: Notify,
+    drift: Notify,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Failing {
+    applies: usize,
+    at: fn(&Step) -> bool,
+}
+
+impl Default for Failing {
+    fn default() -> Self {
+        let at = |_: &Step| true;
+        Failing { applies: 0, at }
+    }
 }
 
 impl Shared {
@@ -55,7 +71,7 @@ impl Kernel for FakeKernel {
     }
 
     async fn drifted(&mut self) {
-        self.shared.disturbance.notified().await;
+        self.shared.drift.notified().await;
     }
 
     async fn apply(&mut self, steps: &[Step]) -> Vec<StepError> {
@@ -63,8 +79,8 @@ impl Kernel for FakeKernel {
         let mut state = self.shared.state.lock().unwrap();
         let mut failed = Vec::new();
         for step in steps {
-            if failed.is_empty() && *failing > 0 {
-                *failing -= 1;
+            if failed.is_empty() && failing.applies > 0 && (failing.at)(step) {
+                failing.applies -= 1;
                 failed.push(StepError {
                     step: step.clone(),
                     source: kernel::Error::Injected,
@@ -86,13 +102,21 @@ struct Running {
     cluster: Arc<Cluster>,
     report: Arc<Report>,
     kernel: Arc<Shared>,
+    /// The UID of the Node that the Lease would name, once it says "programmed".
+    lease: watch::Receiver<Option<String>>,
     stop: Arc<Notify>,
     task: tokio::task::JoinHandle<()>,
 }
 
-fn start(failing: usize) -> Running {
+fn node1() -> NodeName {
+    NodeName("node1".to_owned())
+}
+
+fn start(failing: Failing) -> Running {
     let cluster = Arc::new(Cluster::default());
-    let report = Arc::new(Report::new(cluster.clone()));
+    let boot = BootId("first".to_owned());
+    let (report, lease) = Report::recorded(cluster.clone(), node1(), boot);
+    let report = Arc::new(report);
     let mut kernel = FakeKernel::default();
     *kernel.shared.failing.lock().unwrap() = failing;
     let shared = kernel.shared.clone();
@@ -100,29 +124,37 @@ fn start(failing: usize) -> Running {
     let task = tokio::spawn({
         let (cluster, report, stop) = (cluster.clone(), report.clone(), stop.clone());
         async move {
-            run(
-                &Settings::default_on("node1"),
-                &cluster,
-                &report,
-                &mut kernel,
-                None,
-                stop.notified(),
-            )
-            .await;
+            let settings = Settings::default_on("node1");
+            let stop = stop.notified();
+            run(&settings, &cluster, &report, &mut kernel, None, stop).await;
         }
     });
     Running {
         cluster,
         report,
         kernel: shared,
+        lease,
         stop,
         task,
     }
 }
 
+fn never() -> Failing {
+    Failing::default()
+}
+
+fn pretend_synced(cluster: &Cluster) {
+    // Its Lease says that it is programmed, so that the agent becomes ready.
+    let facts = Node {
+        programmed: Some(BootId("first".to_owned())),
+        ..Node::default()
+    };
+    cluster.pretend_synced(&[(node1(), facts)]);
+}
+
 #[tokio::test(start_paused = true)]
 async fn nothing_is_read_or_changed_before_every_watch_has_its_first_list() {
-    let running = start(0);
+    let running = start(never());
     tokio::time::sleep(Duration::from_secs(3600)).await;
     assert_eq!(running.kernel.log(), Vec::<&str>::new());
     let reason = running.report.not_ready().unwrap();
@@ -133,8 +165,11 @@ async fn nothing_is_read_or_changed_before_every_watch_has_its_first_list() {
 
 #[tokio::test(start_paused = true)]
 async fn a_failed_pass_is_repeated_in_full_until_the_kernel_is_right() {
-    let running = start(2);
-    running.cluster.pretend_synced();
+    let running = start(Failing {
+        applies: 2,
+        ..never()
+    });
+    pretend_synced(&running.cluster);
     running.kernel.noted(6).await;
     assert_eq!(
         running.kernel.log(),
@@ -153,8 +188,8 @@ async fn a_failed_pass_is_repeated_in_full_until_the_kernel_is_right() {
 
 #[tokio::test(start_paused = true)]
 async fn the_kernel_is_read_back_every_interval_and_repaired() {
-    let running = start(0);
-    running.cluster.pretend_synced();
+    let running = start(never());
+    pretend_synced(&running.cluster);
     running.kernel.noted(2).await;
     let drifted = KernelState {
         families: [(Family::V4, FamilyState::default())].into(),
@@ -172,11 +207,39 @@ async fn the_kernel_is_read_back_every_interval_and_repaired() {
 
 #[tokio::test(start_paused = true)]
 async fn a_stop_leaves_the_kernel_as_it_is() {
-    let running = start(0);
-    running.cluster.pretend_synced();
+    let running = start(never());
+    pretend_synced(&running.cluster);
     running.kernel.noted(2).await;
     let before = running.kernel.state.lock().unwrap().clone();
     running.stop.notify_one();
     running.task.await.unwrap();
     assert_eq!(*running.kernel.state.lock().unwrap(), before);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_node_is_programmed_for_others_when_all_but_its_routes_to_other_gateways_are() {
+    type IsFailing = fn(&Step) -> bool;
+    let cases: [(IsFailing, bool); 2] = [
+        (
+            |step| matches!(step, Step::Firewall(FirewallStep::Install(..))),
+            false,
+        ),
+        (|step| matches!(step, Step::Route(_)), true),
+    ];
+    for (at, is_published) in cases {
+        let running = start(Failing { applies: 1, at });
+        let node = Node {
+            uid: "uid".to_owned(),
+            ..Node::default()
+        };
+        // The agent waits for the watches, so that nothing but the failure begins the second pass.
+        tokio::task::yield_now().await;
+        running.cluster.pretend_synced(&[(node1(), node)]);
+        running.kernel.noted(2).await;
+        assert_eq!(running.kernel.log(), ["observe", "failed"]);
+        let lease = running.lease.borrow().clone();
+        assert_eq!(lease.is_some(), is_published);
+        running.kernel.noted(4).await;
+        assert_eq!(*running.lease.borrow(), Some("uid".to_owned()));
+    }
 }

@@ -21,7 +21,7 @@ pub struct L2Status {
     pub service: ObjectKey,
     /// The node that announces its VIPs.
     pub node: NodeName,
-    /// Age of this claim, the newest being the largest: the object's resource version.
+    /// Order of claims: the object's resource version, the largest being the newest.
     pub version: u64,
 }
 

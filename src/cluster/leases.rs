@@ -1,23 +1,23 @@
 //! Which boot of a node its agent has programmed: Leases in MetalLB's namespace, one for each node.
 //!
 //! A node that was rebooted takes its VIPs back as soon as MetalLB's speaker runs there, perhaps before our agent, and a
-//! node may have no agent at all: what is routed there would leave with the node's address. So an agent says in its
-//! Lease in which boot it has programmed its node, and other agents route to a node whose kubelet reports the same one.
-//! What a stopped agent has programmed stays in force; its Lease does, too.
+//! node may have no agent at all: what is routed there would leave with the node's address. So an agent writes into its
+//! Lease in which boot it has programmed its node, and other agents route there only while the kubelet reports that
+//! boot. What a stopped agent has programmed stays in force, and so does its Lease.
 
 use k8s_openapi::api::coordination::v1 as coordination;
 use kube::ResourceExt;
 
 use crate::names::NodeName;
 
-/// By which our Leases are found.
+/// Label of our Leases.
 pub const LEASE_LABEL: &str = "app.kubernetes.io/name";
-/// The value of it.
+/// Value of [`LEASE_LABEL`].
 pub const LEASE_VALUE: &str = "metaleg";
-/// Where the boot is written.
+/// Annotation that holds the boot.
 pub const BOOT_ANNOTATION: &str = "metaleg.de/boot-id";
 
-/// What tells one boot of a node from all others: `/proc/sys/kernel/random/boot_id`, which a kubelet reports as
+/// Identifies one boot of a node: `/proc/sys/kernel/random/boot_id`, which a kubelet reports as
 /// `status.nodeInfo.bootID`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BootId(pub String);
@@ -26,7 +26,7 @@ impl BootId {
     /// The boot of this node.
     ///
     /// # Errors
-    /// When the kernel does not tell.
+    /// When it cannot be read.
     pub fn of_this_node() -> std::io::Result<BootId> {
         let text = std::fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
         Ok(BootId(text.trim().to_owned()))
@@ -44,6 +44,6 @@ pub fn name(node: &NodeName) -> String {
 pub fn programmed(lease: &coordination::Lease) -> Option<(NodeName, BootId)> {
     let node = NodeName(lease.spec.as_ref()?.holder_identity.clone()?);
     let boot = lease.annotations().get(BOOT_ANNOTATION)?.clone();
-    // Nobody speaks for another node by mistake: a copied Lease has another name.
+    // A copied Lease has another name, and must not count for the node that it was copied from.
     (lease.name_any() == name(&node)).then_some((node, BootId(boot)))
 }

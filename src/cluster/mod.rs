@@ -4,6 +4,7 @@
 //! Pure: no watch, no clock. A fact that compares equal to the one before it causes no work.
 
 pub mod client;
+pub mod index;
 pub mod l2status;
 pub mod leases;
 pub mod pools;
@@ -35,22 +36,22 @@ pub enum OnNoGateway {
     /// They are rejected.
     #[default]
     Reject,
-    /// They leave as without MetalEG: a pod may have to call out before MetalLB announces its VIP.
+    /// They leave with the node's address, as without MetalEG: a pod may have to call out before MetalLB announces its VIP.
     NodeAddress,
-    /// Something that means nothing: as `Reject`.
+    /// An unknown value: as `Reject`.
     Unknown(String),
 }
 
 /// A labelled Service.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Service {
-    /// Tells it from an earlier one of the same name: Events are about it.
+    /// Its UID: Events refer to it.
     pub uid: String,
     /// Creation time in seconds since the epoch: of two Services that claim a pod, the older one has it.
     pub created: i64,
     /// Whether its type is LoadBalancer.
     pub load_balancer: bool,
-    /// The families that it serves: pods are not touched in another one.
+    /// The families that it serves: in others its pods are left alone.
     pub families: BTreeSet<Family>,
     /// Its VIP, for each family that has one.
     pub vips: BTreeMap<Family, IpAddr>,
@@ -58,7 +59,7 @@ pub struct Service {
     pub hostname: Option<String>,
     /// What its pods do while it has no gateway.
     pub on_no_gateway: OnNoGateway,
-    /// The labels that its pods have; empty: pods are in hand-made slices only.
+    /// The labels of its pods; empty where its EndpointSlices are made by hand.
     pub selector: BTreeMap<String, String>,
 }
 
@@ -74,7 +75,7 @@ pub enum Target {
 /// One endpoint of an EndpointSlice.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Endpoint {
-    /// Its addresses as written: whether they make sense is for the plan to say.
+    /// Its addresses as written: the plan judges them.
     pub addresses: Vec<String>,
     /// The node that it runs on.
     pub node: Option<NodeName>,
@@ -94,7 +95,7 @@ pub struct EndpointSlice {
 /// A pod of this node that has an address and a network of its own.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Pod {
-    /// By which Services select it.
+    /// What Services select it by.
     pub labels: BTreeMap<String, String>,
     /// Its addresses.
     pub addresses: BTreeSet<IpAddr>,
@@ -107,13 +108,13 @@ pub struct Node {
     pub addresses: Vec<IpAddr>,
     /// The networks of its pods.
     pub pod_cidrs: BTreeSet<IpNet>,
-    /// Whether its kubelet says that it is well.
+    /// Its condition `Ready` is `True`.
     pub ready: bool,
-    /// By which its object is told from another one of the same name.
+    /// Its UID: the Lease of its agent is owned by it.
     pub uid: String,
-    /// Its present boot, if its kubelet tells.
+    /// Its present boot, if its kubelet reports it.
     pub boot: Option<BootId>,
-    /// The boot in which its agent has programmed it, as its Lease says: not in the Node's own object.
+    /// The boot in which its agent has programmed it. From the agent's Lease, not from the Node.
     pub programmed: Option<BootId>,
 }
 
@@ -128,9 +129,9 @@ pub struct View {
     pub pods: BTreeMap<ObjectKey, Pod>,
     /// All nodes.
     pub nodes: BTreeMap<NodeName, Node>,
-    /// The node that pods of each VIP leave through: the one that announces it, as a rule.
+    /// The node that pods of each VIP leave through, as [`crate::announcers`] finds it.
     pub announcers: BTreeMap<IpAddr, NodeName>,
-    /// The networks of ClusterIPs, as far as the API server tells.
+    /// The networks of ClusterIPs, where the API server serves ServiceCIDRs.
     pub service_cidrs: BTreeSet<IpNet>,
     /// Pod networks that the CNI plugin keeps in objects of its own.
     pub pod_pools: BTreeSet<IpNet>,
@@ -301,7 +302,7 @@ impl Node {
         }
     }
 
-    /// Whether its agent has programmed it since it was booted: others' pods may be routed there.
+    /// Whether its agent has programmed it since it was booted: only then may pods of other nodes be routed there.
     #[must_use]
     pub fn is_programmed(&self) -> bool {
         self.programmed.is_some() && (self.boot.is_none() || self.boot == self.programmed)

@@ -1,4 +1,4 @@
-//! Pod networks that CNI plugins keep in objects of their own, beside the Nodes' podCIDRs.
+//! Pod networks that CNI plugins keep in objects of their own, apart from the Nodes' podCIDRs.
 
 use std::collections::BTreeSet;
 

@@ -10,13 +10,13 @@ use crate::kernel::{self, Kernel, NodeKernel};
 use crate::settings::{FirewallBackend, Settings};
 use crate::state::{FamilyState, FirewallStep, KernelState, Step};
 
-/// Removes everything and tells `out` what it was; returns whether nothing is left.
+/// Removes everything and writes to `out` what it was; returns whether nothing is left.
 ///
 /// # Errors
 /// When the kernel cannot be read, or `out` not be written.
 pub async fn run(settings: &Settings, out: &mut impl Write) -> Result<bool, Error> {
     let mut is_clean = true;
-    // With each backend in its turn: only the one that made something knows whose connections to end.
+    // With each backend in turn: only the one that wrote the rules knows which pods' connections to forget.
     for (backend, is_last) in [
         (FirewallBackend::Iptables, false),
         (FirewallBackend::Nftables, true),
@@ -44,19 +44,19 @@ pub async fn run(settings: &Settings, out: &mut impl Write) -> Result<bool, Erro
     Ok(is_clean)
 }
 
-/// Removes what the kernel's backend made, and at last what any other did.
+/// Removes what the kernel's backend made; with the last backend, also remnants of others.
 async fn with(
     kernel: &mut impl Kernel,
     is_last: bool,
     out: &mut impl Write,
 ) -> Result<bool, Error> {
     let observed = kernel.observe().await?.state;
-    // The same order as that of an agent that has nothing to do any more: no packet leaks on the way.
+    // In the order of an agent whose plan is empty: no packet leaks on the way.
     let steps = diff(&observed, &nothing(&observed, is_last));
     let failed = kernel.apply(&steps).await;
     let done = |step: &&Step| !failed.iter().any(|failure| failure.step == **step);
-    let told = steps.iter().filter(done);
-    for step in told.filter(|step| is_worth_telling(step)) {
+    let done = steps.iter().filter(done);
+    for step in done.filter(|step| is_shown(step)) {
         writeln!(out, "done: {step}")?;
     }
     let pods: BTreeSet<_> = steps.iter().filter_map(Step::pod).collect();
@@ -80,13 +80,13 @@ async fn with(
     Ok(is_clean)
 }
 
-/// Why cleaning up did not come to an end.
+/// Why the cleanup was given up.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The kernel could not be read.
     #[error("cannot read what is there")]
     Kernel(#[from] kernel::Error),
-    /// What was done could not be told.
+    /// The output could not be written.
     #[error("cannot write")]
     Write(#[from] io::Error),
 }
@@ -108,8 +108,8 @@ fn nothing(observed: &KernelState, is_last: bool) -> KernelState {
     }
 }
 
-/// Pods and networks go by the thousand: they are counted, or go with the firewall.
-fn is_worth_telling(step: &Step) -> bool {
+/// Pods and networks go by the thousand: pods are counted, networks go with the firewall.
+fn is_shown(step: &Step) -> bool {
     match step {
         Step::Route(_) | Step::RemoveRemnant(_) | Step::Firewall(FirewallStep::Remove(_)) => true,
         Step::Firewall(_) | Step::Connection(_) => false,

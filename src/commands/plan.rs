@@ -1,5 +1,4 @@
-//! Shows what this node would be made into, and why: the same view and the same plan as the agent's, without
-//! a change.
+//! Shows what this node would be made into, and why: the pass that an agent would begin with now, without a change.
 
 use std::collections::BTreeMap;
 use std::fmt::{self, Write as _};
@@ -8,17 +7,15 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
-use crate::agent::adopted_announcers;
-use crate::announcers::Announcers;
+use crate::cli::PlanFormat;
 use crate::cluster::View;
 use crate::cluster::watch::Cluster;
 use crate::kernel::{self, Kernel};
-use crate::names::{NodeName, ObjectKey};
-use crate::plan::slots::Slots;
-use crate::plan::{Desired, Subject, Verdict, plan};
-use crate::report::Report;
-use crate::settings::{PlanFormat, Settings};
-use crate::state::{Family, PodState, RuleAction};
+use crate::names::ObjectKey;
+use crate::pass::{Confirmed, Memory};
+use crate::plan::{self, Desired, Verdict};
+use crate::settings::Settings;
+use crate::state::{Family, NextHop, PodState, TableId};
 
 /// How long to wait for the API server.
 const PATIENCE: Duration = Duration::from_secs(15);
@@ -86,33 +83,28 @@ struct ShownIgnored {
 pub async fn run(
     settings: &Settings,
     cluster: &Cluster,
-    report: &Report,
     kernel: &mut impl Kernel,
     format: PlanFormat,
 ) -> Result<String, Error> {
     let synced = async {
-        while report.not_synced().is_some() {
+        while cluster.not_synced().is_some() {
             cluster.changed().await;
         }
     };
     if tokio::time::timeout(PATIENCE, synced).await.is_err() {
-        let missing = report.not_synced().unwrap_or_default();
+        let missing = cluster.not_synced().unwrap_or_default();
         return Err(Error::NotSynced(missing));
     }
     let observed = kernel.observe().await?;
-    let mut announcers = Announcers::new(settings.node_name.clone(), settings.grace);
-    let now = Instant::now();
-    let silence = BTreeMap::new();
-    let (view, _) = cluster.view(&mut announcers, &silence, now);
-    for (vip, node) in adopted_announcers(&view, &observed.state, settings) {
-        announcers.adopt(vip, node, now);
-    }
-    let (mut view, _) = cluster.view(&mut announcers, &silence, now);
-    view.links = kernel.links().await?;
-    let families = observed.state.families.keys().copied().collect();
-    let slots = Slots::adopt(&observed.state, settings).avoiding(observed.occupied);
-    let desired = plan(&view, settings, &families, &slots);
-    let shown = Shown::of(&desired, &view, &settings.node_name);
+    let mut confirmed = Confirmed {
+        state: observed.state,
+        interfaces: kernel.links().await?,
+        occupied: observed.occupied,
+    };
+    let (heard, now) = (BTreeMap::new(), Instant::now());
+    let mut memory = Memory::new(settings);
+    let pass = memory.plan(cluster.facts(), &heard, &mut confirmed, settings, now);
+    let shown = Shown::of(&pass.desired, &pass.view, settings);
     match format {
         PlanFormat::Table => Ok(shown.to_string()),
         PlanFormat::Json => serde_json::to_string_pretty(&shown)
@@ -124,25 +116,26 @@ pub async fn run(
 }
 
 impl Shown {
-    /// What a node's plan says of what it saw.
+    /// What a plan of a view says.
     #[must_use]
-    pub fn of(desired: &Desired, view: &View, node: &NodeName) -> Shown {
+    pub fn of(desired: &Desired, view: &View, settings: &Settings) -> Shown {
         let mut services = Vec::new();
         for (service, verdicts) in &desired.services {
             for (family, verdict) in verdicts {
                 services.push(ShownService::of(service, *family, verdict));
             }
         }
-        let owners = owners(desired, view);
+        let owners = plan::owners(view, settings);
         let mut pods = Vec::new();
-        for (family, state) in &desired.kernel.families {
+        for state in desired.kernel.families.values() {
+            let hops = state.next_hops();
             for (address, pod) in state.firewall.pods.iter().filter(|(_, pod)| pod.egress) {
                 let owner = owners.get(address);
                 pods.push(ShownPod {
                     address: *address,
                     service: owner.map_or_else(String::new, |(service, _)| service.to_string()),
-                    node: owner.and_then(|(_, node)| Some(node.as_ref()?.to_string())),
-                    here: here(desired, *family, *address, pod),
+                    node: owner.and_then(|(_, node)| Some((*node)?.to_string())),
+                    here: here(pod, hops.of(*address)),
                 });
             }
         }
@@ -155,7 +148,7 @@ impl Shown {
             });
         let families = desired.kernel.families.values();
         Shown {
-            node: node.to_string(),
+            node: settings.node_name.to_string(),
             services,
             pods,
             ignored: ignored.collect(),
@@ -184,44 +177,8 @@ impl ShownService {
     }
 }
 
-/// The Service that has each pod, and the pod's node.
-fn owners<'a>(
-    desired: &Desired,
-    view: &'a View,
-) -> BTreeMap<IpAddr, (&'a ObjectKey, &'a Option<NodeName>)> {
-    let mut owners = BTreeMap::new();
-    // Slices are written over it: they know more.
-    for (service, facts) in &view.services {
-        let in_namespace = |key: &ObjectKey| key.namespace == service.namespace;
-        for (_, pod) in view
-            .pods
-            .iter()
-            .filter(|(key, pod)| in_namespace(key) && facts.selects(pod))
-        {
-            for address in &pod.addresses {
-                owners.insert(*address, (service, &None));
-            }
-        }
-    }
-    for (key, slice) in &view.slices {
-        for endpoint in &slice.endpoints {
-            for written in &endpoint.addresses {
-                let subject = Subject::Endpoint {
-                    slice: key.clone(),
-                    address: written.clone(),
-                };
-                let is_ignored = desired.ignored.contains_key(&subject);
-                if let (Ok(address), false) = (written.parse(), is_ignored) {
-                    owners.insert(address, (&slice.service, &endpoint.node));
-                }
-            }
-        }
-    }
-    owners
-}
-
 /// What this node does with a pod's packets to outside.
-fn here(desired: &Desired, family: Family, address: IpAddr, pod: &PodState) -> String {
+fn here(pod: &PodState, hop: Option<(TableId, &NextHop)>) -> String {
     if pod.blocked {
         return "rejected".to_owned();
     }
@@ -236,27 +193,11 @@ fn here(desired: &Desired, family: Family, address: IpAddr, pod: &PodState) -> S
             false => format!("translated to {vip}, should it pass here"),
         };
     };
-    let routes = desired
-        .kernel
-        .families
-        .get(&family)
-        .map(|state| &state.routes);
-    let table = routes.and_then(|routes| {
-        routes.rules.iter().find_map(|rule| match rule.action {
-            RuleAction::Lookup(table)
-                if rule.mark == Some(mark) && rule.from.is_none_or(|from| from == address) =>
-            {
-                Some(table)
-            }
-            _ => None,
-        })
-    });
-    let hop = table.and_then(|table| routes?.tables.get(&table)?.gateway.as_ref());
-    match (table, hop) {
-        (Some(table), Some(hop)) => {
+    match hop {
+        Some((table, hop)) => {
             format!("routed to {hop} (mark {mark}, table {table}), {vip} there")
         }
-        _ => format!("marked {mark}"),
+        None => format!("marked {mark}"),
     }
 }
 

@@ -23,7 +23,7 @@ use tracing::debug;
 use crate::error::chain;
 use crate::ethernet::{Mac, checksum, sum};
 use crate::kernel::conntrack::{self, Flow};
-use crate::lan::neighbour_table;
+use crate::kernel::neighbours::neighbour_table;
 
 /// Pauses before the pods are asked again: the new gateway's agent may not know yet that it is one. A kernel answers such
 /// questions about a connection every 0.5 s (`tcp_invalid_ratelimit`).

@@ -11,6 +11,7 @@ mod foreign_nat;
 mod iptables;
 #[cfg(feature = "kill-points")]
 mod kill_point;
+pub(crate) mod neighbours;
 mod netfilter;
 mod nftables;
 mod ours;

@@ -1,4 +1,6 @@
-//! What is made of what is heard. Pure: the time comes in as a value.
+//! Which claims are believed, and which addresses are asked for (by an ARP request or a neighbour solicitation).
+//!
+//! Pure: the time comes in as a value.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -8,10 +10,11 @@ use std::time::{Duration, Instant};
 use crate::ethernet::{Claim, Mac};
 use crate::names::NodeName;
 
-/// At most one question for an address, and one change of its announcer, in this time.
+/// Least time between two questions for an address, and between two changes of its announcer.
 const PACE: Duration = Duration::from_secs(1);
-/// So many changes of an announcer in so long a time are no moves: two nodes answer.
+/// This many changes of an announcer within [`CONTEST`] are no moves: two nodes answer for one VIP (duplicate address).
 const MOST_TURNS: u32 = 4;
+/// See [`MOST_TURNS`].
 const CONTEST: Duration = Duration::from_secs(10);
 /// How long a claim waits for its sender to be found among the nodes.
 const LOOKUP_PATIENCE: Duration = Duration::from_secs(3);
@@ -29,28 +32,28 @@ pub struct Wanted {
     pub own: Option<NodeName>,
     /// The nodes' addresses.
     pub nodes: BTreeMap<IpAddr, NodeName>,
-    /// Addresses whose announcer matters, and who is taken for it.
+    /// The VIPs, and the announcer that the agent believes each to have.
     pub vips: BTreeMap<IpAddr, Option<NodeName>>,
-    /// Those of them that are asked for once a second: who announces them is in doubt.
+    /// Those of them whose announcer is in doubt: they are asked for once a second.
     pub unsettled: BTreeSet<IpAddr>,
-    /// The others are asked for so often.
+    /// The others are asked for when they were not heard for this long.
     pub audit: Duration,
 }
 
-/// The last confirmed claim to a VIP.
+/// The last claim to a VIP that came from a node.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Heard {
     /// The node that announces it.
     pub node: NodeName,
     /// When it was heard last.
     pub at: Instant,
-    /// How often another node than the one before was heard, believed or not.
+    /// How many claims came from another node than the announcer, believed or not.
     pub others: u64,
-    /// When it became this node.
+    /// When it became the announcer.
     since: Instant,
-    /// How often the announcer changed since `quiet`.
+    /// How often the announcer changed since `turns_since`.
     turns: u32,
-    quiet: Instant,
+    turns_since: Instant,
 }
 
 impl Heard {
@@ -63,21 +66,33 @@ impl Heard {
             others: 0,
             since: at,
             turns: 0,
-            quiet: at,
+            turns_since: at,
         }
     }
 }
 
-/// What an operator should know of.
+/// What an operator should know of the LAN.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Anomaly {
-    /// Somebody who is no node claims a VIP.
+    /// A VIP is claimed by a link-layer address that no node has.
     UnknownSender(IpAddr, Mac),
-    /// Two nodes claim a VIP again and again.
+    /// Two nodes claim a VIP by turns.
     DuplicateAnnouncer(IpAddr, NodeName, NodeName),
 }
 
 impl Anomaly {
+    /// What [`Anomaly::kind`] can be.
+    pub const KINDS: [&'static str; 2] = ["DuplicateAnnouncer", "UnknownSender"];
+
+    /// One word for metrics.
+    #[must_use]
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Anomaly::UnknownSender(..) => "UnknownSender",
+            Anomaly::DuplicateAnnouncer(..) => "DuplicateAnnouncer",
+        }
+    }
+
     /// The VIP that it is about.
     #[must_use]
     pub fn vip(&self) -> IpAddr {
@@ -102,18 +117,19 @@ impl fmt::Display for Anomaly {
     }
 }
 
-/// What was heard so far.
+/// Remembers what was heard.
 #[derive(Debug, Default)]
 pub(crate) struct Hearing {
     wanted: Wanted,
-    /// Nodes by link-layer address, of the neighbour table and of answers to our own questions.
+    /// Nodes by link-layer address, from the neighbour table and from answers to our questions.
     nodes: BTreeMap<Mac, NodeName>,
     heard: BTreeMap<IpAddr, Heard>,
     asked: BTreeMap<IpAddr, Instant>,
-    /// Claims of unknown senders.
+    /// Claims of senders that are not known yet, and when they came.
     waiting: Vec<(Claim, Instant)>,
-    /// Anomalies, and how often each was met.
-    odd: BTreeMap<Anomaly, u64>,
+    anomalies: BTreeSet<Anomaly>,
+    /// How often each kind was met, also for VIPs that are no longer wanted.
+    counts: BTreeMap<&'static str, u64>,
 }
 
 impl Hearing {
@@ -125,20 +141,20 @@ impl Hearing {
         self.asked.retain(|address, _| {
             wanted.vips.contains_key(address) || wanted.nodes.contains_key(address)
         });
-        // Nothing speaks against what is settled: no question before its time.
+        // What is settled is asked for after `audit`, not at once.
         let vips = wanted.vips.keys();
         for vip in vips.filter(|vip| !wanted.unsettled.contains(vip)) {
             self.asked.entry(*vip).or_insert(now);
         }
-        self.odd
-            .retain(|anomaly, _| wanted.vips.contains_key(&anomaly.vip()));
+        self.anomalies
+            .retain(|anomaly| wanted.vips.contains_key(&anomaly.vip()));
         let names: BTreeSet<&NodeName> = wanted.nodes.values().collect();
         self.nodes.retain(|_, node| names.contains(node));
         self.wanted = wanted;
     }
 
-    /// Takes a claim; returns whether there is news: of another announcer than the one that is taken for it, or than
-    /// the one heard before, or an anomaly not met before.
+    /// Takes a claim; returns whether that is news: another announcer than the agent believes in or than was heard before,
+    /// or a new anomaly.
     pub(crate) fn claim(&mut self, claim: Claim, now: Instant) -> bool {
         if let Some(node) = self.wanted.nodes.get(&claim.address).cloned() {
             // An answer to our own question, as the kernel would take it into its neighbour table.
@@ -165,13 +181,13 @@ impl Hearing {
         }
     }
 
-    /// Takes the nodes' link-layer addresses; returns whether there is news.
+    /// Takes the neighbour table; returns whether that makes news of a claim that was waiting.
     pub(crate) fn neighbours(&mut self, table: &[(Mac, IpAddr)], own: Mac, now: Instant) -> bool {
         let found: BTreeMap<Mac, NodeName> = table
             .iter()
             .filter_map(|(mac, address)| Some((*mac, self.wanted.nodes.get(address)?.clone())))
             .collect();
-        // A node with a new card has lost the old one.
+        // A node with a new network card has lost its old address.
         self.nodes
             .retain(|_, node| !found.values().any(|found| found == node));
         self.nodes.extend(found);
@@ -207,7 +223,7 @@ impl Hearing {
                 && is_due(address, PACE)
         });
         let nodes = nodes.map(|(address, _)| address);
-        // Whoever has waited longest first: every one has its turn, however many there are.
+        // Longest unasked first: each has its turn, however many there are.
         let vips: BTreeSet<_> = unsettled
             .chain(audited)
             .map(|vip| (self.asked.get(vip), vip))
@@ -224,9 +240,14 @@ impl Hearing {
         &self.heard
     }
 
-    /// What an operator should know of, and how often it was met.
-    pub(crate) fn anomalies(&self) -> &BTreeMap<Anomaly, u64> {
-        &self.odd
+    /// Anomalies of wanted VIPs.
+    pub(crate) fn anomalies(&self) -> &BTreeSet<Anomaly> {
+        &self.anomalies
+    }
+
+    /// How often each kind of anomaly was met.
+    pub(crate) fn anomaly_counts(&self) -> &BTreeMap<&'static str, u64> {
+        &self.counts
     }
 
     fn accept(&mut self, vip: IpAddr, node: NodeName, now: Instant) -> bool {
@@ -236,28 +257,28 @@ impl Hearing {
         };
         if heard.node == node {
             heard.at = now;
-            // An object may have spoken for another one since: this claim is the newer one.
+            // An object may have named another node since: this claim is newer.
             let taken = self.wanted.vips.get(&vip);
             return taken.is_some_and(|taken| taken.as_ref() != Some(&node));
         }
         heard.others += 1;
-        // Two that answer at once would turn us to and fro. Who is right says so again; and the old one may still
-        // answer in the moment of a move.
+        // An announcer is held for at least PACE: with two answering we would flap. The right one repeats itself, and
+        // the old one may still answer during a move.
         if now.saturating_duration_since(heard.since) < PACE {
             return true;
         }
-        if now.saturating_duration_since(heard.quiet) >= CONTEST {
-            heard.quiet = now;
+        if now.saturating_duration_since(heard.turns_since) >= CONTEST {
+            heard.turns_since = now;
             heard.turns = 0;
         }
         heard.turns += 1;
-        if heard.turns >= MOST_TURNS {
-            let anomaly = Anomaly::DuplicateAnnouncer(vip, heard.node.clone(), node.clone());
-            meet(&mut self.odd, anomaly);
-        }
-        heard.node = node;
+        let is_contested = heard.turns >= MOST_TURNS;
+        let before = std::mem::replace(&mut heard.node, node.clone());
         heard.at = now;
         heard.since = now;
+        if is_contested {
+            self.meet(Anomaly::DuplicateAnnouncer(vip, before, node));
+        }
         true
     }
 
@@ -270,18 +291,17 @@ impl Hearing {
                 self.waiting.push((claim, at));
             } else {
                 let anomaly = Anomaly::UnknownSender(claim.address, claim.mac);
-                changed |= meet(&mut self.odd, anomaly);
+                changed |= self.meet(anomaly);
             }
         }
         changed
     }
-}
 
-/// Counts an anomaly; returns whether it is new.
-fn meet(odd: &mut BTreeMap<Anomaly, u64>, anomaly: Anomaly) -> bool {
-    let count = odd.entry(anomaly).or_default();
-    *count += 1;
-    *count == 1
+    /// Counts an anomaly; returns whether it is new.
+    fn meet(&mut self, anomaly: Anomaly) -> bool {
+        *self.counts.entry(anomaly.kind()).or_default() += 1;
+        self.anomalies.insert(anomaly)
+    }
 }
 
 #[cfg(test)]
@@ -359,7 +379,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stranger_moves_nothing_and_is_told() {
+    fn an_unknown_sender_moves_nothing_and_is_an_anomaly() {
         let (mut hearing, now) = hearing(&[]);
         hearing.claim(claim("192.0.2.200", 2), now);
         assert!(!hearing.claim(claim("192.0.2.200", 66), now));
@@ -368,7 +388,8 @@ mod tests {
         assert!(hearing.neighbours(&[], OWN, later), "it is news");
         assert_eq!(announcer(&hearing, "192.0.2.200"), Some(name(2)));
         let stranger = Anomaly::UnknownSender(ip("192.0.2.200"), mac(66));
-        assert_eq!(hearing.anomalies(), &[(stranger, 1)].into());
+        assert_eq!(hearing.anomalies(), &[stranger].into());
+        assert_eq!(hearing.anomaly_counts(), &[("UnknownSender", 1)].into());
         assert!(!hearing.is_waiting());
     }
 
@@ -404,20 +425,24 @@ mod tests {
         hearing.claim(claim("192.0.2.200", 2), now);
         for (taken, is_news) in [(Some(name(2)), false), (Some(name(3)), true), (None, true)] {
             hearing.wanted.vips.insert(ip("192.0.2.200"), taken.clone());
-            let told = hearing.claim(claim("192.0.2.200", 2), now);
-            assert_eq!(told, is_news, "while {taken:?} is taken for it");
+            let news = hearing.claim(claim("192.0.2.200", 2), now);
+            assert_eq!(news, is_news, "while {taken:?} is taken for it");
         }
     }
 
     #[test]
-    fn two_nodes_that_answer_by_turns_are_told() {
+    fn two_nodes_that_answer_by_turns_are_an_anomaly() {
         let (mut hearing, now) = hearing(&[]);
         for turn in 0..=MOST_TURNS {
             let by = if turn % 2 == 0 { 2 } else { 3 };
             assert!(hearing.claim(claim("192.0.2.200", by), now + turn * PACE));
         }
         let contested = Anomaly::DuplicateAnnouncer(ip("192.0.2.200"), name(3), name(2));
-        assert_eq!(hearing.anomalies(), &[(contested, 1)].into());
+        assert_eq!(hearing.anomalies(), &[contested].into());
+        assert_eq!(
+            hearing.anomaly_counts(),
+            &[("DuplicateAnnouncer", 1)].into()
+        );
     }
 
     #[test]

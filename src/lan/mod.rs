@@ -1,37 +1,34 @@
 //! Who announces the VIPs, as heard on the LAN.
 //!
-//! At every move a VIP moves on the wire first, and MetalLB's object follows 20 to 30 ms later, or never. A claim
-//! counts only when it comes from a node. Nothing here knows of Services.
+//! A VIP moves on the LAN first; MetalLB's object follows 20 to 30 ms later, or never. A claim counts only when it
+//! comes from a node. Nothing here knows of Services.
 
 mod hearing;
 mod socket;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use futures::TryStreamExt;
-use netlink_packet_route::neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage};
 use tokio::sync::{Notify, watch};
-use tokio::task::JoinHandle;
 use tracing::{debug, warn};
 
 use self::hearing::Hearing;
 pub use self::hearing::{Anomaly, Heard, Wanted};
 use self::socket::LanSocket;
 use crate::error::chain;
-use crate::ethernet::Mac;
+use crate::kernel::neighbours::neighbour_table;
+use crate::tasks::Tasks;
 
-/// Pause before an interface that went away is tried again, and resolution of the questions' times.
+/// Pause before an interface that went away is tried again; also how often it is checked which questions are due.
 const PAUSE: Duration = Duration::from_millis(250);
 
-/// Listens on the LAN for as long as it lives.
+/// What is heard on the LAN.
 #[derive(Debug)]
 pub struct Lan {
     shared: Arc<Shared>,
     wanted: watch::Sender<Wanted>,
-    task: JoinHandle<()>,
 }
 
 #[derive(Debug, Default)]
@@ -48,21 +45,17 @@ impl Shared {
 }
 
 impl Lan {
-    /// Starts to listen, in the network namespace of the calling thread, as soon as something is wanted.
+    /// Starts to listen as soon as an interface is wanted, in the network namespace of the calling thread.
     ///
     /// # Errors
-    /// When no netlink socket can be had to look nodes up in the neighbour table.
-    pub fn start() -> std::io::Result<Lan> {
+    /// When no netlink socket can be opened, to read the neighbour table.
+    pub fn start(tasks: &mut Tasks) -> std::io::Result<Lan> {
         let (connection, handle, _) = rtnetlink::new_connection()?;
-        tokio::spawn(connection);
+        tasks.spawn("netlink connection of the LAN listener", connection);
         let shared = Arc::new(Shared::default());
         let (wanted, changes) = watch::channel(Wanted::default());
-        let task = tokio::spawn(listen(shared.clone(), changes, handle));
-        Ok(Lan {
-            shared,
-            wanted,
-            task,
-        })
+        tasks.spawn("LAN listener", listen(shared.clone(), changes, handle));
+        Ok(Lan { shared, wanted })
     }
 
     /// Changes what to listen for.
@@ -80,21 +73,21 @@ impl Lan {
         self.shared.hearing().heard().clone()
     }
 
-    /// What an operator should know of, and how often it was met.
+    /// Anomalies of wanted VIPs.
     #[must_use]
-    pub fn anomalies(&self) -> BTreeMap<Anomaly, u64> {
+    pub fn anomalies(&self) -> BTreeSet<Anomaly> {
         self.shared.hearing().anomalies().clone()
     }
 
-    /// Waits for news: another announcer, or something odd.
+    /// How often each kind of anomaly was met.
+    #[must_use]
+    pub fn anomaly_counts(&self) -> BTreeMap<&'static str, u64> {
+        self.shared.hearing().anomaly_counts().clone()
+    }
+
+    /// Waits for news: another announcer, or an anomaly. Cancel-safe.
     pub async fn changed(&self) {
         self.shared.changed.notified().await;
-    }
-}
-
-impl Drop for Lan {
-    fn drop(&mut self) {
-        self.task.abort();
     }
 }
 
@@ -103,7 +96,7 @@ async fn listen(
     mut changes: watch::Receiver<Wanted>,
     neighbours: rtnetlink::Handle,
 ) {
-    let mut told = None;
+    let mut logged = None;
     loop {
         let wanted = changes.borrow_and_update().clone();
         let interface = wanted.interface.clone();
@@ -116,19 +109,19 @@ async fn listen(
         };
         let failure = match LanSocket::open(&interface) {
             Ok(socket) => {
-                told = None;
+                logged = None;
                 hear(&shared, &mut changes, &socket, &interface, &neighbours).await
             }
             Err(error) => Some(error),
         };
         if let Some(error) = failure {
             let text = error.to_string();
-            if told.as_ref() != Some(&text) {
+            if logged.as_ref() != Some(&text) {
                 warn!(
                     interface,
                     "cannot listen for announcements, trying again: {text}"
                 );
-                told = Some(text);
+                logged = Some(text);
             }
             tokio::time::sleep(PAUSE).await;
         }
@@ -149,12 +142,12 @@ async fn hear(
     let mut tick = tokio::time::interval(PAUSE);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut nodes = changes.borrow().nodes.clone();
-    // At the start, when nodes change, and when somebody unknown claims a VIP.
-    let mut look = true;
+    // The neighbour table is read at the start, when nodes change, and while a claim is of an unknown sender.
+    let mut is_stale = true;
     loop {
         let now = Instant::now();
-        if look || shared.hearing().is_waiting() {
-            look = false;
+        if is_stale || shared.hearing().is_waiting() {
+            is_stale = false;
             match neighbour_table(neighbours).await {
                 Ok(table) => {
                     let table: Vec<_> = table.iter().map(|n| (n.mac, n.address)).collect();
@@ -172,7 +165,7 @@ async fn hear(
                 return Some(error);
             }
         }
-        // Claims are taken as they come; all else has its time.
+        // Claims are taken as they come; questions and the neighbour table at the next tick.
         loop {
             tokio::select! {
                 claim = socket.next() => match claim {
@@ -192,7 +185,7 @@ async fn hear(
                     let same = wanted.interface.as_deref() == Some(interface);
                     if wanted.nodes != nodes {
                         nodes.clone_from(&wanted.nodes);
-                        look = true;
+                        is_stale = true;
                     }
                     shared.hearing().want(wanted, Instant::now());
                     if !same {
@@ -204,48 +197,4 @@ async fn hear(
             }
         }
     }
-}
-
-/// Who has an address, and where.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Neighbour {
-    pub(crate) address: IpAddr,
-    pub(crate) mac: Mac,
-    /// Number of the interface.
-    pub(crate) interface: u32,
-}
-
-/// The kernel's neighbour table.
-pub(crate) async fn neighbour_table(
-    handle: &rtnetlink::Handle,
-) -> Result<Vec<Neighbour>, rtnetlink::Error> {
-    let neighbours: Vec<NeighbourMessage> =
-        handle.neighbours().get().execute().try_collect().await?;
-    Ok(neighbours.iter().filter_map(neighbour).collect())
-}
-
-fn neighbour(message: &NeighbourMessage) -> Option<Neighbour> {
-    let (mut mac, mut address) = (None, None);
-    for attribute in &message.attributes {
-        match attribute {
-            NeighbourAttribute::LinkLayerAddress(bytes) => {
-                mac = bytes
-                    .first_chunk::<6>()
-                    .filter(|_| bytes.len() == 6)
-                    .map(|m| Mac(*m));
-            }
-            NeighbourAttribute::Destination(NeighbourAddress::Inet(v4)) => {
-                address = Some(IpAddr::from(*v4));
-            }
-            NeighbourAttribute::Destination(NeighbourAddress::Inet6(v6)) => {
-                address = Some(IpAddr::from(*v6));
-            }
-            _ => {}
-        }
-    }
-    Some(Neighbour {
-        address: address?,
-        mac: mac?,
-        interface: message.header.ifindex,
-    })
 }

@@ -17,7 +17,7 @@ use crate::ethernet::{Claim, Mac, Own};
 const EVERYTHING: u16 = 3;
 /// Neighbour messages have less than 100 bytes.
 const FRAME_BYTES: usize = 256;
-/// The same as the filter takes it.
+/// The same, as the filter takes it.
 const FRAME_LENGTH: u32 = 256;
 
 /// Instructions of classic BPF (filter.h): load two bytes, load a byte, compare, return.
@@ -28,7 +28,7 @@ const RETURN: u16 = 0x06;
 
 /// ARP and ICMPv6 neighbour advertisements; the kernel keeps all else from us.
 fn filter() -> [SockFilter; 9] {
-    // What the instructions that compare jump over if equal, and if not.
+    // The middle numbers: how many instructions are jumped over when equal, and when not.
     [
         SockFilter::new(LOAD_2, 0, 0, 12),
         SockFilter::new(EQUALS, 6, 0, 0x0806),
@@ -45,7 +45,7 @@ fn filter() -> [SockFilter; 9] {
 /// The socket of one interface.
 #[derive(Debug)]
 pub(crate) struct LanSocket {
-    // Not UDP: what tokio needs of it is to read and write a bound datagram socket, which is the same for all.
+    // Not UDP: to tokio, any bound datagram socket is the same.
     socket: UdpSocket,
     own: Own,
 }
@@ -59,7 +59,7 @@ impl LanSocket {
         socket.set_nonblocking(true)?;
         socket.attach_filter(&filter())?;
         bind(socket.as_raw_fd(), &link)?;
-        // What came before the filter and from other interfaces.
+        // Drops what came before the filter was attached, and from other interfaces.
         let mut buffer = [MaybeUninit::uninit(); FRAME_BYTES];
         while socket.recv(&mut buffer).is_ok() {}
         let socket = UdpSocket::from_std(OwnedFd::from(socket).into())?;
@@ -82,7 +82,7 @@ impl LanSocket {
         }
     }
 
-    /// Asks who has an address; does nothing where we have none to ask from.
+    /// Asks who has an address; does nothing when the interface has no address of that family.
     pub(crate) async fn ask(&self, address: IpAddr) -> io::Result<()> {
         match self.own.question(address) {
             Some(frame) => self.socket.send(&frame).await.map(drop),
@@ -105,7 +105,7 @@ fn addresses(interface: &str) -> io::Result<(LinkAddr, Own)> {
         }
         if let Some(found) = address.as_sockaddr_in6() {
             let found = found.ip();
-            // A link-local one will do.
+            // A global address is preferred, a link-local one will do.
             if v6.is_none_or(|known: Ipv6Addr| known.is_unicast_link_local()) {
                 v6 = Some(found);
             }

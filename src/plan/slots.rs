@@ -3,9 +3,9 @@
 //! A gateway keeps its slot for as long as pods use it, also over a restart of the agent: the routing tables
 //! in the kernel say which slot is whose.
 //!
-//! The last value of the mask is the *overflow* class: it is shared by all gateways beyond the others, and tells
-//! nothing but that the pod's address decides about the table. So the number of gateways has no limit, and only
-//! who overflows pays for it.
+//! The last value of the mask is the *overflow* mark: all gateways beyond the others share it, and a rule for each of
+//! their pods chooses the table by the pod's address. So the number of gateways has no limit, and only those beyond cost
+//! more.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -13,7 +13,7 @@ use std::net::IpAddr;
 use crate::settings::{FwMask, Settings};
 use crate::state::{Family, KernelState, Mark, TableId};
 
-/// Number of a gateway's routing table above the offset, and of its mark as far as there are marks; from 1.
+/// Number of a gateway's routing table above the offset, and of its mark while there are marks; from 1.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Slot(u32);
 

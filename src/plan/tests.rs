@@ -1,16 +1,19 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
+use ipnet::IpNet;
 use proptest::prelude::*;
 
 use super::*;
+use crate::cluster::{Node, OnNoGateway, Target};
 use crate::fixtures::worlds::{World, any_settings, any_world};
 use crate::fixtures::{
     ServiceFixture, With, boot, cluster, endpoint, ip, key, key_in, node, node_name, own_pod,
     service, settings_on, slice,
 };
+use crate::names::NodeName;
 use crate::settings::FwMask;
-use crate::state::{Mark, TableId};
+use crate::state::{Mark, Rule, RuleAction, Table, TableId};
 
 /// Settings of an agent on a node.
 fn on(name: &str) -> Settings {
@@ -371,10 +374,10 @@ fn without_a_gateway_the_service_may_choose_the_nodes_address() {
             assert_eq!(*verdict, Verdict::Blocked(Blocked::NoAnnouncer));
             assert!(pod.unwrap().blocked);
         }
-        let told = desired
+        let is_reported = desired
             .ignored
             .contains_key(&Subject::OnNoGateway(key("a")));
-        assert_eq!(told, matches!(value, OnNoGateway::Unknown(_)));
+        assert_eq!(is_reported, matches!(value, OnNoGateway::Unknown(_)));
         // With a gateway there is no choice.
         let active = make(&active, &on("node1"));
         assert!(pod_of(&active, "10.244.1.11").unwrap().mark.is_some());

@@ -1,10 +1,11 @@
 //! Events on Services: what `kubectl describe service` shows of us.
 //!
-//! All agents see the same cluster. Of what they agree on, one tells: the agent of the node that has the Service's
-//! pod with the lowest address. What differs from node to node is told by the nodes that have pods of it.
+//! All agents see the same cluster. What they agree on is published by one: the agent of the node that has the Service's
+//! pod with the lowest address. What differs from node to node is published by every node that has pods of it.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
+use std::time::Duration;
 
 use k8s_openapi::api::core::v1::ObjectReference;
 use kube::Client;
@@ -12,18 +13,25 @@ use kube::runtime::events::{Event, EventType, Recorder, Reporter};
 use tokio::sync::mpsc::UnboundedReceiver;
 use tracing::debug;
 
+use crate::backoff::Backoff;
 use crate::cluster::View;
 use crate::error::chain;
 use crate::names::{NodeName, ObjectKey};
 use crate::plan::{Blocked, Desired, Ignored, Subject, Verdict};
+use crate::report::log::Notice;
 use crate::state::Family;
 
-/// An event about a Service.
+/// Pauses while the API server does not answer.
+const BACKOFF: Backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(5));
+/// An Event is tried at most this often: those behind it wait.
+const MOST_TRIES: usize = 5;
+
+/// An Event about a Service.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Told {
+pub struct ServiceEvent {
     /// The Service.
     pub service: ObjectKey,
-    /// Something is not as the operator wants it.
+    /// Its type is `Warning`.
     pub is_warning: bool,
     /// One word.
     pub reason: &'static str,
@@ -31,20 +39,20 @@ pub struct Told {
     pub note: String,
 }
 
-/// What became different for whom, as far as the agent of `own` is to tell it.
+/// What became different for whom, as far as the agent of `own` is to publish it.
 #[must_use]
-pub fn changes(before: &Desired, now: &Desired, view: &View, own: &NodeName) -> Vec<Told> {
-    let mut told = Vec::new();
-    let mut tellers = None;
-    let mut tell = |service: &ObjectKey, is_of_this_node: bool, event: Told| {
-        let tellers = tellers.get_or_insert_with(|| Tellers::of(view, own));
+pub fn changes(before: &Desired, now: &Desired, view: &View, own: &NodeName) -> Vec<ServiceEvent> {
+    let mut events = Vec::new();
+    let mut publishers = None;
+    let mut publish = |service: &ObjectKey, is_of_this_node: bool, event: ServiceEvent| {
+        let publishers = publishers.get_or_insert_with(|| Publishers::of(view, own));
         let is_ours = if is_of_this_node {
-            tellers.has_pods_here(service)
+            publishers.has_pods_here(service)
         } else {
-            tellers.is_ours(service)
+            publishers.is_ours(service)
         };
         if is_ours {
-            told.push(event);
+            events.push(event);
         }
     };
     for (service, verdicts) in &now.services {
@@ -58,7 +66,7 @@ pub fn changes(before: &Desired, now: &Desired, view: &View, own: &NodeName) -> 
                 .flatten()
                 .any(is_of_the_node);
             if let Some(event) = of_verdict(service, *family, old, verdict) {
-                tell(service, differs_by_node, event);
+                publish(service, differs_by_node, event);
             }
         }
     }
@@ -67,40 +75,34 @@ pub fn changes(before: &Desired, now: &Desired, view: &View, own: &NodeName) -> 
             continue;
         }
         if let Some(service) = service_of(subject, view) {
-            let event = Told {
+            let event = ServiceEvent {
                 service: service.clone(),
                 // A hostNetwork pod is no mistake.
                 is_warning: !matches!(reason, Ignored::NodeAddress(_)),
                 reason: "Ignored",
                 note: format!("ignoring {subject}: {reason}"),
             };
-            tell(service, false, event);
+            publish(service, false, event);
         }
     }
-    told
+    events
 }
 
-/// A warning to the Services that have a VIP, as far as the agent of `own` is to tell it.
+/// Warnings to the Services that have a notice's VIP, as far as the agent of `own` is to publish them.
 #[must_use]
-pub fn about_vip(
-    vip: IpAddr,
-    reason: &'static str,
-    note: &str,
-    view: &View,
-    own: &NodeName,
-) -> Vec<Told> {
-    let tellers = Tellers::of(view, own);
+pub fn of_notice(notice: &Notice, view: &View, own: &NodeName) -> Vec<ServiceEvent> {
+    let publishers = Publishers::of(view, own);
     let of_vip = view
         .services
         .iter()
-        .filter(|(_, service)| service.vips.values().any(|found| *found == vip));
+        .filter(|(_, service)| service.vips.values().any(|vip| *vip == notice.vip));
     of_vip
-        .filter(|(key, _)| tellers.is_ours(key))
-        .map(|(key, _)| Told {
+        .filter(|(key, _)| publishers.is_ours(key))
+        .map(|(key, _)| ServiceEvent {
             service: key.clone(),
             is_warning: true,
-            reason,
-            note: note.to_owned(),
+            reason: notice.reason,
+            note: notice.text.clone(),
         })
         .collect()
 }
@@ -110,9 +112,9 @@ fn of_verdict(
     family: Family,
     old: Option<&Verdict>,
     verdict: &Verdict,
-) -> Option<Told> {
+) -> Option<ServiceEvent> {
     let (is_warning, reason) = match verdict {
-        // Said where it is news: after trouble.
+        // Only after trouble is it news.
         Verdict::Active { .. } => match old {
             Some(Verdict::Blocked(_) | Verdict::Released(_)) => (false, "Active"),
             _ => return None,
@@ -120,7 +122,7 @@ fn of_verdict(
         Verdict::Blocked(reason) => (true, reason.label()),
         Verdict::Released(reason) => (true, reason.label()),
     };
-    Some(Told {
+    Some(ServiceEvent {
         service: service.clone(),
         is_warning,
         reason,
@@ -128,7 +130,7 @@ fn of_verdict(
     })
 }
 
-/// Whether nodes may come to different verdicts.
+/// Whether other nodes may come to another verdict.
 fn is_of_the_node(verdict: &Verdict) -> bool {
     let (Verdict::Blocked(reason) | Verdict::Released(reason)) = verdict else {
         return false;
@@ -146,8 +148,8 @@ fn service_of<'a>(subject: &'a Subject, view: &'a View) -> Option<&'a ObjectKey>
     }
 }
 
-/// Which node tells of which Service.
-struct Tellers<'a> {
+/// Which node publishes Events of which Service.
+struct Publishers<'a> {
     own: &'a NodeName,
     /// The lowest address of each Service, and its node.
     lowest: BTreeMap<&'a ObjectKey, (IpAddr, &'a NodeName)>,
@@ -155,9 +157,9 @@ struct Tellers<'a> {
     here: Vec<&'a ObjectKey>,
 }
 
-impl<'a> Tellers<'a> {
-    fn of(view: &'a View, own: &'a NodeName) -> Tellers<'a> {
-        let mut tellers = Tellers {
+impl<'a> Publishers<'a> {
+    fn of(view: &'a View, own: &'a NodeName) -> Publishers<'a> {
+        let mut publishers = Publishers {
             own,
             lowest: BTreeMap::new(),
             here: Vec::new(),
@@ -168,10 +170,10 @@ impl<'a> Tellers<'a> {
                     continue;
                 };
                 if node == own {
-                    tellers.here.push(&slice.service);
+                    publishers.here.push(&slice.service);
                 }
                 for address in endpoint.addresses.iter().filter_map(|a| a.parse().ok()) {
-                    let lowest = tellers
+                    let lowest = publishers
                         .lowest
                         .entry(&slice.service)
                         .or_insert((address, node));
@@ -179,7 +181,7 @@ impl<'a> Tellers<'a> {
                 }
             }
         }
-        tellers
+        publishers
     }
 
     fn is_ours(&self, service: &ObjectKey) -> bool {
@@ -193,41 +195,57 @@ impl<'a> Tellers<'a> {
     }
 }
 
-/// Publishes what comes, until the sender is gone. An event that cannot be published is lost: it is in the log too.
-pub async fn publish(
+/// Publishes what comes, with the UID of the Service, until the sender is gone. An Event that is refused is lost: it is
+/// in the log too. While the API server does not answer, it is tried again a few times.
+pub(super) async fn publish(
     client: Client,
     node: NodeName,
-    mut events: UnboundedReceiver<(Told, String)>,
+    mut events: UnboundedReceiver<(ServiceEvent, String)>,
 ) {
     let reporter = Reporter {
         controller: "metaleg-agent".to_owned(),
         instance: Some(node.0),
     };
     let recorder = Recorder::new(client, reporter);
-    while let Some((told, uid)) = events.recv().await {
-        let event = Event {
-            type_: if told.is_warning {
-                EventType::Warning
-            } else {
-                EventType::Normal
-            },
-            reason: told.reason.to_owned(),
-            note: Some(told.note),
-            action: "Egress".to_owned(),
-            secondary: None,
-        };
-        let service = ObjectReference {
-            api_version: Some("v1".to_owned()),
-            kind: Some("Service".to_owned()),
-            namespace: Some(told.service.namespace),
-            name: Some(told.service.name),
-            uid: Some(uid),
-            ..ObjectReference::default()
-        };
-        if let Err(error) = recorder.publish(&event, &service).await {
-            debug!("cannot publish an event: {}", chain(&error));
+    while let Some((event, uid)) = events.recv().await {
+        let (event, service) = document(event, uid);
+        let mut backoff = BACKOFF;
+        for _ in 0..MOST_TRIES {
+            match recorder.publish(&event, &service).await {
+                Ok(()) => break,
+                Err(error) => {
+                    debug!("cannot publish an Event: {}", chain(&error));
+                    if let kube::Error::Api(_) = error {
+                        break;
+                    }
+                }
+            }
+            tokio::time::sleep(backoff.pause()).await;
         }
     }
+}
+
+fn document(event: ServiceEvent, uid: String) -> (Event, ObjectReference) {
+    let service = ObjectReference {
+        api_version: Some("v1".to_owned()),
+        kind: Some("Service".to_owned()),
+        namespace: Some(event.service.namespace),
+        name: Some(event.service.name),
+        uid: Some(uid),
+        ..ObjectReference::default()
+    };
+    let event = Event {
+        type_: if event.is_warning {
+            EventType::Warning
+        } else {
+            EventType::Normal
+        },
+        reason: event.reason.to_owned(),
+        note: Some(event.note),
+        action: "Egress".to_owned(),
+        secondary: None,
+    };
+    (event, service)
 }
 
 #[cfg(test)]
@@ -277,11 +295,11 @@ mod tests {
         }
     }
 
-    /// The reasons that each of three nodes tells.
-    fn told(before: &Desired, now: &Desired) -> [Vec<&'static str>; 3] {
+    /// The reasons that each of three nodes publishes.
+    fn published(before: &Desired, now: &Desired) -> [Vec<&'static str>; 3] {
         [1, 2, 3].map(|n| {
-            let told = changes(before, now, &view(), &node(n));
-            told.iter().map(|told| told.reason).collect()
+            let events = changes(before, now, &view(), &node(n));
+            events.iter().map(|event| event.reason).collect()
         })
     }
 
@@ -291,25 +309,31 @@ mod tests {
         let blocked = desired(Verdict::Blocked(Blocked::NoVip));
         let off_link = Blocked::GatewayOffLink(node(1), IpAddr::from([203, 0, 113, 1]));
         let off_link = desired(Verdict::Blocked(off_link));
-        assert_eq!(told(&nothing, &blocked), [vec![], vec!["NoVip"], vec![]]);
-        assert_eq!(told(&blocked, &blocked).concat(), [""; 0]);
         assert_eq!(
-            told(&nothing, &off_link),
+            published(&nothing, &blocked),
+            [vec![], vec!["NoVip"], vec![]]
+        );
+        assert_eq!(published(&blocked, &blocked).concat(), [""; 0]);
+        assert_eq!(
+            published(&nothing, &off_link),
             [vec![], vec!["GatewayOffLink"], vec!["GatewayOffLink"]]
         );
     }
 
     #[test]
-    fn that_all_is_well_is_told_after_trouble_only() {
+    fn that_all_is_well_is_published_after_trouble_only() {
         let nothing = Desired::default();
         let active = desired(active());
         let blocked = desired(Verdict::Blocked(Blocked::NoVip));
-        assert_eq!(told(&nothing, &active).concat(), [""; 0]);
-        assert_eq!(told(&blocked, &active), [vec![], vec!["Active"], vec![]]);
+        assert_eq!(published(&nothing, &active).concat(), [""; 0]);
+        assert_eq!(
+            published(&blocked, &active),
+            [vec![], vec!["Active"], vec![]]
+        );
     }
 
     #[test]
-    fn what_is_ignored_is_told_to_its_service() {
+    fn what_is_ignored_is_an_event_of_its_service() {
         let subject = Subject::Endpoint {
             slice: key("a-1"),
             address: "10.244.2.9".to_owned(),
@@ -319,12 +343,12 @@ mod tests {
             ..Desired::default()
         };
         assert_eq!(
-            told(&Desired::default(), &now),
+            published(&Desired::default(), &now),
             [vec![], vec!["Ignored"], vec![]]
         );
-        let told = changes(&Desired::default(), &now, &view(), &node(2));
+        let events = changes(&Desired::default(), &now, &view(), &node(2));
         assert_eq!(
-            told[0].note,
+            events[0].note,
             "ignoring endpoint 10.244.2.9 of EndpointSlice shop/a-1: belongs to Service shop/older, which is older"
         );
     }

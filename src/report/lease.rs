@@ -1,4 +1,4 @@
-//! Tells the other agents that this node is programmed, see [`crate::cluster::leases`].
+//! The Lease by which other agents know that this node is programmed, see [`crate::cluster::leases`].
 
 use std::future::Future;
 use std::time::Duration;
@@ -10,20 +10,20 @@ use serde_json::json;
 use tokio::sync::watch;
 use tracing::{info, warn};
 
+use crate::backoff::Backoff;
 use crate::cluster::View;
 use crate::cluster::leases::{self, BOOT_ANNOTATION, BootId, LEASE_LABEL, LEASE_VALUE};
 use crate::error::chain;
 use crate::names::NodeName;
+use crate::settings::Settings;
 
-/// First pause after a failure; it doubles up to [`LONGEST_PAUSE`].
-const SHORTEST_PAUSE: Duration = Duration::from_millis(200);
-/// A cause that was removed is noticed within this time.
-const LONGEST_PAUSE: Duration = Duration::from_secs(10);
+/// Pauses after failures: a cause that was removed is noticed within the longest.
+const BACKOFF: Backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(10));
 
-/// What a Lease says: the UID of the node's object, which owns it.
-type Owner = String;
+/// The UID of the Node that owns the Lease.
+pub(super) type Owner = String;
 
-/// This node in this boot, and who tells of it.
+/// This node in this boot, and the way to the task that writes its Lease.
 #[derive(Debug)]
 pub(super) struct Holder {
     node: NodeName,
@@ -32,9 +32,15 @@ pub(super) struct Holder {
 }
 
 impl Holder {
-    /// The node is programmed: says so where the other agents cannot know it. Returns whether they can.
+    /// A holder, and what receives the Leases that it wants written.
+    pub(super) fn new(node: NodeName, boot: BootId) -> (Holder, watch::Receiver<Option<Owner>>) {
+        let (wanted, asked) = watch::channel(None);
+        (Holder { node, boot, wanted }, asked)
+    }
+
+    /// Publishes the Lease unless ours already names this boot; returns whether it does.
     pub(super) fn programmed(&self, view: &View) -> bool {
-        // Without its object nobody routes to the node.
+        // Without a Node nobody routes to this node, and nothing could own the Lease.
         let Some(node) = view.nodes.get(&self.node) else {
             return false;
         };
@@ -46,17 +52,16 @@ impl Holder {
     }
 }
 
-/// A holder for this node, and the task that writes its Lease when it says so.
+/// A holder for this node, and the task that writes its Lease.
 pub(super) fn hold(
     client: Client,
-    namespace: &str,
-    node: NodeName,
+    settings: &Settings,
     boot: BootId,
 ) -> (Holder, impl Future<Output = ()> + Send + use<>) {
-    let (wanted, asked) = watch::channel(None);
-    let api = Api::namespaced(client, namespace);
-    let writer = write(api, node.clone(), boot.clone(), asked);
-    (Holder { node, boot, wanted }, writer)
+    let node = settings.node_name.clone();
+    let api = Api::namespaced(client, &settings.metallb_namespace);
+    let (holder, asked) = Holder::new(node.clone(), boot.clone());
+    (holder, write(api, node, boot, asked))
 }
 
 async fn write(
@@ -66,7 +71,7 @@ async fn write(
     mut asked: watch::Receiver<Option<Owner>>,
 ) {
     let name = leases::name(&node);
-    let mut pause = SHORTEST_PAUSE;
+    let mut backoff = BACKOFF;
     while asked.changed().await.is_ok() {
         let Some(owner) = asked.borrow_and_update().clone() else {
             continue;
@@ -75,7 +80,7 @@ async fn write(
         let by_us = PatchParams::apply("metaleg-agent").force();
         match api.patch(&name, &by_us, &Patch::Apply(&lease)).await {
             Ok(_) => {
-                pause = SHORTEST_PAUSE;
+                backoff.reset();
                 info!(lease = name, "other nodes know that this one is programmed");
             }
             Err(error) => {
@@ -84,8 +89,7 @@ async fn write(
                     api.resource_url(),
                     chain(&error)
                 );
-                tokio::time::sleep(pause).await;
-                pause = LONGEST_PAUSE.min(pause * 2);
+                tokio::time::sleep(backoff.pause()).await;
                 asked.mark_changed();
             }
         }
@@ -100,10 +104,10 @@ fn document(name: &str, node: &NodeName, boot: &BootId, owner: &Owner) -> serde_
             "name": name,
             "labels": {LEASE_LABEL: LEASE_VALUE, "app.kubernetes.io/component": "agent"},
             "annotations": {BOOT_ANNOTATION: boot.0},
-            // Goes with the node.
+            // Garbage collected with the Node.
             "ownerReferences": [{"apiVersion": "v1", "kind": "Node", "name": node.0, "uid": owner}],
         },
-        // No duration and no renewal: it does not say that an agent runs, but what a node's kernel holds.
+        // No duration and no renewal: it says what the node's kernel holds, not that an agent runs.
         "spec": {"holderIdentity": node.0},
     })
 }

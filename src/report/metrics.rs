@@ -1,4 +1,4 @@
-//! `/metrics`: counters of what happened, and gauges computed from the last plan when they are asked for.
+//! `/metrics`: counters of what happened, and gauges that are computed when they are scraped.
 
 use std::sync::Arc;
 
@@ -9,57 +9,77 @@ use axum::response::IntoResponse;
 use axum::routing::get;
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric, text};
+use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::counter::{ConstCounter, Counter};
 use prometheus_client::metrics::family::Family as Labelled;
 use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::{Registry, Unit};
 
+use crate::cluster::index::Watch;
+use crate::kernel::StepError;
+use crate::lan::{Anomaly, Lan};
 use crate::report::Report;
+use crate::state::Step;
 
 type Labels = Vec<(&'static str, &'static str)>;
 
-/// What has happened so often since the agent started.
+/// What is counted since the agent started.
 #[derive(Debug, Default)]
 pub struct Counters {
     /// Passes by result: `unchanged`, `changed`, `failed`.
     pub passes: Labelled<Labels, Counter>,
-    /// Steps by who executes them.
+    /// Steps by executor.
     pub steps: Labelled<Labels, Counter>,
-    /// Steps that failed, by who executes them.
+    /// Steps that failed, by executor.
     pub failed_steps: Labelled<Labels, Counter>,
     /// Time spent in passes.
     pub pass_seconds: Counter<f64, std::sync::atomic::AtomicU64>,
 }
 
+impl Counters {
+    /// Counts a pass.
+    pub fn pass(&self, result: &'static str) {
+        let labels = vec![("result", result)];
+        self.passes.get_or_create(&labels).inc();
+    }
+
+    /// Counts the steps of a pass, and the pass unless one of them `failed`.
+    pub fn steps(&self, steps: &[Step], failed: &[StepError]) {
+        let by = |step: &Step| vec![("executor", step.executor())];
+        for step in steps {
+            self.steps.get_or_create(&by(step)).inc();
+        }
+        for failure in failed {
+            let label = by(&failure.step);
+            self.failed_steps.get_or_create(&label).inc();
+        }
+        if failed.is_empty() {
+            let is_change = steps.iter().any(Step::is_change);
+            self.pass(if is_change { "changed" } else { "unchanged" });
+        }
+    }
+}
+
 /// The metrics endpoint.
 pub fn router(report: Arc<Report>) -> Router {
-    let mut registry = Registry::with_prefix("metaleg");
-    let counters = &report.counters;
-    registry.register(
-        "passes",
-        "Passes by result: unchanged, changed or failed",
-        counters.passes.clone(),
-    );
-    registry.register(
-        "steps",
-        "Kernel changes by executor: routes, firewall or conntrack",
-        counters.steps.clone(),
-    );
-    registry.register(
-        "failed_steps",
-        "Kernel changes that failed, by executor",
-        counters.failed_steps.clone(),
-    );
-    registry.register_with_unit(
-        "pass",
-        "Time spent in passes",
-        Unit::Seconds,
-        counters.pass_seconds.clone(),
-    );
-    registry.register_collector(Box::new(Scrape(report)));
     Router::new()
         .route("/metrics", get(metrics))
-        .with_state(Arc::new(registry))
+        .with_state(Arc::new(registry(report)))
+}
+
+fn registry(report: Arc<Report>) -> Registry {
+    let mut registry = Registry::with_prefix("metaleg");
+    let counters = &report.counters;
+    let help = "Passes by result: unchanged, changed or failed";
+    registry.register("passes", help, counters.passes.clone());
+    let help = "Kernel changes by executor: routes, firewall, conntrack or remnants";
+    registry.register("steps", help, counters.steps.clone());
+    let help = "Kernel changes that failed, by executor";
+    registry.register("failed_steps", help, counters.failed_steps.clone());
+    let seconds = counters.pass_seconds.clone();
+    registry.register_with_unit("pass", "Time spent in passes", Unit::Seconds, seconds);
+    registry.register_collector(Box::new(Scrape(report)));
+    registry
 }
 
 async fn metrics(State(registry): State<Arc<Registry>>) -> impl IntoResponse {
@@ -70,58 +90,105 @@ async fn metrics(State(registry): State<Arc<Registry>>) -> impl IntoResponse {
     ([(CONTENT_TYPE, kind)], body)
 }
 
-/// Gauges of the last plan and of the watches.
+/// What is read when metrics are scraped: the last plan, the watches, anomalies of the LAN.
 #[derive(Debug)]
 struct Scrape(Arc<Report>);
+
+impl Collector for Scrape {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
+        let (summary, watches) = (self.0.summary(), self.0.cluster.watches());
+        let is_ready = usize::from(self.0.not_ready().is_none());
+        let help = "Services and endpoints that are ignored";
+        for (name, help, value) in [
+            ("ready", "1 when ready", is_ready),
+            ("ignored", help, summary.ignored),
+        ] {
+            let one = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
+            gauge(value).encode(one)?;
+        }
+        let help =
+            "Labelled Services by family and verdict: Active, or the reason that blocks them";
+        let rows = summary.services.iter().map(|((family, verdict), count)| {
+            let labels = [
+                ("family", family.to_string()),
+                ("verdict", (*verdict).to_owned()),
+            ];
+            (labels, gauge(*count))
+        });
+        family(&mut encoder, "services", help, MetricType::Gauge, rows)?;
+        let help = "Egress pods of the cluster by family";
+        let rows = summary.pods.iter();
+        let rows = rows.map(|(family, count)| ([("family", family.to_string())], gauge(*count)));
+        family(&mut encoder, "pods", help, MetricType::Gauge, rows)?;
+
+        let of = |watch: &Watch| [("watch", watch.to_string())];
+        let help = "1 for each watch that has its first list";
+        let rows = watches.iter();
+        let rows = rows.map(|(watch, state)| (of(watch), gauge(usize::from(state.synced))));
+        family(&mut encoder, "watch_synced", help, MetricType::Gauge, rows)?;
+        let rows = watches.iter();
+        let rows = rows.map(|(watch, state)| (of(watch), ConstCounter::new(state.failures)));
+        family(
+            &mut encoder,
+            "watch_failures",
+            "Failures of watches",
+            MetricType::Counter,
+            rows,
+        )?;
+
+        let counts = self.0.lan.as_deref().map(Lan::anomaly_counts);
+        let help = "Claims on the LAN that are not believed, or contradict each other, by kind";
+        let rows = counts.iter().flat_map(|counts| {
+            let count = |kind| counts.get(kind).copied().unwrap_or_default();
+            Anomaly::KINDS.map(|kind| ([("kind", kind.to_owned())], ConstCounter::new(count(kind))))
+        });
+        let name = "announcement_anomalies";
+        family(&mut encoder, name, help, MetricType::Counter, rows)
+    }
+}
 
 fn gauge(value: usize) -> ConstGauge<i64> {
     ConstGauge::new(i64::try_from(value).unwrap_or(i64::MAX))
 }
 
-impl Collector for Scrape {
-    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
-        let ready = gauge(usize::from(self.0.not_ready().is_none()));
-        let kind = ready.metric_type();
-        let one = encoder.encode_descriptor("ready", "1 when ready", None, kind)?;
-        ready.encode(one)?;
+/// Metrics of one name that differ by labels.
+fn family<const N: usize>(
+    encoder: &mut DescriptorEncoder<'_>,
+    name: &str,
+    help: &str,
+    kind: MetricType,
+    rows: impl Iterator<Item = ([(&'static str, String); N], impl EncodeMetric)>,
+) -> Result<(), std::fmt::Error> {
+    let mut family = encoder.encode_descriptor(name, help, None, kind)?;
+    for (labels, metric) in rows {
+        metric.encode(family.encode_family(&labels)?)?;
+    }
+    Ok(())
+}
 
-        let summary = self.0.summary();
-        let help =
-            "Labelled Services by family and verdict: Active, or the reason that blocks them";
-        let mut services = encoder.encode_descriptor("services", help, None, kind)?;
-        for ((family, verdict), count) in &summary.services {
-            let labels = [
-                ("family", family.to_string()),
-                ("verdict", (*verdict).to_owned()),
-            ];
-            gauge(*count).encode(services.encode_family(&labels)?)?;
-        }
-        let help = "Egress pods of the cluster by family";
-        let mut pods = encoder.encode_descriptor("pods", help, None, kind)?;
-        for (family, count) in &summary.pods {
-            let labels = [("family", family.to_string())];
-            gauge(*count).encode(pods.encode_family(&labels)?)?;
-        }
-        let help = "Services and endpoints that are left out";
-        let ignored = encoder.encode_descriptor("ignored", help, None, kind)?;
-        gauge(summary.ignored).encode(ignored)?;
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cluster::leases::BootId;
+    use crate::cluster::watch::Cluster;
+    use crate::names::NodeName;
 
-        let watches = self.0.cluster.watches();
-        let help = "1 for each watch that has its first list";
-        let mut synced = encoder.encode_descriptor("watch_synced", help, None, kind)?;
-        for (watch, state) in &watches {
-            let labels = [("watch", watch.to_string())];
-            gauge(usize::from(state.synced)).encode(synced.encode_family(&labels)?)?;
+    #[test]
+    fn what_is_scraped_says_how_the_agent_is() {
+        let node = NodeName("node1".to_owned());
+        let cluster = Arc::new(Cluster::default());
+        let (report, _) = Report::recorded(cluster, node, BootId("first".to_owned()));
+        report.counters.pass("failed");
+        let mut body = String::new();
+        text::encode(&mut body, &registry(Arc::new(report))).unwrap();
+        for line in [
+            "metaleg_ready 0",
+            "metaleg_ignored 0",
+            "metaleg_passes_total{result=\"failed\"} 1",
+            "metaleg_watch_synced{watch=\"Services\"} 0",
+            "metaleg_watch_failures_total{watch=\"CiliumNodes\"} 0",
+        ] {
+            assert!(body.lines().any(|l| l == line), "no `{line}` in:\n{body}");
         }
-        let zero = ConstCounter::new(0_u64);
-        let help = "Failures of watches";
-        let mut failures =
-            encoder.encode_descriptor("watch_failures", help, None, zero.metric_type())?;
-        for (watch, state) in &watches {
-            let labels = [("watch", watch.to_string())];
-            let count = ConstCounter::new(state.failures);
-            count.encode(failures.encode_family(&labels)?)?;
-        }
-        Ok(())
     }
 }

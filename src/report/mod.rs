@@ -1,67 +1,57 @@
-//! What the agent tells: health probes, metrics and Events.
+//! What others learn of the agent: log, Events, metrics, health probes, and the Lease that other agents read.
 
 pub mod events;
 pub mod health;
 mod lease;
+pub mod log;
 pub mod metrics;
 
 use std::collections::BTreeMap;
-use std::fmt::Write as _;
-use std::future::Future;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use axum::Router;
 use kube::Client;
 use tokio::net::TcpListener;
-use tokio::sync::mpsc::UnboundedSender;
+use tokio::sync::mpsc::{self, UnboundedSender};
 
 use crate::cluster::View;
 use crate::cluster::leases::BootId;
 use crate::cluster::watch::Cluster;
-use crate::names::NodeName;
+use crate::lan::Lan;
 use crate::plan::{Desired, Verdict};
-use crate::report::events::Told;
+use crate::report::events::ServiceEvent;
 use crate::report::lease::Holder;
 use crate::report::metrics::Counters;
+use crate::settings::Settings;
 use crate::state::Family;
+use crate::tasks::Tasks;
 
-/// A pass that takes longer hangs: every tool it runs has a deadline far below.
+/// A pass that takes longer hangs: every tool that it runs has a deadline far below this.
 const PASS_HANGS_AFTER: Duration = Duration::from_secs(300);
 
 /// What probes and metrics are answered from. The agent writes it, the servers read it.
 #[derive(Debug)]
 pub struct Report {
     cluster: Arc<Cluster>,
-    /// What has happened so often.
+    /// None where announcements are read from objects only.
+    lan: Option<Arc<Lan>>,
+    /// What is counted.
     pub counters: Counters,
     state: Mutex<State>,
-    /// Where Events go, with the UID of the Service; none in commands and tests.
-    events: Option<UnboundedSender<(Told, String)>>,
-    /// The Lease that tells other nodes of this one; none in commands and tests.
-    lease: Option<Holder>,
+    /// Where Events go, with the UID of the Service.
+    events: UnboundedSender<(ServiceEvent, String)>,
+    lease: Holder,
 }
 
 #[derive(Debug, Default)]
 struct State {
     pass_started: Option<Instant>,
-    outcome: Outcome,
-    /// The node is programmed, and the other nodes do not know.
-    is_untold: bool,
+    /// How the last pass ended; none at the start.
+    outcome: Option<Result<(), String>>,
+    /// The node is programmed, and the Lease that says so is not written yet.
+    is_lease_missing: bool,
     summary: Summary,
-}
-
-/// How the last pass ended.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub enum Outcome {
-    /// There was none yet.
-    #[default]
-    None,
-    /// The kernel is what it should be.
-    Done,
-    /// It is not; the text says why.
-    Failed(String),
 }
 
 /// The last plan in numbers.
@@ -71,7 +61,7 @@ pub struct Summary {
     pub services: BTreeMap<(Family, &'static str), usize>,
     /// Egress pods of the cluster by family.
     pub pods: BTreeMap<Family, usize>,
-    /// Services and endpoints that are left out.
+    /// Services and endpoints that are ignored.
     pub ignored: usize,
 }
 
@@ -103,55 +93,63 @@ impl Summary {
 }
 
 impl Report {
-    /// A report about an agent that has done nothing yet.
+    /// Starts the tasks that publish Events and write this node's Lease.
     #[must_use]
-    pub fn new(cluster: Arc<Cluster>) -> Report {
+    pub fn start(
+        cluster: &Arc<Cluster>,
+        lan: Option<Arc<Lan>>,
+        client: &Client,
+        settings: &Settings,
+        boot: BootId,
+        tasks: &mut Tasks,
+    ) -> Arc<Report> {
+        let (events, received) = mpsc::unbounded_channel();
+        let publisher = events::publish(client.clone(), settings.node_name.clone(), received);
+        tasks.spawn("publisher of Events", publisher);
+        let (lease, writer) = lease::hold(client.clone(), settings, boot);
+        tasks.spawn("writer of the Lease", writer);
+        Arc::new(Report::new(cluster.clone(), lan, events, lease))
+    }
+
+    fn new(
+        cluster: Arc<Cluster>,
+        lan: Option<Arc<Lan>>,
+        events: UnboundedSender<(ServiceEvent, String)>,
+        lease: Holder,
+    ) -> Report {
         Report {
             cluster,
+            lan,
             counters: Counters::default(),
             state: Mutex::default(),
-            events: None,
-            lease: None,
+            events,
+            lease,
         }
     }
 
-    /// The same, with Events sent to a publisher.
-    #[must_use]
-    pub fn with_events(mut self, events: UnboundedSender<(Told, String)>) -> Report {
-        self.events = Some(events);
-        self
-    }
-
-    /// The same, with a Lease for this node; the task that writes it ends with the report.
-    pub fn with_lease(
-        mut self,
-        client: Client,
-        namespace: &str,
-        node: NodeName,
+    /// A report that nobody reads; the receiver gets the UIDs of Nodes for which a Lease is wanted.
+    #[cfg(test)]
+    pub(crate) fn recorded(
+        cluster: Arc<Cluster>,
+        node: crate::names::NodeName,
         boot: BootId,
-    ) -> (Report, impl Future<Output = ()> + Send + use<>) {
-        let (holder, writer) = lease::hold(client, namespace, node, boot);
-        self.lease = Some(holder);
-        (self, writer)
+    ) -> (Report, tokio::sync::watch::Receiver<Option<String>>) {
+        let (lease, recorded) = Holder::new(node, boot);
+        let (events, _) = mpsc::unbounded_channel();
+        (Report::new(cluster, None, events, lease), recorded)
     }
 
-    /// The kernel is what it should be: tells the other nodes, if they do not know yet.
+    /// The kernel is what a gateway's should be: publishes the Lease, unless it says so already.
     pub fn programmed(&self, view: &View) {
-        if let Some(lease) = &self.lease {
-            let is_known = lease.programmed(view);
-            self.state().is_untold = !is_known;
-        }
+        self.state().is_lease_missing = !self.lease.programmed(view);
     }
 
     /// Publishes Events about Services of a view.
-    pub fn tell(&self, told: Vec<Told>, view: &View) {
-        let Some(events) = &self.events else {
-            return;
-        };
-        for event in told {
+    pub fn publish(&self, news: Vec<ServiceEvent>, view: &View) {
+        for event in news {
             if let Some(service) = view.services.get(&event.service) {
                 // The publisher lives as long as the agent.
-                let _ = events.send((event, service.uid.clone()));
+                let _ = self.events.send((event, service.uid.clone()));
             }
         }
     }
@@ -172,42 +170,29 @@ impl Report {
     }
 
     /// A pass ends.
-    pub fn pass_ended(&self, outcome: Outcome) {
+    pub fn pass_ended(&self, outcome: Result<(), String>, took: Duration) {
+        self.counters.pass_seconds.inc_by(took.as_secs_f64());
+        if outcome.is_err() {
+            self.counters.pass("failed");
+        }
         let mut state = self.state();
         state.pass_started = None;
-        state.outcome = outcome;
-    }
-
-    /// The watches that have not delivered their first list, with the reasons; `None` when all have.
-    #[must_use]
-    pub fn not_synced(&self) -> Option<String> {
-        let mut text = String::new();
-        for (watch, state) in self.cluster.watches() {
-            if state.synced {
-                continue;
-            }
-            let separator = if text.is_empty() { "" } else { "; " };
-            let why = state.failure.as_deref().unwrap_or("not listed yet");
-            // Writing into a String cannot fail.
-            let _ = write!(text, "{separator}{watch}: {why}");
-        }
-        (!text.is_empty()).then_some(text)
+        state.outcome = Some(outcome);
     }
 
     /// Why the agent is not ready; `None` when it is.
     #[must_use]
     pub fn not_ready(&self) -> Option<String> {
-        if let Some(watches) = self.not_synced() {
+        if let Some(watches) = self.cluster.not_synced() {
             return Some(format!("waiting for watches: {watches}"));
         }
         let state = self.state();
         match &state.outcome {
-            Outcome::Done if state.is_untold => Some(
-                "the Lease that tells the other nodes of this one is not written yet".to_owned(),
-            ),
-            Outcome::None => Some("the kernel has not been programmed yet".to_owned()),
-            Outcome::Done => None,
-            Outcome::Failed(why) => Some(format!("the last pass failed: {why}")),
+            None => Some("the kernel has not been programmed yet".to_owned()),
+            Some(Ok(())) => state.is_lease_missing.then(|| {
+                "the Lease that tells the other nodes of this one is not written yet".to_owned()
+            }),
+            Some(Err(why)) => Some(format!("the last pass failed: {why}")),
         }
     }
 
@@ -224,21 +209,52 @@ impl Report {
     }
 }
 
-/// Opens a listening socket; `[::]` falls back to `0.0.0.0` on a node without IPv6.
+/// Starts the servers of probes and metrics, where the operator wants them.
 ///
 /// # Errors
-/// When the address cannot be bound.
-pub async fn listen(address: SocketAddr) -> std::io::Result<TcpListener> {
+/// When an address cannot be bound.
+pub async fn serve(
+    report: &Arc<Report>,
+    settings: &Settings,
+    tasks: &mut Tasks,
+) -> Result<(), ListenError> {
+    let (health, metrics) = (settings.health_address, settings.metrics_address);
+    for (setting, address, router) in [
+        (
+            "HEALTH_PROBE_BIND_ADDRESS",
+            health,
+            health::router(report.clone()),
+        ),
+        (
+            "METRICS_BIND_ADDRESS",
+            metrics,
+            metrics::router(report.clone()),
+        ),
+    ] {
+        let Some(address) = address else {
+            continue;
+        };
+        let listener = listen(address).await;
+        let listener = listener.map_err(|error| ListenError(setting, address, error))?;
+        tasks.spawn(format!("server of {setting}"), async {
+            // axum's server never returns an error.
+            let _ = axum::serve(listener, router).await;
+        });
+    }
+    Ok(())
+}
+
+/// An address cannot be bound.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}: cannot listen on {1}")]
+pub struct ListenError(&'static str, SocketAddr, #[source] std::io::Error);
+
+/// Opens a listening socket; `[::]` falls back to `0.0.0.0` on a node without IPv6.
+async fn listen(address: SocketAddr) -> std::io::Result<TcpListener> {
     match TcpListener::bind(address).await {
         Err(_) if address.ip().is_unspecified() && address.is_ipv6() => {
             TcpListener::bind((Ipv4Addr::UNSPECIFIED, address.port())).await
         }
         bound => bound,
     }
-}
-
-/// Serves until the process ends.
-pub async fn serve(listener: TcpListener, router: Router) {
-    // axum's server never returns an error.
-    let _ = axum::serve(listener, router).await;
 }

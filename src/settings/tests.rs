@@ -94,6 +94,11 @@ fn bad_values_are_one_line_that_names_the_setting_and_the_value() {
             "METRICS_BIND_ADDRESS=localhost: must be an address such as :21793 or 127.0.0.1:21793, or 0 for none",
         ),
         (
+            "ANNOUNCER_SOURCES",
+            "wire",
+            "ANNOUNCER_SOURCES=wire: unknown, must be status,wire or status",
+        ),
+        (
             "LOG_FORMAT",
             "xml",
             "LOG_FORMAT=xml: unknown, must be text or json",
@@ -129,30 +134,21 @@ fn excluded_destinations_are_found_out_listed_or_both() {
 }
 
 #[test]
-fn an_empty_value_is_the_default() {
-    assert_eq!(parse(&[("FIREWALL_MASK", "")]), parse(&[]));
+fn announcer_sources_are_a_set_that_holds_the_objects() {
+    use AnnouncerSource::{Lan, Status};
+    for (text, expected) in [
+        ("status", vec![Status]),
+        ("status,wire", vec![Status, Lan]),
+        ("wire, status", vec![Status, Lan]),
+    ] {
+        let settings = parse(&[("ANNOUNCER_SOURCES", text)]).unwrap();
+        assert!(settings.sources.into_iter().eq(expected), "{text}");
+    }
 }
 
 #[test]
-fn help_shows_every_setting_with_its_default() {
-    let help = command().render_help().to_string();
-    let help = help.split_whitespace().collect::<Vec<_>>().join(" ");
-    for definition in DEFINITIONS {
-        assert!(
-            help.contains(&format!("--{}", definition.flag())),
-            "{}",
-            definition.name
-        );
-        assert!(
-            help.contains(&format!("[env: {}]", definition.name)),
-            "{}",
-            definition.name
-        );
-        assert!(
-            help.contains(&format!("[default: {}]", definition.default))
-                || definition.default.is_empty()
-        );
-    }
+fn an_empty_value_is_the_default() {
+    assert_eq!(parse(&[("FIREWALL_MASK", "")]), parse(&[]));
 }
 
 #[test]
@@ -169,14 +165,4 @@ fn the_readme_has_a_row_for_every_setting() {
         );
         assert!(readme.contains(&row), "missing in README.md: {row}");
     }
-}
-
-#[test]
-fn marks_of_slots_stay_within_the_mask() {
-    let mask = FwMask::new(0x00f0_0000).unwrap();
-    for (slot, value) in [(1, 0x0010_0000), (15, 0x00f0_0000), (16, 0x00f0_0000)] {
-        assert_eq!(mask.mark(slot).value, value);
-    }
-    assert_eq!(FwMask::new(0x8000_0000).unwrap().slots(), 1);
-    assert_eq!(FwMask::new(u32::MAX).unwrap().slots(), MOST_SLOTS);
 }

@@ -24,7 +24,7 @@ use std::process::Command;
 
 use metaleg::diff::diff;
 use metaleg::kernel::{Kernel, NodeKernel};
-use metaleg::settings::{FirewallBackend, Settings};
+use metaleg::settings::FirewallBackend;
 use metaleg::state::{
     Family, FamilyState, FirewallState, KernelState, Mark, NextHop, PodState, RouteState, Rule,
     RuleAction, Skeleton, Table, TableId,
@@ -137,7 +137,7 @@ async fn open_backend(backend: FirewallBackend) -> NodeKernel {
     };
     let backend = format!("--firewall-backend={name}");
     let args = ["agent", "--node-name=node1", &backend];
-    let (_, settings) = Settings::load(args.map(Into::into)).unwrap();
+    let (_, settings) = metaleg::cli::load(args.map(Into::into)).unwrap();
     assert_eq!(settings.mask.bits(), MASK);
     NodeKernel::open(&settings).await.unwrap()
 }

@@ -17,14 +17,12 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use libtest_mimic::{Arguments, Failed, Trial};
-use metaleg::announcers::{Announcers, Claims};
 use metaleg::commands::plan::Shown;
 use metaleg::diff::diff;
 use metaleg::lan::Heard;
 use metaleg::names::{Interface, NodeName};
-use metaleg::plan::plan;
-use metaleg::plan::slots::Slots;
-use metaleg::settings::{DEFINITIONS, FwMask, Settings};
+use metaleg::pass::{Confirmed, Memory};
+use metaleg::settings::{DEFINITIONS, Settings};
 use metaleg::state::{
     Family, FamilyState, KernelState, NextHop, PodState, Rule, RuleAction, Table, TableId,
 };
@@ -70,13 +68,6 @@ struct Found {
 struct FoundPod {
     vip: IpAddr,
     table: Option<u32>,
-}
-
-/// The node as the agent finds it.
-struct OnNode {
-    kernel: KernelState,
-    occupied: BTreeSet<(Family, TableId)>,
-    interfaces: Vec<Interface>,
 }
 
 /// A scenario as it is written.
@@ -165,7 +156,7 @@ impl Scenario {
         Settings::parse(value).map_err(|error| error.to_string())
     }
 
-    fn node(&self, settings: &Settings) -> OnNode {
+    fn node(&self, settings: &Settings) -> Confirmed {
         let interfaces = self.given.interfaces.clone().unwrap_or_else(|| {
             let lan = ["192.0.2.0/24", "2001:db8:1::/64"];
             [(
@@ -204,8 +195,8 @@ impl Scenario {
         }
         let tables = found.tables_of_others.iter();
         let occupied = tables.flat_map(|id| Family::ALL.map(|family| (family, TableId(*id))));
-        OnNode {
-            kernel,
+        Confirmed {
+            state: kernel,
             occupied: occupied.collect(),
             interfaces: interfaces
                 .into_iter()
@@ -234,38 +225,25 @@ impl Scenario {
     }
 }
 
-/// The head of a pass of an agent that has just been started.
+/// The head of a pass of an agent that has just been started, and the steps that come of it.
 fn plan_of(
     objects: &Objects,
     settings: &Settings,
-    node: OnNode,
+    mut node: Confirmed,
     heard: &BTreeMap<IpAddr, Heard>,
     now: Instant,
 ) -> (Shown, Vec<String>) {
     let facts = objects.facts(settings);
-    let mut view = facts.view;
-    view.links = node.interfaces;
-    let mut announcers = Announcers::new(settings.node_name.clone(), settings.grace);
-    let claims = Claims {
-        services: &view.services,
-        statuses: &facts.statuses,
-        heard,
-        nodes: &view.nodes,
-        away: false,
-    };
-    view.announcers = announcers.resolve(claims, now).announcers;
-    let families = node.kernel.families.keys().copied().collect();
-    let slots = Slots::adopt(&node.kernel, settings).avoiding(node.occupied);
-    let desired = plan(&view, settings, &families, &slots);
-    let steps = diff(&node.kernel, &desired.kernel);
+    let pass = Memory::new(settings).plan(facts, heard, &mut node, settings, now);
+    let steps = diff(&node.state, &pass.desired.kernel);
     (
-        Shown::of(&desired, &view, &settings.node_name),
+        Shown::of(&pass.desired, &pass.view, settings),
         steps.iter().map(ToString::to_string).collect(),
     )
 }
 
 fn slot(settings: &Settings, table: u32) -> metaleg::state::Mark {
-    FwMask::mark(settings.mask, table - settings.table_offset)
+    settings.mask.mark(table - settings.table_offset)
 }
 
 fn put_table(state: &mut FamilyState, settings: &Settings, id: TableId, via: IpAddr) {

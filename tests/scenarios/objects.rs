@@ -1,13 +1,12 @@
 //! Kubernetes objects as YAML has them, read as the watches read them: with their selectors, and reduced to facts.
 
-use std::collections::BTreeMap;
-
 use k8s_openapi::api::coordination::v1 as coordination;
 use k8s_openapi::api::core::v1 as core;
 use k8s_openapi::api::discovery::v1 as discovery;
 use k8s_openapi::api::networking::v1 as networking;
 use kube::ResourceExt;
 use kube::core::DynamicObject;
+use metaleg::cluster::index::{Snapshot, merged};
 use metaleg::cluster::l2status::L2Status;
 use metaleg::cluster::leases::{self, LEASE_LABEL, LEASE_VALUE};
 use metaleg::cluster::{
@@ -32,13 +31,6 @@ pub(crate) struct Objects {
     cilium_nodes: Vec<DynamicObject>,
 }
 
-/// What a node's agent knows of it.
-#[derive(Debug)]
-pub(crate) struct Facts {
-    pub(crate) view: View,
-    pub(crate) statuses: BTreeMap<ObjectKey, L2Status>,
-}
-
 impl Objects {
     pub(crate) fn read(objects: Vec<Value>) -> Result<Objects, String> {
         let mut all = Objects::default();
@@ -61,7 +53,7 @@ impl Objects {
     }
 
     /// What the watches of a node's agent deliver.
-    pub(crate) fn facts(&self, settings: &Settings) -> Facts {
+    pub(crate) fn facts(&self, settings: &Settings) -> Snapshot {
         let is_labelled = |object: &dyn Labelled| object.has(EGRESS_LABEL, EGRESS_VALUE);
         let of_metallb =
             |namespace: Option<String>| namespace.as_ref() == Some(&settings.metallb_namespace);
@@ -77,27 +69,13 @@ impl Objects {
             .leases
             .iter()
             .filter(|l| of_metallb(l.namespace()) && l.has(LEASE_LABEL, LEASE_VALUE));
-        let mut nodes: BTreeMap<NodeName, Node> = self
-            .nodes
-            .iter()
-            .map(|node| (NodeName(node.name_any()), Node::of(node)))
-            .collect();
-        for object in &self.cilium_nodes {
-            let nets = pools::networks(object);
-            // Without networks of its own Cilium goes by the Node's.
-            if let Some(node) = nodes
-                .get_mut(&NodeName(object.name_any()))
-                .filter(|_| !nets.is_empty())
-            {
-                node.pod_cidrs = nets;
-            }
-        }
-        for (name, boot) in leases.filter_map(leases::programmed) {
-            if let Some(node) = nodes.get_mut(&name) {
-                node.programmed = Some(boot);
-            }
-        }
-        Facts {
+        let nodes = self.nodes.iter();
+        let nodes = nodes.map(|node| (NodeName(node.name_any()), Node::of(node)));
+        let cilium = self.cilium_nodes.iter();
+        let cilium = cilium.map(|object| (object.name_any(), pools::networks(object)));
+        let leases: Vec<_> = leases.filter_map(leases::programmed).collect();
+        let nodes = merged(&nodes.collect(), &cilium.collect(), leases.iter());
+        Snapshot {
             view: View {
                 services: services.map(|s| (key(s), Service::of(s))).collect(),
                 slices: slices
@@ -112,6 +90,7 @@ impl Objects {
             statuses: statuses
                 .filter_map(|s| Some((key(s), L2Status::of(s)?)))
                 .collect(),
+            away: false,
         }
     }
 }

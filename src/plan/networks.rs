@@ -1,4 +1,4 @@
-//! Which destinations are not egress.
+//! Networks: destinations that are not egress, and where pods have their addresses from.
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 
 use crate::cluster::View;
-use crate::settings::ExcludedDestinations;
+use crate::settings::{ExcludedDestinations, Settings};
 use crate::state::Family;
 
 /// Never outside the cluster, whatever else is known: loopback, link-local (cloud metadata, node-local DNS),
@@ -33,18 +33,17 @@ const PRIVATE: [&str; 5] = [
 
 /// The excluded destinations of one family.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Excluded {
-    /// As few networks as cover them.
-    pub nets: BTreeSet<IpNet>,
+pub(super) struct Excluded {
+    /// Merged into as few networks as possible.
+    pub(super) nets: BTreeSet<IpNet>,
     /// A pod outside every known pod network: the reason why all private networks are excluded.
-    pub unknown_network_of: Option<IpAddr>,
+    pub(super) unknown_network_of: Option<IpAddr>,
 }
 
 /// Finds the excluded destinations: what the operator lists, and with `auto` pod networks, Service networks and
 /// addresses of nodes. An egress pod outside every known pod network means that the cluster's pod networks are
 /// not known; its traffic inside the cluster is then protected by excluding all private networks.
-#[must_use]
-pub fn find(
+pub(super) fn excluded(
     family: Family,
     view: &View,
     wanted: &ExcludedDestinations,
@@ -82,6 +81,61 @@ fn constant(nets: &'static [&'static str]) -> impl Iterator<Item = IpNet> {
     nets.iter().filter_map(|net| net.parse().ok())
 }
 
+/// The pod networks of the other nodes, unless this node may be their router. Adjacent networks are merged, as the
+/// kernel merges them: else each would be found changed when it is read back.
+pub(super) fn remote_pods(family: Family, view: &View, settings: &Settings) -> BTreeSet<IpNet> {
+    if !pods_are_where_their_nodes_say(family, view, settings) {
+        return BTreeSet::new();
+    }
+    let others = view
+        .nodes
+        .iter()
+        .filter(|(name, _)| settings.guard_transit && **name != settings.node_name);
+    let nets: Vec<IpNet> = others
+        .flat_map(|(_, node)| node.pod_cidrs.iter().copied())
+        .filter(|cidr| Family::of_net(*cidr) == family)
+        .collect();
+    IpNet::aggregate(&nets).into_iter().collect()
+}
+
+/// Whether pods have addresses of their nodes' podCIDRs. Where a CNI plugin has pools of its own, as Calico does, podCIDRs
+/// mean nothing: a pod of this node may have an address from another node's podCIDR.
+fn pods_are_where_their_nodes_say(family: Family, view: &View, settings: &Settings) -> bool {
+    let own_nets = view
+        .nodes
+        .get(&settings.node_name)
+        .map(|node| &node.pod_cidrs);
+    let is_own =
+        |pod: IpAddr| own_nets.is_some_and(|nets| nets.iter().any(|net| net.contains(&pod)));
+    let mut pods = own_addresses(family, view).peekable();
+    let has_pools = view
+        .pod_pools
+        .iter()
+        .any(|net| Family::of_net(*net) == family);
+    match pods.peek() {
+        None => !has_pools,
+        Some(_) => pods.all(is_own),
+    }
+}
+
+/// The networks that pods of this node get addresses from, if pods are to wait until they are classified.
+pub(super) fn local_pods(family: Family, view: &View, settings: &Settings) -> BTreeSet<IpNet> {
+    if !settings.strict_start {
+        return BTreeSet::new();
+    }
+    let own = view.nodes.get(&settings.node_name);
+    let nets = own.into_iter().flat_map(|node| &node.pod_cidrs);
+    let nets = nets.chain(&view.pod_pools).copied();
+    let nets: Vec<IpNet> = nets.filter(|net| Family::of_net(*net) == family).collect();
+    IpNet::aggregate(&nets).into_iter().collect()
+}
+
+/// The addresses of this node's pods.
+pub(super) fn own_addresses(family: Family, view: &View) -> impl Iterator<Item = IpAddr> {
+    let addresses = view.pods.values().flat_map(|pod| &pod.addresses).copied();
+    addresses.filter(move |address| Family::of(*address) == family)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -112,9 +166,9 @@ mod tests {
                 .filter_map(|net| net.parse().ok())
                 .collect(),
         };
-        let excluded = find(Family::V4, &view(), &wanted, [pod.parse().unwrap()]);
-        let nets = excluded.nets.iter().map(IpNet::to_string).collect();
-        (nets, excluded.unknown_network_of.is_some())
+        let found = excluded(Family::V4, &view(), &wanted, [pod.parse().unwrap()]);
+        let nets = found.nets.iter().map(IpNet::to_string).collect();
+        (nets, found.unknown_network_of.is_some())
     }
 
     #[test]
@@ -161,9 +215,9 @@ mod tests {
             auto: true,
             listed: BTreeSet::new(),
         };
-        let excluded = find(Family::V4, &view, &auto, ["172.30.0.9".parse().unwrap()]);
-        assert_eq!(excluded.unknown_network_of, None);
-        assert!(excluded.nets.contains(&"172.30.0.0/16".parse().unwrap()));
+        let found = excluded(Family::V4, &view, &auto, ["172.30.0.9".parse().unwrap()]);
+        assert_eq!(found.unknown_network_of, None);
+        assert!(found.nets.contains(&"172.30.0.0/16".parse().unwrap()));
     }
 
     #[test]

@@ -1,0 +1,253 @@
+//! What the log says of passes: what has changed, each once. What is about a VIP becomes an Event, too.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::IsTerminal;
+use std::net::IpAddr;
+
+use tracing::field::{DisplayValue, display};
+use tracing::{info, warn};
+use tracing_subscriber::EnvFilter;
+
+use crate::announcers::Source;
+use crate::error::chain;
+use crate::kernel::StepError;
+use crate::lan::Anomaly;
+use crate::names::{NodeName, ObjectKey};
+use crate::plan::Desired;
+use crate::settings::{LogFormat, Settings};
+use crate::state::Family;
+
+/// How many failed steps are named.
+const MOST_FAILURES: usize = 10;
+
+/// What is logged when private networks are excluded.
+const UNKNOWN_NETWORK: &str = "pod is in no node's podCIDRs: all private networks are excluded from egress, \
+     set FIREWALL_EXCLUDE_DST_CIDRS to the cluster's networks";
+
+/// Starts logging, to standard error.
+pub fn start(settings: &Settings) {
+    // The client logs every try; the watch that failed logs the same once. First, so that the operator can override it.
+    let filter = EnvFilter::new(format!("kube_client=off,{}", settings.log_filter));
+    let log = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_writer(std::io::stderr);
+    match settings.log_format {
+        LogFormat::Text => log.with_target(false).init(),
+        LogFormat::Json => log.json().init(),
+    }
+}
+
+/// What was logged and is not to be logged again.
+#[derive(Debug, Default)]
+pub struct Log {
+    collisions: BTreeSet<String>,
+    anomalies: BTreeSet<Anomaly>,
+    disagreements: BTreeSet<IpAddr>,
+}
+
+/// Something that an operator should know of a VIP.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Notice {
+    /// The VIP.
+    pub vip: IpAddr,
+    /// One word.
+    pub reason: &'static str,
+    /// A sentence.
+    pub text: String,
+}
+
+impl Log {
+    /// Warns of objects of others that get in the way of ours, when they are new.
+    pub fn collisions(&mut self, collisions: BTreeSet<String>) {
+        for collision in collisions.difference(&self.collisions) {
+            warn!("{collision}");
+        }
+        self.collisions = collisions;
+    }
+
+    /// New anomalies of the LAN, and sources that disagree from now on.
+    pub fn notices(
+        &mut self,
+        anomalies: BTreeSet<Anomaly>,
+        disagreements: &BTreeMap<IpAddr, [(Source, NodeName); 2]>,
+    ) -> Vec<Notice> {
+        let mut notices = Vec::new();
+        for anomaly in anomalies {
+            if !self.anomalies.contains(&anomaly) {
+                notices.push(Notice {
+                    vip: anomaly.vip(),
+                    reason: match anomaly {
+                        Anomaly::UnknownSender(..) => "StrangeClaim",
+                        Anomaly::DuplicateAnnouncer(..) => "DuplicateAnnouncer",
+                    },
+                    text: anomaly.to_string(),
+                });
+                self.anomalies.insert(anomaly);
+            }
+        }
+        for (vip, both) in disagreements {
+            if !self.disagreements.contains(vip) {
+                let [one, other] = both.each_ref().map(|(source, node)| match source {
+                    Source::Status => format!("ServiceL2Status says that {node} announces {vip}"),
+                    Source::Lan => format!("{node} answers for it"),
+                });
+                notices.push(Notice {
+                    vip: *vip,
+                    reason: "Disagreement",
+                    text: format!("{one}, but {other}: using the newer claim"),
+                });
+            }
+        }
+        self.disagreements = disagreements.keys().copied().collect();
+        notices
+    }
+}
+
+/// A line about what has changed between two plans.
+#[derive(Debug)]
+struct Line {
+    is_warning: bool,
+    service: Option<ObjectKey>,
+    family: Option<Family>,
+    pod: Option<IpAddr>,
+    text: String,
+}
+
+/// Logs what became different for whom.
+pub fn changes(before: &Desired, now: &Desired) {
+    fn field<T: std::fmt::Display>(value: &Option<T>) -> Option<DisplayValue<&T>> {
+        value.as_ref().map(display)
+    }
+    for line in lines(before, now) {
+        let (service, family, pod) = (field(&line.service), field(&line.family), field(&line.pod));
+        if line.is_warning {
+            warn!(service, family, pod, "{}", line.text);
+        } else {
+            info!(service, family, pod, "{}", line.text);
+        }
+    }
+}
+
+fn lines(before: &Desired, now: &Desired) -> Vec<Line> {
+    let mut lines = Vec::new();
+    let mut add = |is_warning, service: Option<&ObjectKey>, family, pod, text| {
+        lines.push(Line {
+            is_warning,
+            service: service.cloned(),
+            family,
+            pod,
+            text,
+        });
+    };
+    for (service, verdicts) in &now.services {
+        for (family, verdict) in verdicts {
+            let old = before.services.get(service).and_then(|v| v.get(family));
+            if old != Some(verdict) {
+                let text = verdict.to_string();
+                add(false, Some(service), Some(*family), None, text);
+            }
+        }
+    }
+    for service in before.services.keys() {
+        if !now.services.contains_key(service) {
+            let text = "no longer an egress Service".to_owned();
+            add(false, Some(service), None, None, text);
+        }
+    }
+    for (subject, reason) in &now.ignored {
+        if before.ignored.get(subject) != Some(reason) {
+            let text = format!("ignoring {subject}: {reason}");
+            add(true, None, None, None, text);
+        }
+    }
+    for (family, pod) in &now.unknown_networks {
+        if !before.unknown_networks.contains_key(family) {
+            let text = UNKNOWN_NETWORK.to_owned();
+            add(true, None, Some(*family), Some(*pod), text);
+        }
+    }
+    lines
+}
+
+/// Failed steps on one line.
+#[must_use]
+pub fn failures(failed: &[StepError]) -> String {
+    let named = failed.iter().take(MOST_FAILURES);
+    let mut text: Vec<String> = named.map(|error| chain(error)).collect();
+    if failed.len() > MOST_FAILURES {
+        text.push(format!("and {} more", failed.len() - MOST_FAILURES));
+    }
+    text.join("; ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ethernet::Mac;
+    use crate::plan::{Blocked, Ignored, Subject, Verdict};
+
+    fn vip() -> IpAddr {
+        IpAddr::from([192, 0, 2, 200])
+    }
+
+    fn node(n: u8) -> NodeName {
+        NodeName(format!("node{n}"))
+    }
+
+    #[test]
+    fn anomalies_are_noticed_once_and_disagreements_each_time_they_begin() {
+        let mut log = Log::default();
+        let stranger = Anomaly::UnknownSender(vip(), Mac([2, 0, 0, 0, 0, 66]));
+        let contested = Anomaly::DuplicateAnnouncer(vip(), node(1), node(2));
+        let both: BTreeSet<Anomaly> = [stranger.clone(), contested].into();
+        let nothing = BTreeMap::new();
+        let mut reasons = |anomalies: BTreeSet<Anomaly>, disagreements| -> Vec<_> {
+            let notices = log.notices(anomalies, disagreements).into_iter();
+            notices.map(|notice| notice.reason).collect()
+        };
+        assert_eq!(reasons([stranger].into(), &nothing), ["StrangeClaim"]);
+        assert_eq!(reasons(both.clone(), &nothing), ["DuplicateAnnouncer"]);
+        assert_eq!(reasons(both, &nothing), [""; 0]);
+        let two = [(Source::Status, node(1)), (Source::Lan, node(2))];
+        let disagreement = [(vip(), two)].into();
+        for expected in [&["Disagreement"][..], &[]] {
+            assert_eq!(reasons(BTreeSet::new(), &disagreement), expected);
+        }
+        assert_eq!(reasons(BTreeSet::new(), &nothing), [""; 0]);
+        let notices = log.notices(BTreeSet::new(), &disagreement);
+        assert_eq!(
+            notices[0].text,
+            "ServiceL2Status says that node1 announces 192.0.2.200, but node2 answers for it: using the newer claim"
+        );
+    }
+
+    #[test]
+    fn only_what_has_changed_between_two_plans_is_logged() {
+        let key = ObjectKey {
+            namespace: "shop".to_owned(),
+            name: "a".to_owned(),
+        };
+        let plan = |verdict| Desired {
+            services: [(key.clone(), [(Family::V4, verdict)].into())].into(),
+            ignored: [(Subject::OnNoGateway(key.clone()), Ignored::NotAnAddress)].into(),
+            ..Desired::default()
+        };
+        let blocked = plan(Verdict::Blocked(Blocked::NoVip));
+        let active = plan(Verdict::Active {
+            vip: vip(),
+            gateway: node(1),
+        });
+        let nothing = Desired::default();
+        let texts = |before: &Desired, now: &Desired| -> Vec<(bool, String)> {
+            let lines = lines(before, now).into_iter();
+            lines.map(|line| (line.is_warning, line.text)).collect()
+        };
+        assert_eq!(texts(&nothing, &blocked).len(), 2);
+        let through = "active: 192.0.2.200 through node1".to_owned();
+        assert_eq!(texts(&blocked, &active), [(false, through)]);
+        assert_eq!(texts(&active, &active), []);
+        let gone = "no longer an egress Service".to_owned();
+        assert_eq!(texts(&active, &nothing), [(false, gone)]);
+    }
+}
