@@ -1,5 +1,5 @@
 //! Scenarios: what is in the cluster and on the node, and the plan that comes of it. Each is one YAML file in this folder;
-//! a new one needs no Rust. `README.md` there says what a file consists of.
+//! a new one needs no Rust. `README.md` beside them says what a file consists of.
 //!
 //! `UPDATE=1 cargo test --test scenarios` writes what comes out into the files; read the difference before it is committed.
 
