@@ -48,6 +48,8 @@ impl fmt::Debug for Moment {
         )?;
         let s = &self.settings;
         let flags = (s.filter_endpoints_for_node, s.guard_transit, s.strict_start);
+        let places = (s.rule_priority, s.table_offset, &s.lan_interface);
+        writeln!(f, "  rules, tables and LAN {places:?}")?;
         writeln!(
             f,
             "  filter, guard, strict {flags:?}, {:?}, {:?}",
