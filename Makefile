@@ -25,8 +25,9 @@ demo: packages ## Show MetalEG at work on a real cluster on this machine (root; 
 test: packages lint test-fast test-kernel test-e2e ## Everything (root; builds Kubernetes and MetalLB the first time)
 
 .PHONY: test-fast
-test-fast: ## Unit and property tests: neither root nor a cluster
+test-fast: ## Unit and property tests, the model, scenarios: neither root nor a cluster
 	$(CARGO) test --locked --workspace --all-features --lib --bins
+	$(CARGO) test --locked --package metaleg --all-features --test model --test scenarios
 
 .PHONY: test-kernel
 test-kernel: packages ## The backends against the real kernel, in network namespaces (root)

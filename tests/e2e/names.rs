@@ -12,8 +12,9 @@ pub(crate) const CHAINS: &str = "METALEG-";
 pub(crate) const NAT_CHAIN: &str = "METALEG-NAT";
 pub(crate) const MARK_CHAIN: &str = "METALEG-MARK";
 
-pub(crate) const EGRESS_SET: &str = "pods";
-pub(crate) const EGRESS_IPSET: &str = "METALEG-PODS-";
-pub(crate) const LATE_REPLIES_IPSET: &str = "METALEG-LATE-";
-pub(crate) const SETS_OF_PODS: [&str; 6] = ["pods", "vips", "blocked", "gatewayed", "slot", "vip"];
-pub(crate) const IPSETS_OF_NETWORKS: [&str; 3] = ["EXCLUDED", "REMOTE", "LATE"];
+pub(crate) const EGRESS_SET: &str = "egress";
+pub(crate) const EGRESS_IPSET: &str = "METALEG-EGRESS-";
+pub(crate) const LATE_REPLIES_IPSET: &str = "METALEG-LATE-REPLIES-";
+pub(crate) const SETS_OF_PODS: [&str; 6] =
+    ["egress", "vips", "blocked", "gateway_here", "slot", "vip"];
+pub(crate) const IPSETS_OF_NETWORKS: [&str; 3] = ["EXCLUDED", "REMOTE-PODS", "LATE-REPLIES"];

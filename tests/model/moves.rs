@@ -9,24 +9,26 @@
 //! by experiment. One packet of each direction is in flight at a time, between any two steps; but it arrives, in
 //! microseconds, before an agent has heard of a move and made its next plan, in milliseconds.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::cell::RefCell;
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::net::IpAddr;
 
-use crate::cluster::leases::BootId;
-use crate::cluster::{Endpoint, EndpointSlice, Node, OnNoGateway, Service, Target, View};
-use crate::diff::diff;
-use crate::diff::model::{Fate, Packet, Tracking, fate};
-use crate::names::{Interface, NodeName, ObjectKey};
-use crate::plan::plan;
-use crate::plan::slots::Slots;
-use crate::settings::Settings;
-use crate::state::{ConnectionStep, Family, FamilyState, KernelState, Step};
+use metaleg::cluster::View;
+use metaleg::diff::diff;
+use metaleg::names::NodeName;
+use metaleg::plan::plan;
+use metaleg::plan::slots::Slots;
+use metaleg::state::{ConnectionStep, Family, FamilyState, KernelState, Step};
+
+use crate::data_path::{Fate, Packet, Tracking, fate};
+use crate::fixtures::{With, endpoint, lan, node as node_fixture, service, settings_on, slice};
 
 const POD: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(10, 244, 1, 11));
 const VIP: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(192, 0, 2, 200));
 const SERVER: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(198, 51, 100, 10));
 /// The pod's node: the first one.
 const HOME: usize = 0;
+const MOST_NODES: usize = 3;
 
 /// What is taken out of the product, to see that it is missed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,6 +57,8 @@ struct Course {
     /// A node that is booted with an empty kernel.
     booted: Option<usize>,
     deaths: u8,
+    /// The server goes on to send to the announcer before, until its neighbour table is told.
+    late_server: bool,
     without: Without,
 }
 
@@ -76,6 +80,8 @@ struct Outbound {
     source: IpAddr,
     /// The pod's port was taken.
     other_port: bool,
+    /// A packet of the server came by here: without one, nobody knows a window that the pod could be outside of.
+    answered: bool,
     /// Packets of the server have reached the pod through another node since: what the pod acknowledges is unknown here,
     /// and outside of the window. What the pod alone has sent elsewhere fits in.
     stale: bool,
@@ -83,7 +89,7 @@ struct Outbound {
     resumed: bool,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 struct Member {
     /// How many moves its agent knows of.
     knows: usize,
@@ -110,12 +116,15 @@ enum FromServer {
     ToPod(usize),
 }
 
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct World {
     /// How often the VIP has moved.
     moves: usize,
+    /// How many moves the server's neighbour table knows of.
+    server_knows: usize,
     deaths: u8,
-    members: Vec<Member>,
+    /// As many as the course has nodes; the others do nothing.
+    members: [Member; MOST_NODES],
     from_pod: Option<FromPod>,
     from_server: Option<FromServer>,
     /// The server knows the connection.
@@ -129,6 +138,29 @@ struct Model {
     lists: Vec<Vec<Step>>,
     /// The steps from a kernel, in doubt or not, of a node that knows an announcer.
     plans: HashMap<(usize, usize, usize, bool), usize>,
+    /// The kernel after a step of a list.
+    stepped: HashMap<(usize, usize, usize), usize>,
+    /// The kernel that is taken for interrupted.
+    interruptions: HashMap<usize, usize>,
+    /// What becomes of a pod's packet, by kernel.
+    fates: RefCell<HashMap<(usize, IpAddr, Tracking), Fate>>,
+}
+
+/// What happens next; its words are made for those alone that led to a violation.
+#[derive(Clone, Copy, Debug)]
+enum Event {
+    Begin,
+    Move,
+    ServerLearns,
+    Start(usize),
+    Learn(usize),
+    Step(usize, usize, usize),
+    Death(usize),
+    PodSends,
+    FromPod(usize, IpAddr),
+    ServerSends,
+    ToVip(usize),
+    ToPod,
 }
 
 /// What must not happen, in words.
@@ -143,50 +175,27 @@ fn address(n: usize) -> IpAddr {
 }
 
 fn view(course: &Course, announcer: usize) -> View {
-    let service = Service {
-        uid: String::new(),
-        created: 0,
-        load_balancer: true,
-        families: [Family::V4].into(),
-        vips: [(Family::V4, VIP)].into(),
-        hostname: None,
-        on_no_gateway: OnNoGateway::Reject,
-        selector: BTreeMap::new(),
-    };
-    let key = ObjectKey {
-        namespace: "shop".to_owned(),
-        name: "shop".to_owned(),
-    };
-    let endpoint = Endpoint {
-        addresses: vec![POD.to_string()],
-        node: Some(node(HOME)),
-        target: Target::Pod(key.clone()),
-    };
-    let slice = EndpointSlice {
-        service: key.clone(),
-        endpoints: vec![endpoint],
-    };
     let nodes = (0..course.nodes).map(|n| {
-        let facts = Node {
-            addresses: vec![address(n)],
-            pod_cidrs: [format!("10.244.{}.0/24", n + 1).parse().unwrap()].into(),
-            ready: true,
-            programmed: Some(BootId("first".to_owned())),
-            ..Node::default()
-        };
-        (node(n), facts)
+        let net = format!("10.244.{}.0/24", n + 1);
+        node_fixture(&node(n).0)
+            .address(&address(n).to_string())
+            .pod_net(&net)
     });
-    View {
-        services: [(key.clone(), service)].into(),
-        slices: [(key, slice)].into(),
-        nodes: nodes.collect(),
-        announcers: [(VIP, node(announcer))].into(),
-        links: vec![Interface {
-            name: "eth0".to_owned(),
-            nets: ["192.0.2.0/24".parse().unwrap()].into(),
-        }],
+    let shop = service("shop")
+        .families(&[Family::V4])
+        .vip(&VIP.to_string());
+    let view = View {
+        links: vec![lan()],
         ..View::default()
-    }
+    };
+    nodes
+        .fold(view, With::with)
+        .with(shop.announced_by(&node(announcer).0))
+        .with(slice(
+            "shop",
+            "shop",
+            [endpoint(&POD.to_string(), &node(HOME).0)],
+        ))
 }
 
 impl Model {
@@ -196,25 +205,24 @@ impl Model {
             kernels: Vec::new(),
             lists: Vec::new(),
             plans: HashMap::new(),
+            stepped: HashMap::new(),
+            interruptions: HashMap::new(),
+            fates: RefCell::default(),
         };
         let first = model.course.announcers[0];
-        let members = (0..model.course.nodes).map(|n| {
+        let mut members = [Member::default(); MOST_NODES];
+        for (n, member) in members.iter_mut().enumerate().take(model.course.nodes) {
             let booted = model.course.booted == Some(n);
             let kernel = match booted {
                 true => nothing(),
                 false => model.desired(n, first, &nothing()),
             };
-            Member {
-                knows: 0,
-                kernel: model.kernel(kernel),
-                pending: None,
-                programmed: !booted,
-                tracked: Tracked::default(),
-            }
-        });
-        let members = members.collect();
+            member.kernel = model.kernel(kernel);
+            member.programmed = !booted;
+        }
         let world = World {
             moves: 0,
+            server_knows: 0,
             deaths: 0,
             members,
             from_pod: None,
@@ -233,7 +241,7 @@ impl Model {
     }
 
     fn desired(&self, n: usize, announcer: usize, kernel: &KernelState) -> KernelState {
-        let settings = Settings::default_on(&node(n).0);
+        let settings = settings_on(&node(n).0);
         let slots = Slots::adopt(kernel, &settings);
         let view = view(&self.course, announcer);
         plan(&view, &settings, &[Family::V4].into(), &slots).kernel
@@ -265,96 +273,132 @@ impl Model {
     }
 
     /// Everything that may happen next.
-    fn next(&mut self, world: &World) -> Vec<(String, Result<World, Violation>)> {
+    fn next(&mut self, world: &World) -> Vec<(Event, Result<World, Violation>)> {
         let mut all = Vec::new();
         if world.moves + 1 < self.course.announcers.len() {
-            let mut next = world.clone();
+            let mut next = *world;
             next.moves += 1;
-            let to = self.announcer(&next);
-            all.push((format!("the VIP moves to {}", node(to)), Ok(next)));
+            if !self.course.late_server {
+                next.server_knows = next.moves;
+            }
+            all.push((Event::Move, Ok(next)));
+        }
+        if world.server_knows < world.moves {
+            let mut next = *world;
+            next.server_knows = world.moves;
+            all.push((Event::ServerLearns, Ok(next)));
         }
         let announcer = self.announcer(world);
         let in_flight = world.from_pod.is_some() || world.from_server.is_some();
-        for n in 0..world.members.len() {
+        for n in 0..self.course.nodes {
             let member = world.members[n];
             // Others go to a node when it is programmed; it goes to itself at once.
             let is_usable = n == announcer || world.members[announcer].programmed;
             match member.pending {
                 None if !member.programmed => {
-                    let mut next = world.clone();
+                    let mut next = *world;
                     next.members[n].knows = world.moves;
-                    let next = self.start(&next, n);
-                    all.push((format!("{} starts", node(n)), Ok(next)));
+                    all.push((Event::Start(n), Ok(self.start(&next, n))));
                 }
                 None if member.knows != world.moves && is_usable && !in_flight => {
-                    let mut next = world.clone();
+                    let mut next = *world;
                     next.members[n].knows = world.moves;
                     if self.course.announcers[member.knows] == announcer {
                         next.members[n].kernel = self.interrupted(member.kernel);
                     }
                     let list = self.steps(n, next.members[n], false);
                     next.members[n].pending = Some((list, 0));
-                    all.push((format!("{} learns of it", node(n)), Ok(next)));
+                    all.push((Event::Learn(n), Ok(next)));
                 }
                 None => {}
                 Some((list, done)) => {
-                    let step = self.lists[list].get(done).map(Step::to_string);
-                    let name = format!("{}: {}", node(n), step.unwrap_or_default());
-                    all.push((name, Ok(self.step(world, n, list, done))));
+                    let next = self.step(world, n, list, done);
+                    all.push((Event::Step(n, list, done), Ok(next)));
                     if world.deaths < self.course.deaths {
-                        let mut next = world.clone();
+                        let mut next = *world;
                         next.deaths += 1;
-                        let next = self.start(&next, n);
-                        all.push((format!("{} dies, and starts again", node(n)), Ok(next)));
+                        all.push((Event::Death(n), Ok(self.start(&next, n))));
                     }
                 }
             }
         }
         match world.from_pod {
             None => {
-                let mut next = world.clone();
+                let mut next = *world;
                 next.from_pod = Some(FromPod::At(HOME, POD));
-                all.push(("the pod sends".to_owned(), Ok(next)));
+                all.push((Event::PodSends, Ok(next)));
             }
             Some(FromPod::At(n, source)) => {
-                let name = format!("{} gets the pod's packet as {source}", node(n));
-                all.push((name, self.out(world, n, source)));
+                all.push((Event::FromPod(n, source), self.out(world, n, source)));
             }
         }
         match world.from_server {
             None if world.open => {
-                let mut next = world.clone();
-                next.from_server = Some(FromServer::ToVip(announcer));
-                all.push(("the server sends".to_owned(), Ok(next)));
+                let mut next = *world;
+                let to = self.course.announcers[world.server_knows];
+                next.from_server = Some(FromServer::ToVip(to));
+                all.push((Event::ServerSends, Ok(next)));
             }
             None => {}
-            Some(FromServer::ToVip(n)) => {
-                let next = self.to_vip(world, n).0;
-                let name = format!("{} gets the server's packet to the VIP", node(n));
-                all.push((name, Ok(next)));
-            }
-            Some(FromServer::ToPod(via)) => {
-                let next = self.to_pod(world, via).0;
-                all.push((
-                    "the pod's node gets the server's packet".to_owned(),
-                    Ok(next),
-                ));
-            }
+            Some(FromServer::ToVip(n)) => all.push((Event::ToVip(n), Ok(self.to_vip(world, n).0))),
+            Some(FromServer::ToPod(via)) => all.push((Event::ToPod, Ok(self.to_pod(world, via).0))),
         }
         all
     }
 
+    fn words(&self, event: Event) -> String {
+        match event {
+            Event::Begin => String::new(),
+            Event::Move => "the VIP moves on".to_owned(),
+            Event::ServerLearns => "the server learns of it".to_owned(),
+            Event::Start(n) => format!("{} starts", node(n)),
+            Event::Learn(n) => format!("{} learns of it", node(n)),
+            Event::Step(n, list, done) => {
+                let step = self.lists[list].get(done).map(Step::to_string);
+                format!("{}: {}", node(n), step.unwrap_or_default())
+            }
+            Event::Death(n) => format!("{} dies, and starts again", node(n)),
+            Event::PodSends => "the pod sends".to_owned(),
+            Event::FromPod(n, source) => format!("{} gets the pod's packet as {source}", node(n)),
+            Event::ServerSends => "the server sends".to_owned(),
+            Event::ToVip(n) => format!("{} gets the server's packet to the VIP", node(n)),
+            Event::ToPod => "the pod's node gets the server's packet".to_owned(),
+        }
+    }
+
     /// The kernel as it is taken for when the node has heard that it was not the gateway for a while.
     fn interrupted(&mut self, kernel: usize) -> usize {
-        let mut state = self.kernels[kernel].clone();
-        if self.course.without != Without::Interruptions {
-            state.interrupt(&[VIP].into());
+        if self.course.without == Without::Interruptions {
+            return kernel;
         }
-        self.kernel(state)
+        if let Some(known) = self.interruptions.get(&kernel) {
+            return *known;
+        }
+        let mut state = self.kernels[kernel].clone();
+        state.interrupt(&[VIP].into());
+        let interrupted = self.kernel(state);
+        self.interruptions.insert(kernel, interrupted);
+        interrupted
+    }
+
+    /// What a step makes of a kernel.
+    fn stepped(&mut self, kernel: usize, list: usize, done: usize) -> usize {
+        let place = (kernel, list, done);
+        if let Some(known) = self.stepped.get(&place) {
+            return *known;
+        }
+        let mut state = self.kernels[kernel].clone();
+        if let Some(step) = self.lists[list].get(done) {
+            state.apply(step);
+            state.doubt = false;
+        }
+        let stepped = self.kernel(state);
+        self.stepped.insert(place, stepped);
+        stepped
     }
 
     fn start(&mut self, world: &World, n: usize) -> World {
-        let mut next = world.clone();
+        let mut next = *world;
         next.members[n].kernel = self.interrupted(next.members[n].kernel);
         let list = self.steps(n, next.members[n], true);
         next.members[n].pending = Some((list, 0));
@@ -362,16 +406,13 @@ impl Model {
     }
 
     fn step(&mut self, world: &World, n: usize, list: usize, done: usize) -> World {
-        let mut next = world.clone();
+        let mut next = *world;
+        let kernel = self.stepped(world.members[n].kernel, list, done);
         let member = &mut next.members[n];
-        if let Some(step) = self.lists[list].get(done).cloned() {
-            let without = self.course.without;
-            forget(&mut member.tracked, &step, without);
-            let mut state = self.kernels[member.kernel].clone();
-            state.apply(&step);
-            state.doubt = false;
-            member.kernel = self.kernel(state);
+        if let Some(step) = self.lists[list].get(done) {
+            forget(&mut member.tracked, step, self.course.without);
         }
+        member.kernel = kernel;
         let is_last = done + 1 >= self.lists[list].len();
         member.pending = (!is_last).then_some((list, done + 1));
         member.programmed |= is_last;
@@ -380,7 +421,7 @@ impl Model {
 
     /// A packet of the pod enters a node.
     fn out(&self, world: &World, n: usize, source: IpAddr) -> Result<World, Violation> {
-        let mut next = world.clone();
+        let mut next = *world;
         next.from_pod = None;
         let member = &mut next.members[n];
         let tracked = member.tracked;
@@ -390,13 +431,17 @@ impl Model {
             Some(own) => Tracking::Established(own.source),
             None => Tracking::New,
         };
-        let packet = Packet {
-            source,
-            host: false,
-            destination: SERVER,
-            tracking,
-        };
-        let fate = fate(self.v4(member), &packet);
+        let mut fates = self.fates.borrow_mut();
+        let place = (member.kernel, source, tracking);
+        let fate = *fates.entry(place).or_insert_with(|| {
+            let packet = Packet {
+                source,
+                host: false,
+                destination: SERVER,
+                tracking,
+            };
+            fate(self.v4(member), &packet)
+        });
         let (Fate::Direct(leaves) | Fate::ToGateway { source: leaves, .. }) = fate else {
             return Ok(next);
         };
@@ -404,6 +449,7 @@ impl Model {
             member.tracked.own = Some(Outbound {
                 source: leaves,
                 other_port: leaves == VIP && tracked.unanswered,
+                answered: false,
                 stale: false,
                 resumed: false,
             });
@@ -426,11 +472,14 @@ impl Model {
 
     /// A packet of the server to the VIP enters a node; also whether it is on its way to the pod, or there.
     fn to_vip(&self, world: &World, n: usize) -> (World, bool) {
-        let mut next = world.clone();
+        let mut next = *world;
         next.from_server = None;
         let is_guarded = self.course.without != Without::Guard
             && self.v4(&next.members[n]).firewall.vips.contains(&VIP);
         let tracked = &mut next.members[n].tracked;
+        if let Some(own) = &mut tracked.own {
+            own.answered |= own.source == VIP;
+        }
         match tracked.own {
             Some(own) if own.source == VIP && n == HOME => {
                 outdate(&mut next, n);
@@ -450,7 +499,7 @@ impl Model {
 
     /// A packet of the server to the pod itself enters the pod's node; also whether it arrives.
     fn to_pod(&self, world: &World, via: usize) -> (World, bool) {
-        let mut next = world.clone();
+        let mut next = *world;
         next.from_server = None;
         let tracked = &mut next.members[HOME].tracked;
         let arrives = match tracked.own {
@@ -473,10 +522,12 @@ impl Model {
         let announcer = self.announcer(world);
         let is_settled = |m: &Member| m.knows == world.moves && m.pending.is_none() && m.programmed;
         let in_flight = world.from_pod.is_some() || world.from_server.is_some();
-        if in_flight || !world.members.iter().all(is_settled) {
+        let knows_all = world.server_knows == world.moves;
+        let mut members = world.members.iter().take(self.course.nodes);
+        if in_flight || !knows_all || !members.all(is_settled) {
             return Ok(());
         }
-        let mut now = world.clone();
+        let mut now = *world;
         now.from_pod = Some(FromPod::At(HOME, POD));
         now.open = false;
         while let Some(FromPod::At(n, source)) = now.from_pod {
@@ -503,7 +554,7 @@ fn outdate(world: &mut World, via: usize) {
             && n != via
             && own.source == VIP
         {
-            own.stale = true;
+            own.stale |= own.answered;
         }
     }
 }
@@ -541,35 +592,33 @@ fn forget(tracked: &mut Tracked, step: &Step, without: Without) {
 /// Looks at every world that can be reached; the events that lead to the first one that must not be.
 fn explore(course: Course) -> Result<usize, String> {
     let (mut model, first) = Model::new(course);
-    let mut seen: HashMap<World, usize> = [(first.clone(), 0)].into();
-    let mut trail: Vec<(usize, String)> = vec![(0, String::new())];
-    let mut ahead: VecDeque<World> = [first].into();
-    let told = |trail: &[(usize, String)], mut at: usize, what: &str| {
-        let mut events = vec![what];
+    let mut seen: HashSet<World> = [first].into();
+    let mut trail: Vec<(usize, Event)> = vec![(0, Event::Begin)];
+    let mut ahead: VecDeque<(World, usize)> = [(first, 0)].into();
+    let told = |model: &Model, trail: &[(usize, Event)], mut at: usize, what: &str| {
+        let mut events = vec![what.to_owned()];
         while at != 0 {
-            events.push(&trail[at].1);
+            events.push(model.words(trail[at].1));
             at = trail[at].0;
         }
         events.reverse();
         events.join("\n")
     };
-    while let Some(world) = ahead.pop_front() {
-        let at = seen[&world];
+    while let Some((world, at)) = ahead.pop_front() {
         if let Err(violation) = model.goes_on(&world) {
-            return Err(told(&trail, at, violation));
+            return Err(told(&model, &trail, at, violation));
         }
         for (event, next) in model.next(&world) {
             let next = match next {
                 Ok(next) => next,
                 Err(violation) => {
                     trail.push((at, event));
-                    return Err(told(&trail, trail.len() - 1, violation));
+                    return Err(told(&model, &trail, trail.len() - 1, violation));
                 }
             };
-            if !seen.contains_key(&next) {
+            if seen.insert(next) {
+                ahead.push_back((next, trail.len()));
                 trail.push((at, event));
-                seen.insert(next.clone(), trail.len() - 1);
-                ahead.push_back(next);
             }
         }
     }
@@ -578,22 +627,25 @@ fn explore(course: Course) -> Result<usize, String> {
 
 /// The pod's node gets the VIP and loses it, other nodes hand it over, a gateway is booted.
 fn courses(without: Without) -> Vec<Course> {
-    let course = |announcers: &'static [usize], nodes, booted, deaths| Course {
+    let course = |announcers: &'static [usize], nodes, booted, deaths, late_server| Course {
         announcers,
         nodes,
         booted,
         deaths,
+        late_server,
         without,
     };
     vec![
-        course(&[0, 1], 2, None, 1),
-        course(&[1, 0], 2, None, 1),
-        course(&[0, 1, 0], 2, None, 0),
-        course(&[1, 0, 1], 2, None, 0),
-        course(&[1, 2], 3, None, 1),
-        course(&[1, 2, 1], 3, None, 0),
-        course(&[1, 2], 3, Some(2), 0),
-        course(&[0, 1], 2, Some(1), 0),
+        course(&[0, 1], 2, None, 1, true),
+        course(&[1, 0], 2, None, 1, true),
+        course(&[0, 1, 0], 2, None, 1, false),
+        course(&[1, 0, 1], 2, None, 1, false),
+        course(&[0, 1, 0], 2, None, 0, true),
+        course(&[1, 0, 1], 2, None, 0, true),
+        course(&[1, 2], 3, None, 1, false),
+        course(&[1, 2, 1], 3, None, 0, false),
+        course(&[1, 2], 3, Some(2), 0, true),
+        course(&[0, 1], 2, Some(1), 1, true),
     ]
 }
 
