@@ -388,8 +388,4 @@ fn opens_connections_here(pod: &PodState) -> bool {
 }
 
 #[cfg(test)]
-mod model;
-#[cfg(test)]
-mod moves;
-#[cfg(test)]
 mod tests;

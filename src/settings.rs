@@ -229,7 +229,7 @@ impl Settings {
     ///
     /// # Errors
     /// For the first setting that makes no sense.
-    pub(crate) fn parse(value_of: impl Fn(&str) -> String) -> Result<Settings, BadSetting> {
+    pub fn parse(value_of: impl Fn(&str) -> String) -> Result<Settings, BadSetting> {
         let value = |name: &'static str| -> (&'static str, String) {
             let given = value_of(name);
             let trimmed = given.trim();

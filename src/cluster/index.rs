@@ -279,7 +279,8 @@ impl Index {
 }
 
 /// The nodes, with the pod networks that Cilium gives them, and the boots in which their agents have programmed them.
-fn merged<'a>(
+#[must_use]
+pub fn merged<'a>(
     nodes: &BTreeMap<NodeName, Node>,
     cilium: &BTreeMap<String, BTreeSet<IpNet>>,
     leases: impl Iterator<Item = &'a (NodeName, BootId)>,

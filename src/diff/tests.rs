@@ -469,6 +469,26 @@ proptest! {
         prop_assert_eq!(diff(&state, &state), []);
     }
 
+    /// Four sets, a translation and an old one, a mark, the connections and an ACK: more than that for one pod is work
+    /// that does not come of the change.
+    #[test]
+    fn i7_a_change_of_one_pod_takes_few_steps_that_are_all_about_it(
+        state in desired(), which in 11..15_u8, pod in prop::option::of(wanted_pod())
+    ) {
+        let mut from = state;
+        let firewall = &mut from.families.entry(Family::V4).or_default().firewall;
+        firewall.vips.extend((200..204_u8).map(vip));
+        let mut to = from.clone();
+        let pods = &mut to.families.entry(Family::V4).or_default().firewall.pods;
+        pods.remove(&ip(which));
+        pods.extend(pod.map(|pod| (ip(which), pod)));
+        let steps = diff(&from, &to);
+        for step in &steps {
+            prop_assert_eq!(step.pod(), Some(ip(which)), "{}", step);
+        }
+        prop_assert!(steps.len() <= 9, "{steps:?}");
+    }
+
     #[test]
     fn i5_a_run_that_dies_after_any_step_is_completed_by_the_next(from in observed(), to in desired()) {
         let steps = diff(&from, &to);

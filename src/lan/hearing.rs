@@ -58,7 +58,8 @@ pub struct Heard {
 
 impl Heard {
     /// Heard for the first time.
-    pub(crate) fn new(node: NodeName, at: Instant) -> Heard {
+    #[must_use]
+    pub fn new(node: NodeName, at: Instant) -> Heard {
         Heard {
             node,
             at,

@@ -5,128 +5,34 @@ use ipnet::IpNet;
 use proptest::prelude::*;
 
 use super::*;
-use crate::cluster::leases::BootId;
-use crate::cluster::{Endpoint, EndpointSlice, Node, OnNoGateway, Pod, Target};
-use crate::names::Interface;
+use crate::cluster::{Node, OnNoGateway, Target};
+use crate::fixtures::worlds::{World, any_settings, any_world};
+use crate::fixtures::{
+    ServiceFixture, With, boot, cluster, endpoint, ip, key, key_in, node, node_name, own_pod,
+    service, settings_on, slice,
+};
 use crate::settings::FwMask;
 use crate::state::{Mark, Rule, RuleAction, Table, TableId};
 
-fn key(name: &str) -> ObjectKey {
-    ObjectKey {
-        namespace: "shop".to_owned(),
-        name: name.to_owned(),
-    }
-}
-
-fn node(name: &str) -> NodeName {
-    NodeName(name.to_owned())
-}
-
-fn ip(text: &str) -> IpAddr {
-    text.parse().unwrap()
-}
-
 /// Settings of an agent on a node.
 fn on(name: &str) -> Settings {
-    Settings::default_on(name)
+    settings_on(name)
 }
 
-/// A dual-stack LoadBalancer Service with both VIPs, as old as `created` says.
-fn service(created: i64) -> Service {
-    Service {
-        uid: String::new(),
-        created,
-        load_balancer: true,
-        families: [Family::V4, Family::V6].into(),
-        vips: [
-            (Family::V4, ip("192.0.2.200")),
-            (Family::V6, ip("2001:db8:1::c8")),
-        ]
-        .into(),
-        hostname: None,
-        on_no_gateway: OnNoGateway::Reject,
-        selector: BTreeMap::new(),
-    }
-}
-
-/// A pod of namespace `shop`.
-fn pod(address: &str, on: &str) -> Endpoint {
-    Endpoint {
-        addresses: vec![address.to_owned()],
-        node: Some(node(on)),
-        target: Target::Pod(key("pod")),
-    }
-}
-
-/// Three nodes with one link each, no Service.
-fn cluster() -> View {
-    let nodes = (1..=3).map(|n| {
-        let facts = Node {
-            addresses: vec![
-                ip(&format!("192.0.2.1{n}")),
-                ip(&format!("2001:db8:1::1{n}")),
-            ],
-            pod_cidrs: [
-                format!("10.244.{n}.0/24").parse().unwrap(),
-                format!("fd00:10:244:{n}::/64").parse().unwrap(),
-            ]
-            .into(),
-            ready: true,
-            programmed: Some(BootId("first".to_owned())),
-            ..Node::default()
-        };
-        (node(&format!("node{n}")), facts)
-    });
-    View {
-        nodes: nodes.collect(),
-        links: vec![
-            Interface {
-                name: "cni0".to_owned(),
-                nets: ["10.244.1.0/24".parse().unwrap()].into(),
-            },
-            Interface {
-                name: "eth0".to_owned(),
-                nets: [
-                    "192.0.2.0/24".parse().unwrap(),
-                    "2001:db8:1::/64".parse().unwrap(),
-                ]
-                .into(),
-            },
-        ],
-        ..View::default()
-    }
-}
-
-impl View {
-    fn with_service(mut self, name: &str, service: Service, announcer: Option<&str>) -> View {
-        if let Some(announcer) = announcer {
-            for vip in service.vips.values() {
-                self.announcers.insert(*vip, node(announcer));
-            }
-        }
-        self.services.insert(key(name), service);
-        self
-    }
-
-    fn with_slice(mut self, name: &str, service: &str, endpoints: Vec<Endpoint>) -> View {
-        let service = key(service);
-        self.slices
-            .insert(key(name), EndpointSlice { service, endpoints });
-        self
-    }
+/// A dual-stack Service with both VIPs.
+fn dual(name: &str) -> ServiceFixture {
+    service(name)
+        .created(1)
+        .vip("192.0.2.200")
+        .vip("2001:db8:1::c8")
 }
 
 /// The usual cluster: Service `a`, announced by node2, with a pod on every node.
 fn usual() -> View {
+    let pods = (1..=3).map(|n| endpoint(&format!("10.244.{n}.11"), &format!("node{n}")));
     cluster()
-        .with_service("a", service(1), Some("node2"))
-        .with_slice(
-            "a-4",
-            "a",
-            (1..=3)
-                .map(|n| pod(&format!("10.244.{n}.11"), &format!("node{n}")))
-                .collect(),
-        )
+        .with(dual("a").announced_by("node2"))
+        .with(slice("a-4", "a", pods))
 }
 
 fn make(view: &View, settings: &Settings) -> Desired {
@@ -183,7 +89,7 @@ fn a_pod_is_marked_on_its_node_translated_on_the_gateway_and_known_everywhere() 
         }
         let active = Verdict::Active {
             vip: ip("192.0.2.200"),
-            gateway: node("node2"),
+            gateway: node_name("node2"),
         };
         assert_eq!(desired.services[&key("a")][&Family::V4], active);
         assert!(desired.ignored.is_empty());
@@ -229,11 +135,12 @@ fn the_routes_are_a_block_that_unmarked_packets_pass_and_marked_ones_cannot_leav
 
 #[test]
 fn a_family_that_the_service_does_not_serve_is_not_touched() {
-    let mut only_v4 = service(1);
-    only_v4.families = [Family::V4].into();
-    let view = cluster()
-        .with_service("a", only_v4, Some("node2"))
-        .with_slice("a-6", "a", vec![pod("fd00:10:244:1::b", "node1")]);
+    let only_v4 = dual("a").families(&[Family::V4]);
+    let view = cluster().with(only_v4.announced_by("node2")).with(slice(
+        "a-6",
+        "a",
+        [endpoint("fd00:10:244:1::b", "node1")],
+    ));
     let desired = make(&view, &on("node1"));
     assert_eq!(pod_of(&desired, "fd00:10:244:1::b"), None);
     assert!(!desired.services[&key("a")].contains_key(&Family::V6));
@@ -241,12 +148,11 @@ fn a_family_that_the_service_does_not_serve_is_not_touched() {
 
 #[test]
 fn a_family_without_a_vip_yet_is_blocked_and_the_other_goes_on() {
-    let mut pending = service(1);
-    pending.vips.remove(&Family::V6);
+    let pending = service("a").vip("192.0.2.200");
     let view = cluster()
-        .with_service("a", pending, Some("node2"))
-        .with_slice("a-6", "a", vec![pod("fd00:10:244:1::b", "node1")])
-        .with_slice("a-4", "a", vec![pod("10.244.1.11", "node1")]);
+        .with(pending.announced_by("node2"))
+        .with(slice("a-6", "a", [endpoint("fd00:10:244:1::b", "node1")]))
+        .with(slice("a-4", "a", [endpoint("10.244.1.11", "node1")]));
     for on_node in ["node1", "node2"] {
         let desired = make(&view, &on(on_node));
         assert_eq!(blocked(&desired, Family::V6), Some(Blocked::NoVip));
@@ -257,10 +163,7 @@ fn a_family_without_a_vip_yet_is_blocked_and_the_other_goes_on() {
 
 #[test]
 fn a_host_name_is_no_source_address() {
-    let mut named = service(1);
-    named.vips.clear();
-    named.hostname = Some("a.example".to_owned());
-    let view = usual().with_service("a", named, Some("node2"));
+    let view = usual().with(service("a").host_name("a.example"));
     let reason = blocked(&make(&view, &on("node1")), Family::V4);
     assert_eq!(
         reason,
@@ -274,33 +177,33 @@ fn without_a_usable_gateway_local_pods_are_blocked_and_those_of_other_nodes_are_
     let cases: [(Break, Blocked); 6] = [
         (|view| view.announcers.clear(), Blocked::NoAnnouncer),
         (
-            |view| drop(view.nodes.remove(&node("node2"))),
-            Blocked::UnknownGateway(node("node2")),
+            |view| drop(view.nodes.remove(&node_name("node2"))),
+            Blocked::UnknownGateway(node_name("node2")),
         ),
         (
             |view| {
                 view.nodes
-                    .get_mut(&node("node2"))
+                    .get_mut(&node_name("node2"))
                     .unwrap()
                     .addresses
                     .clear()
             },
-            Blocked::GatewayWithoutAddress(node("node2")),
+            Blocked::GatewayWithoutAddress(node_name("node2")),
         ),
         (
-            |view| view.nodes.get_mut(&node("node2")).unwrap().programmed = None,
-            Blocked::GatewayNotProgrammed(node("node2")),
+            |view| view.nodes.get_mut(&node_name("node2")).unwrap().programmed = None,
+            Blocked::GatewayNotProgrammed(node_name("node2")),
         ),
         (
             |view| {
-                let rebooted = Some(BootId("second".to_owned()));
-                view.nodes.get_mut(&node("node2")).unwrap().boot = rebooted;
+                let rebooted = Some(boot("second"));
+                view.nodes.get_mut(&node_name("node2")).unwrap().boot = rebooted;
             },
-            Blocked::GatewayNotProgrammed(node("node2")),
+            Blocked::GatewayNotProgrammed(node_name("node2")),
         ),
         (
             |view| view.links.truncate(1),
-            Blocked::GatewayOffLink(node("node2"), ip("192.0.2.12")),
+            Blocked::GatewayOffLink(node_name("node2"), ip("192.0.2.12")),
         ),
     ];
     for (break_it, reason) in cases {
@@ -326,7 +229,10 @@ fn the_named_interface_is_the_only_one_that_counts() {
     let reason = blocked(&make(&usual(), &settings), Family::V4);
     assert_eq!(
         reason,
-        Some(Blocked::GatewayOffLink(node("node2"), ip("192.0.2.12")))
+        Some(Blocked::GatewayOffLink(
+            node_name("node2"),
+            ip("192.0.2.12")
+        ))
     );
 }
 
@@ -338,22 +244,19 @@ fn pods_of_gateways_beyond_the_marks_are_routed_by_their_address() {
     };
     let mut view = cluster();
     for n in 4..=9_u8 {
-        let facts = Node {
-            addresses: vec![IpAddr::from([192, 0, 2, 10 + n])],
-            pod_cidrs: BTreeSet::new(),
-            ready: true,
-            programmed: Some(BootId("first".to_owned())),
-            ..Node::default()
-        };
-        view.nodes.insert(node(&format!("node{n}")), facts);
-        let mut facts = service(i64::from(n));
-        facts.vips = [(Family::V4, IpAddr::from([192, 0, 2, 200 + n]))].into();
-        facts.families = [Family::V4].into();
-        let name = format!("s{n}");
-        let endpoint = pod(&format!("10.244.1.{n}"), "node1");
+        let (name, announcer) = (format!("s{n}"), format!("node{n}"));
+        let facts = service(&name)
+            .created(n.into())
+            .families(&[Family::V4])
+            .vip(&format!("192.0.2.{}", 200 + u32::from(n)));
         view = view
-            .with_service(&name, facts, Some(&format!("node{n}")))
-            .with_slice(&name, &name, vec![endpoint]);
+            .with(node(&announcer).address(&format!("192.0.2.{}", 10 + n)))
+            .with(facts.announced_by(&announcer))
+            .with(slice(
+                &name,
+                &name,
+                [endpoint(&format!("10.244.1.{n}"), "node1")],
+            ));
     }
     let desired = make(&view, &settings);
     let state = &desired.kernel.families[&Family::V4];
@@ -380,37 +283,19 @@ fn pods_of_gateways_beyond_the_marks_are_routed_by_their_address() {
     }
 }
 
-/// A pod of this node in a namespace, with label `app`.
-fn own_pod(namespace: &str, app: &str, addresses: &[&str]) -> (ObjectKey, Pod) {
-    let key = ObjectKey {
-        namespace: namespace.to_owned(),
-        name: format!("{app}-{}", addresses[0]),
-    };
-    let pod = Pod {
-        labels: [("app".to_owned(), app.to_owned())].into(),
-        addresses: addresses.iter().map(|address| ip(address)).collect(),
-    };
-    (key, pod)
-}
-
-fn selecting(created: i64, app: &str) -> Service {
-    Service {
-        selector: [("app".to_owned(), app.to_owned())].into(),
-        ..service(created)
-    }
-}
-
 #[test]
 fn a_pod_of_this_node_is_an_egress_pod_before_a_slice_names_it() {
-    let mut view = cluster().with_service("a", selecting(1, "a"), Some("node2"));
-    view.pods = [
-        own_pod("shop", "a", &["10.244.1.21", "fd00:10:244:1::21"]),
-        own_pod("shop", "b", &["10.244.1.22"]),
-        own_pod("other", "a", &["10.244.1.23"]),
+    let mut view = cluster()
+        .with(dual("a").selects("a").announced_by("node2"))
+        .with(own_pod("new", &["10.244.1.21", "fd00:10:244:1::21"]).app("a"))
+        .with(own_pod("other", &["10.244.1.22"]).app("b"))
+        .with(
+            own_pod("foreign", &["10.244.1.23"])
+                .app("a")
+                .namespace("bank"),
+        )
         // Never the node itself.
-        own_pod("shop", "a", &["192.0.2.11"]),
-    ]
-    .into();
+        .with(own_pod("host", &["192.0.2.11"]).app("a"));
     let desired = make(&view, &on("node1"));
     for (address, vip) in [
         ("10.244.1.21", "192.0.2.200"),
@@ -432,16 +317,15 @@ fn a_pod_of_this_node_is_an_egress_pod_before_a_slice_names_it() {
 
 #[test]
 fn the_older_service_has_a_pod_that_no_slice_names_yet() {
-    let mut younger = selecting(2, "a");
-    younger.vips.insert(Family::V4, ip("192.0.2.201"));
+    let younger = dual("new").created(2).vip("192.0.2.201").selects("a");
     let mut view = cluster()
-        .with_service("old", selecting(1, "a"), Some("node2"))
-        .with_service("new", younger, Some("node2"));
-    view.pods = [own_pod("shop", "a", &["10.244.1.21"])].into();
+        .with(dual("old").selects("a").announced_by("node2"))
+        .with(younger.announced_by("node2"))
+        .with(own_pod("pod", &["10.244.1.21"]).app("a"));
     for slices in [false, true] {
         if slices {
             // The slice of the younger one comes first.
-            view = view.with_slice("new-1", "new", vec![pod("10.244.1.21", "node1")]);
+            view = view.with(slice("new-1", "new", [endpoint("10.244.1.21", "node1")]));
         }
         let desired = make(&view, &on("node1"));
         let state = pod_of(&desired, "10.244.1.21").unwrap();
@@ -454,7 +338,7 @@ fn a_gateway_with_a_new_address_is_routed_to_by_it_in_a_table_of_its_own() {
     let settings = on("node1");
     let first = make(&usual(), &settings);
     let mut renumbered = usual();
-    let node2 = renumbered.nodes.get_mut(&node("node2")).unwrap();
+    let node2 = renumbered.nodes.get_mut(&node_name("node2")).unwrap();
     node2.addresses[0] = ip("192.0.2.99");
     let second = plan(&renumbered, &settings, &Family::ALL.into(), &first.slots);
     let tables = |desired: &Desired| -> Vec<(TableId, IpAddr)> {
@@ -476,14 +360,8 @@ fn without_a_gateway_the_service_may_choose_the_nodes_address() {
         (OnNoGateway::NodeAddress, true),
         (OnNoGateway::Unknown("perhaps".to_owned()), false),
     ] {
-        let view = |announcer| {
-            let facts = Service {
-                on_no_gateway: value.clone(),
-                ..service(1)
-            };
-            usual().with_service("a", facts, announcer)
-        };
-        let mut lost = view(None);
+        let active = usual().with(dual("a").on_no_gateway(value.clone()));
+        let mut lost = active.clone();
         lost.announcers.clear();
         let desired = make(&lost, &on("node1"));
         let verdict = &desired.services[&key("a")][&Family::V4];
@@ -500,7 +378,7 @@ fn without_a_gateway_the_service_may_choose_the_nodes_address() {
             .contains_key(&Subject::OnNoGateway(key("a")));
         assert_eq!(is_reported, matches!(value, OnNoGateway::Unknown(_)));
         // With a gateway there is no choice.
-        let active = make(&view(Some("node2")), &on("node1"));
+        let active = make(&active, &on("node1"));
         assert!(pod_of(&active, "10.244.1.11").unwrap().mark.is_some());
     }
 }
@@ -512,13 +390,12 @@ fn of_two_services_the_older_one_has_the_pod_and_the_name_decides_a_tie() {
         (1, "a", "192.0.2.200"),
         (2, "a", "192.0.2.200"),
     ] {
-        let mut b = service(age_of_b);
-        b.vips.insert(Family::V4, ip("192.0.2.201"));
+        let b = dual("b").created(age_of_b).vip("192.0.2.201");
         let view = cluster()
-            .with_service("a", service(1), Some("node2"))
-            .with_service("b", b, Some("node2"))
-            .with_slice("a-4", "a", vec![pod("10.244.1.11", "node1")])
-            .with_slice("b-4", "b", vec![pod("10.244.1.11", "node1")]);
+            .with(dual("a").announced_by("node2"))
+            .with(b.announced_by("node2"))
+            .with(slice("a-4", "a", [endpoint("10.244.1.11", "node1")]))
+            .with(slice("b-4", "b", [endpoint("10.244.1.11", "node1")]));
         let desired = make(&view, &on("node2"));
         let state = PodState {
             gateway_here: true,
@@ -534,32 +411,31 @@ fn of_two_services_the_older_one_has_the_pod_and_the_name_decides_a_tie() {
 
 #[test]
 fn endpoints_that_are_no_pods_of_the_service_are_ignored_with_a_reason() {
-    let of = |target| Endpoint {
-        target,
-        ..pod("10.244.1.11", "node1")
-    };
-    let foreign = Target::Pod(ObjectKey {
-        namespace: "bank".to_owned(),
-        name: "p".to_owned(),
-    });
+    let of = |target| endpoint("10.244.1.11", "node1").target(target);
+    let foreign = Target::Pod(key_in("bank", "p"));
     let nothing = Target::Other("nothing".to_owned());
-    for (endpoint, reason) in [
-        (pod("a.example", "node1"), Ignored::NotAnAddress),
-        (pod("127.0.0.1", "node1"), Ignored::NotAPodAddress),
-        (pod("169.254.1.1", "node1"), Ignored::NotAPodAddress),
-        (pod("224.0.0.1", "node1"), Ignored::NotAPodAddress),
-        (pod("fe80::1", "node1"), Ignored::NotAPodAddress),
-        (pod("::ffff:10.244.1.11", "node1"), Ignored::NotAPodAddress),
+    for (odd, reason) in [
+        (endpoint("a.example", "node1"), Ignored::NotAnAddress),
+        (endpoint("127.0.0.1", "node1"), Ignored::NotAPodAddress),
+        (endpoint("169.254.1.1", "node1"), Ignored::NotAPodAddress),
+        (endpoint("224.0.0.1", "node1"), Ignored::NotAPodAddress),
+        (endpoint("fe80::1", "node1"), Ignored::NotAPodAddress),
         (
-            pod("192.0.2.13", "node3"),
-            Ignored::NodeAddress(node("node3")),
+            endpoint("::ffff:10.244.1.11", "node1"),
+            Ignored::NotAPodAddress,
+        ),
+        (
+            endpoint("192.0.2.13", "node3"),
+            Ignored::NodeAddress(node_name("node3")),
         ),
         (of(foreign.clone()), Ignored::NotAPodOfItsNamespace(foreign)),
         (of(nothing.clone()), Ignored::NotAPodOfItsNamespace(nothing)),
     ] {
-        let view = cluster()
-            .with_service("a", service(1), Some("node2"))
-            .with_slice("a-4", "a", vec![endpoint, pod("10.244.1.12", "node1")]);
+        let view = cluster().with(dual("a").announced_by("node2")).with(slice(
+            "a-4",
+            "a",
+            [odd, endpoint("10.244.1.12", "node1")],
+        ));
         let desired = make(&view, &on("node1"));
         assert_eq!(desired.ignored.values().collect::<Vec<_>>(), [&reason]);
         let pods: Vec<_> = desired
@@ -578,9 +454,7 @@ fn endpoints_that_are_no_pods_of_the_service_are_ignored_with_a_reason() {
 
 #[test]
 fn a_service_of_another_type_is_ignored() {
-    let mut cluster_ip = service(1);
-    cluster_ip.load_balancer = false;
-    let desired = make(&usual().with_service("a", cluster_ip, None), &on("node1"));
+    let desired = make(&usual().with(dual("a").cluster_ip()), &on("node1"));
     assert_eq!(pod_of(&desired, "10.244.1.11"), None);
     assert_eq!(
         desired.ignored,
@@ -590,11 +464,10 @@ fn a_service_of_another_type_is_ignored() {
 
 #[test]
 fn an_endpoint_without_a_node_is_local_where_its_network_is() {
-    let mut endpoint = pod("10.244.1.11", "node1");
-    endpoint.node = None;
+    let endpoint = endpoint("10.244.1.11", "node1").without_node();
     let view = cluster()
-        .with_service("a", service(1), Some("node2"))
-        .with_slice("a-4", "a", vec![endpoint]);
+        .with(dual("a").announced_by("node2"))
+        .with(slice("a-4", "a", [endpoint]));
     for (on_node, mark) in [("node1", Some(SLOT_1)), ("node3", None)] {
         assert_eq!(
             pod_of(&make(&view, &on(on_node)), "10.244.1.11")
@@ -628,14 +501,7 @@ fn networks_of_other_nodes_are_guarded_where_pods_have_addresses_of_their_nodes(
             .remote_pods
             .is_empty()
     };
-    let with_pod = |mut view: View, address: &str| {
-        let pod = Pod {
-            labels: BTreeMap::new(),
-            addresses: [ip(address)].into(),
-        };
-        view.pods.insert(key("own"), pod);
-        view
-    };
+    let with_pod = |view: View, address: &str| view.with(own_pod("own", &[address]));
     let mut pools = usual();
     pools.pod_pools.insert("10.244.0.0/16".parse().unwrap());
     assert!(guards(&usual()));
@@ -654,16 +520,9 @@ fn networks_of_other_nodes_are_guarded_where_pods_have_addresses_of_their_nodes(
 
 #[test]
 fn a_slice_captures_no_pod_but_the_one_that_it_names() {
-    let mut view = usual();
-    let own = Pod {
-        labels: BTreeMap::new(),
-        addresses: [ip("10.244.1.11")].into(),
-    };
-    view.pods.insert(key("pod"), own.clone());
     let known = |view: &View| pod_of(&make(view, &on("node1")), "10.244.1.11").is_some();
-    assert!(known(&view));
-    view.pods.remove(&key("pod"));
-    view.pods.insert(key("another"), own);
+    assert!(known(&usual().with(own_pod("pod", &["10.244.1.11"]))));
+    let view = usual().with(own_pod("another", &["10.244.1.11"]));
     assert!(!known(&view));
     let subject = Subject::Endpoint {
         slice: key("a-4"),
@@ -680,7 +539,7 @@ fn a_slice_captures_no_pod_but_the_one_that_it_names() {
 fn only_pods_of_this_node_tell_that_pod_networks_are_not_known() {
     let mut view = usual();
     view.nodes
-        .entry(node("node3"))
+        .entry(node_name("node3"))
         .or_default()
         .pod_cidrs
         .clear();
@@ -694,16 +553,9 @@ fn only_pods_of_this_node_tell_that_pod_networks_are_not_known() {
 
 #[test]
 fn with_a_strict_start_every_pod_of_this_node_waits_until_it_is_classified() {
-    let mut view = usual();
-    let other = Pod {
-        labels: BTreeMap::new(),
-        addresses: [ip("10.244.1.12"), ip("fd00:10:244:1::c")].into(),
-    };
-    let shop = Pod {
-        labels: BTreeMap::new(),
-        addresses: [ip("10.244.1.11")].into(),
-    };
-    view.pods = [(key("other"), other), (key("pod"), shop)].into();
+    let mut view = usual()
+        .with(own_pod("other", &["10.244.1.12", "fd00:10:244:1::c"]))
+        .with(own_pod("pod", &["10.244.1.11"]));
     let free = PodState {
         ordinary: true,
         ..PodState::default()
@@ -757,7 +609,7 @@ fn slots_are_kept_over_plans_and_adopted_from_the_kernel() {
     let first = make(&usual(), &settings);
     let mut moved = usual();
     for announcer in moved.announcers.values_mut() {
-        *announcer = node("node3");
+        *announcer = node_name("node3");
     }
     let second = plan(&moved, &settings, &Family::ALL.into(), &first.slots);
     assert_eq!(
@@ -785,71 +637,56 @@ fn a_family_that_the_kernel_lacks_is_left_alone() {
     );
 }
 
-/// Small clusters with every kind of trouble: shared pods, missing VIPs, missing announcers.
-fn any_view() -> impl Strategy<Value = View> {
-    let service = (
-        0..3_i64,
-        any::<bool>(),
-        any::<bool>(),
-        proptest::option::of(1..=4_u8),
-    );
-    let endpoint = (1..=3_u8, 11..=14_u8, 1..=3_u8, any::<bool>());
-    let slices = proptest::collection::vec(
-        (0..4_usize, proptest::collection::vec(endpoint, 0..6)),
-        0..6,
-    );
-    (proptest::collection::vec(service, 0..4), slices).prop_map(|(services, slices)| {
-        let mut view = cluster();
-        for (n, (created, has_vip, single, announcer)) in services.into_iter().enumerate() {
-            let mut facts = super::tests::service(created);
-            facts.vips.insert(
-                Family::V4,
-                IpAddr::from([192, 0, 2, 200 + u8::try_from(n).unwrap()]),
-            );
-            if !has_vip {
-                facts.vips.clear();
-            }
-            if single {
-                facts.families.remove(&Family::V6);
-            }
-            let announcer = announcer.map(|n| format!("node{n}"));
-            view = view.with_service(&format!("s{n}"), facts, announcer.as_deref());
-        }
-        for (n, (service, endpoints)) in slices.into_iter().enumerate() {
-            let endpoints = endpoints.into_iter().map(|(net, last, on, v6)| {
-                let address = if v6 {
-                    format!("fd00:10:244:{net}::{last}")
-                } else {
-                    format!("10.244.{net}.{last}")
-                };
-                pod(&address, &format!("node{on}"))
-            });
-            view = view.with_slice(
-                &format!("slice{n}"),
-                &format!("s{service}"),
-                endpoints.collect(),
-            );
-        }
-        view
+/// Small clusters with every kind of trouble, and what each of three agents knows and is told.
+fn any_cluster() -> impl Strategy<Value = (World, Settings)> {
+    (any_world(), any_settings(node_name("node1")))
+}
+
+fn agents((world, settings): &(World, Settings)) -> impl Iterator<Item = (View, Settings)> {
+    ["node1", "node2", "node3"].into_iter().map(|name| {
+        let node_name = node_name(name);
+        let view = world.seen_from(&node_name);
+        let settings = Settings {
+            node_name,
+            ..settings.clone()
+        };
+        (view, settings)
     })
+}
+
+/// Whether a node is as it was when its agent said that it has programmed it, and can be reached by all others alike.
+fn is_usable(node: &Node) -> bool {
+    node.is_programmed() && node.addresses.len() == 2
 }
 
 proptest! {
     #[test]
-    fn i1_an_egress_pod_is_translated_routed_or_blocked_on_every_node(view in any_view()) {
-        for name in ["node1", "node2", "node3"] {
-            for state in make(&view, &on(name)).kernel.families.values() {
-                for pod in state.firewall.pods.values() {
+    fn i1_an_egress_pod_is_translated_routed_or_blocked_on_every_node(cluster in any_cluster()) {
+        for (view, settings) in agents(&cluster) {
+            for state in make(&view, &settings).kernel.families.values() {
+                for (address, pod) in &state.firewall.pods {
+                    if pod.ordinary {
+                        prop_assert!(settings.strict_start);
+                        let ordinary = PodState { ordinary: true, ..PodState::default() };
+                        prop_assert_eq!(pod, &ordinary);
+                        continue;
+                    }
                     prop_assert!(pod.egress);
                     prop_assert!(pod.blocked || !pod.vips.is_empty());
                     prop_assert!(pod.vips.len() <= 1);
                     prop_assert!(pod.vips.is_subset(&state.firewall.vips));
                     prop_assert!(!(pod.blocked && pod.mark.is_some()));
                     if let Some(mark) = pod.mark {
-                        let table = state.routes.rules.iter().find_map(|rule| match rule.action {
-                            RuleAction::Lookup(table) if rule.mark == Some(mark) => Some(table),
-                            _ => None,
-                        });
+                        // The pod's own rule, where gateways share a mark, else the one of the mark.
+                        let table = |from: Option<IpAddr>| {
+                            let rules = state.routes.rules.iter();
+                            let mut rules = rules.filter(|rule| (rule.mark, rule.from) == (Some(mark), from));
+                            rules.find_map(|rule| match rule.action {
+                                RuleAction::Lookup(table) => Some(table),
+                                _ => None,
+                            })
+                        };
+                        let table = table(Some(*address)).or_else(|| table(None));
                         let table = &state.routes.tables[&table.expect("a rule for every mark")];
                         prop_assert!(table.fallback && table.gateway.is_some());
                     }
@@ -858,24 +695,65 @@ proptest! {
         }
     }
 
+    /// Pods that only their own node knows, or knows better than the slices, are left out: what others think of them is
+    /// not promised before a slice says it. So are verdicts about gateways that are no gateways to others but to
+    /// themselves.
     #[test]
-    fn nodes_agree_on_owner_vip_and_gateway_of_every_pod(view in any_view()) {
-        let plans: Vec<Desired> = ["node1", "node2", "node3"].map(|name| make(&view, &on(name))).into();
+    fn nodes_agree_on_owner_vip_and_gateway_of_every_pod(cluster in any_cluster()) {
+        let seen: Vec<(View, Settings)> = agents(&cluster).collect();
+        let plans: Vec<Desired> = seen.iter().map(|(view, settings)| make(view, settings)).collect();
+        let own: BTreeSet<IpAddr> = seen.iter()
+            .flat_map(|(view, _)| view.pods.values().flat_map(|pod| pod.addresses.iter().copied()))
+            .collect();
         let vips = |desired: &Desired| -> BTreeMap<IpAddr, BTreeSet<IpAddr>> {
             let firewalls = desired.kernel.families.values().map(|family| &family.firewall);
-            firewalls.flat_map(|f| f.pods.iter().map(|(pod, state)| (*pod, state.vips.clone()))).collect()
+            let pods = firewalls.flat_map(|f| f.pods.iter().filter(|(pod, _)| !own.contains(pod)));
+            pods.map(|(pod, state)| (*pod, state.vips.clone())).collect()
+        };
+        let services = |desired: &Desired| {
+            let mut services = desired.services.clone();
+            for verdicts in services.values_mut() {
+                verdicts.retain(|_, verdict| match verdict {
+                    Verdict::Active { gateway, .. } | Verdict::Blocked(
+                        Blocked::GatewayNotProgrammed(gateway)
+                        | Blocked::GatewayWithoutAddress(gateway)
+                        | Blocked::GatewayOffLink(gateway, _)
+                    ) | Verdict::Released(
+                        Blocked::GatewayNotProgrammed(gateway)
+                        | Blocked::GatewayWithoutAddress(gateway)
+                        | Blocked::GatewayOffLink(gateway, _)
+                    ) => {
+                        let (view, _) = &seen[0];
+                        view.nodes.get(gateway).is_some_and(is_usable) && !view.links.is_empty()
+                    }
+                    Verdict::Blocked(_) | Verdict::Released(_) => true,
+                });
+            }
+            services
+        };
+        let ignored = |desired: &Desired| {
+            let mut ignored = desired.ignored.clone();
+            ignored.retain(|subject, _| match subject {
+                Subject::Endpoint { address, .. } => !own.contains(&ip(address)),
+                Subject::Service(_) | Subject::OnNoGateway(_) => true,
+            });
+            ignored
         };
         for other in &plans[1..] {
-            prop_assert_eq!(vips(&plans[0]), vips(other));
-            prop_assert_eq!(&plans[0].ignored, &other.ignored);
-            prop_assert_eq!(&plans[0].services, &other.services);
+            prop_assert_eq!(services(&plans[0]), services(other));
+            prop_assert_eq!(ignored(&plans[0]), ignored(other));
+            let (ours, theirs) = (vips(&plans[0]), vips(other));
+            for pod in ours.keys().filter(|pod| theirs.contains_key(pod)) {
+                prop_assert_eq!(&ours[pod], &theirs[pod], "{}", pod);
+            }
         }
     }
 
     #[test]
-    fn a_plan_is_stable(view in any_view()) {
-        let settings = on("node1");
-        let first = make(&view, &settings);
-        prop_assert_eq!(&plan(&view, &settings, &Family::ALL.into(), &first.slots), &first);
+    fn a_plan_is_stable(cluster in any_cluster()) {
+        for (view, settings) in agents(&cluster) {
+            let first = make(&view, &settings);
+            prop_assert_eq!(&plan(&view, &settings, &Family::ALL.into(), &first.slots), &first);
+        }
     }
 }

@@ -399,3 +399,6 @@ impl KernelState {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
