@@ -153,11 +153,9 @@ mod tests {
                 .filter(|line| !line.trim_start().starts_with("//"));
             (relative(path), lines.collect::<Vec<_>>().join("\n"))
         });
-        sources.filter(|(path, _)| !is_test(path)).collect()
-    }
-
-    fn is_test(path: &str) -> bool {
-        path.ends_with("tests.rs")
+        sources
+            .filter(|(path, _)| !path.ends_with("tests.rs"))
+            .collect()
     }
 
     fn module_of(path: &str) -> &str {
