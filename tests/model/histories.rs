@@ -201,14 +201,15 @@ fn any_moment() -> impl Strategy<Value = Moment> {
 pub(crate) fn any_history() -> impl Strategy<Value = History> {
     let moments = proptest::collection::vec(any_moment(), 2..4);
     (prop::bool::weighted(0.2), moments).prop_map(|(from_nothing, mut moments)| {
-        // Settings are those of a start. Marks are the same for ever: what a backend reads of chains that were written
-        // for another FIREWALL_MASK is not modelled.
-        let mask = moments[0].settings.mask;
+        // Settings are those of a start. Not promised: what happens while a start changes FIREWALL_MASK (packets with marks
+        // of the old one pass the new rules as unmarked) or ROUTE_RULE_PRIORITY (the old rules reject marked packets to
+        // excluded destinations, once the old exceptions are gone).
+        let (mask, priority) = (moments[0].settings.mask, moments[0].settings.rule_priority);
         let mut settings = moments[0].settings.clone();
         for moment in &mut moments {
             if moment.restarted {
                 settings = moment.settings.clone();
-                settings.mask = mask;
+                (settings.mask, settings.rule_priority) = (mask, priority);
             }
             moment.settings = settings.clone();
         }

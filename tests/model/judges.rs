@@ -516,7 +516,7 @@ fn config(cases: u32) -> ProptestConfig {
 
 proptest! {
     // Every case is some 100 steps with hundreds of packets after each.
-    #![proptest_config(config(400))]
+    #![proptest_config(config(300))]
 
     #[test]
     fn i1_i2_no_prefix_of_a_change_leaks_or_steals(history in any_history()) {
@@ -525,7 +525,7 @@ proptest! {
 }
 
 proptest! {
-    #![proptest_config(config(400))]
+    #![proptest_config(config(300))]
 
     #[test]
     fn i5_damage_is_repaired_for_every_packet((moment, damaged) in any_damage()) {
