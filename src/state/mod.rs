@@ -11,6 +11,7 @@ use std::fmt;
 use std::net::IpAddr;
 
 use ipnet::IpNet;
+use strum::{IntoStaticStr, VariantNames};
 
 pub use self::routing::{Mark, NextHop, NextHops, RouteState, Rule, RuleAction, Table, TableId};
 pub use self::step::{ConnectionStep, FirewallStep, RouteStep, Step};
@@ -67,7 +68,7 @@ pub enum Skeleton {
 }
 
 /// A set of pods in the kernel: one flag of [`PodState`] each.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, IntoStaticStr, PartialEq, Eq, PartialOrd, Ord, VariantNames)]
 pub enum PodSet {
     /// Egress pods: their connections pass our NAT, and what escapes it is dropped.
     Egress,
@@ -102,7 +103,7 @@ impl fmt::Display for PodSet {
 }
 
 /// A set of networks in the kernel.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, IntoStaticStr, PartialEq, Eq, PartialOrd, Ord, VariantNames)]
 pub enum NetSet {
     /// Destinations that are not egress.
     Excluded,
@@ -174,7 +175,7 @@ pub struct FamilyState {
 }
 
 /// What does our work in another way: left by a start with another backend, or by an earlier release.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, IntoStaticStr, PartialEq, Eq, PartialOrd, Ord, VariantNames)]
 pub enum Remnant {
     /// The table of the nftables backend.
     Nftables,

@@ -8,6 +8,7 @@ use std::fmt;
 use std::net::IpAddr;
 
 use ipnet::IpNet;
+use strum::{IntoStaticStr, VariantNames};
 
 use crate::state::{Family, Mark, NetSet, NextHop, PodSet, Remnant, Rule, TableId};
 
@@ -25,7 +26,7 @@ pub enum Step {
 }
 
 /// A change of routing rules and tables.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, IntoStaticStr, PartialEq, Eq, VariantNames)]
 pub enum RouteStep {
     /// Add a routing rule.
     AddRule(Family, Rule),
@@ -42,7 +43,7 @@ pub enum RouteStep {
 }
 
 /// A change of chains and sets.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, IntoStaticStr, PartialEq, Eq, VariantNames)]
 pub enum FirewallStep {
     /// (Re)write chains, jumps and static sets, with the translations of these VIPs; members of sets stay.
     Install(Family, BTreeSet<IpAddr>),
@@ -86,7 +87,7 @@ pub enum FirewallStep {
 }
 
 /// A change of what the kernel and the pods know of connections.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, IntoStaticStr, PartialEq, Eq, VariantNames)]
 pub enum ConnectionStep {
     /// Forget the connections that a pod opened to outside: their address translation is decided anew.
     Forget(IpAddr),

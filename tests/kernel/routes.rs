@@ -1,13 +1,11 @@
-use metaleg::state::Step;
-
-use metaleg::state::ConnectionStep;
+//! Routing rules and tables, as `ip` shows them and as the kernel looks them up.
 
 use super::*;
 
 #[test]
 fn rules_and_routes_are_what_the_design_says() {
     in_namespace(|| async {
-        let mut kernel = open(Mode::Nft).await;
+        let mut kernel = open(Mode::IptablesNft).await;
         reach(&mut kernel, &example()).await;
         let rules = sh("ip rule list | grep 'proto 77' | tr '\\t' ' '");
         for rule in [
@@ -56,7 +54,7 @@ fn rules_and_routes_of_others_stay_even_in_our_ranges() {
         let look =
             "ip rule list | grep -v 'proto 77'; ip route show table all | grep -v 'proto 77'";
         let before = sh(look);
-        let mut kernel = open(Mode::Nft).await;
+        let mut kernel = open(Mode::IptablesNft).await;
         reach(&mut kernel, &example()).await;
         assert_eq!(sh(look), before);
         reach(&mut kernel, &nothing()).await;
@@ -67,7 +65,7 @@ fn rules_and_routes_of_others_stay_even_in_our_ranges() {
 #[test]
 fn a_gateway_is_replaced_without_a_moment_without_one() {
     in_namespace(|| async {
-        let mut kernel = open(Mode::Nft).await;
+        let mut kernel = open(Mode::IptablesNft).await;
         reach(&mut kernel, &example()).await;
         let mut moved = example();
         for (family, via) in [(Family::V4, "192.0.2.13"), (Family::V6, "2001:db8:1::13")] {
@@ -91,7 +89,7 @@ fn a_gateway_is_replaced_without_a_moment_without_one() {
 #[test]
 fn a_node_whose_first_rule_is_lost_is_not_cut_off() {
     in_namespace(|| async {
-        let mut kernel = open(Mode::Nft).await;
+        let mut kernel = open(Mode::IptablesNft).await;
         reach(&mut kernel, &example()).await;
         sh("ip route add default via 192.0.2.254");
         sh("ip rule del pref 1000; ip rule del pref 1099");
@@ -110,7 +108,7 @@ fn a_node_whose_first_rule_is_lost_is_not_cut_off() {
 #[test]
 fn a_marked_packet_takes_the_gateway_unless_its_destination_is_excluded() {
     in_namespace(|| async {
-        let mut kernel = open(Mode::Nft).await;
+        let mut kernel = open(Mode::IptablesNft).await;
         reach(&mut kernel, &example()).await;
         sh("ip route add default via 192.0.2.254");
         let route = |to: &str| sh(&format!("ip route get {to} mark 0x100000"));
@@ -131,7 +129,7 @@ fn a_marked_packet_takes_the_gateway_unless_its_destination_is_excluded() {
 #[test]
 fn links_that_are_up_tell_their_networks() {
     in_namespace(|| async {
-        let mut kernel = open(Mode::Nft).await;
+        let mut kernel = open(Mode::IptablesNft).await;
         sh("ip link add down0 type bridge; ip addr add 203.0.113.1/24 dev down0");
         let links = kernel.links().await.unwrap();
         let link = links.iter().find(|link| link.name == "eth0").unwrap();
@@ -148,7 +146,7 @@ fn links_that_are_up_tell_their_networks() {
 #[test]
 fn a_hundred_gateways_share_a_mark_and_each_pod_takes_its_own() {
     in_namespace(|| async {
-        let mut kernel = open(Mode::Own).await;
+        let mut kernel = open(Mode::Nftables).await;
         sh("ip link add pod0 type veth peer name inner0; ip link set pod0 up; ip link set inner0 up
             ip route add 10.244.1.0/24 dev pod0; echo 0 > /proc/sys/net/ipv4/conf/pod0/rp_filter
             echo 1 > /proc/sys/net/ipv4/ip_forward");
@@ -189,5 +187,27 @@ fn a_hundred_gateways_share_a_mark_and_each_pod_takes_its_own() {
         let lost = Command::new("sh").args(["-c", &lost]).output().unwrap();
         assert!(!lost.status.success(), "{lost:?}");
         reach(&mut kernel, &example()).await;
+    });
+}
+
+#[test]
+fn tables_and_rules_of_others_in_our_ranges_are_told() {
+    in_namespace(|| async {
+        sh("ip rule add pref 500 fwmark 0x100000/0x100000 lookup 7
+            ip rule add pref 1001 to 203.0.113.0/24 lookup main
+            ip rule add pref 3000 lookup 100004
+            ip route add 203.0.113.0/24 dev eth0 table 100002");
+        let mut kernel = open(Mode::Nftables).await;
+        let observed = kernel.observe().await.unwrap();
+        let table = |number| (Family::V4, TableId(number));
+        assert_eq!(observed.occupied, [table(100_002), table(100_004)].into());
+        let told: Vec<&String> = observed.collisions.iter().collect();
+        assert_eq!(
+            told,
+            [
+                "the IPv4 routing rule `pref 1001 to 203.0.113.0/24 lookup 254` of others comes before ours or among them",
+                "the IPv4 routing rule `pref 500 fwmark 0x100000/0x100000 lookup 7` of others comes before ours or among them"
+            ]
+        );
     });
 }
