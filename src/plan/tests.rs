@@ -11,7 +11,6 @@ use crate::fixtures::{
     ServiceFixture, With, boot, cluster, endpoint, ip, key, key_in, node, node_name, own_pod,
     service, settings_on, slice,
 };
-use crate::names::NodeName;
 use crate::settings::FwMask;
 use crate::state::{Mark, Rule, RuleAction, Table, TableId};
 

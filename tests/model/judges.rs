@@ -283,7 +283,8 @@ impl Change<'_> {
             for pod in all_pods(self.family) {
                 untouched(packet(pod, destination, Tracking::Reply))?;
                 let is_ordinary = |truth: &Truth| truth.pods[&pod].way == Way::Ordinary;
-                if !excluded && !(is_ordinary(self.before) && is_ordinary(self.after)) {
+                let stays_ordinary = is_ordinary(self.before) && is_ordinary(self.after);
+                if !excluded && !stays_ordinary {
                     continue;
                 }
                 let bound = masquerade(&packet(pod, destination, Tracking::New));
