@@ -4,7 +4,8 @@ WORKDIR /src
 # Not rust-toolchain.toml: the image's own toolchain is the one to use.
 COPY Cargo.toml Cargo.lock ./
 COPY src src
-COPY tests tests
+# A member of the workspace, which cargo wants to know of; nothing of it is built.
+COPY lab/Cargo.toml lab/Cargo.toml
 RUN cargo build --locked --release --package metaleg
 
 # Debian's iptables 1.8.9, ipset 7.17 and nft 1.0.6: no newer than what nodes have, because a newer tool can create objects

@@ -1,22 +1,26 @@
-//! Ethernet frames that tell who has an address: ARP (RFC 826) and IPv6 neighbour discovery (RFC 4861). Pure.
+//! Ethernet frames that we hear and send: ARP (RFC 826), IPv6 neighbour discovery (RFC 4861), bare SYNs of TCP. Pure.
+//!
+//! Heard frames are parsed here, by strict rules; frames to send are built by `etherparse`, which knows checksums.
 
 use std::fmt;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+
+use etherparse::{ArpEthIpv4Packet, ArpOperation, EtherType, Icmpv6Type, IpNumber, PacketBuilder};
 
 const ETHERNET_HEADER: usize = 14;
-const ARP: [u8; 2] = [0x08, 0x06];
-const IPV6: [u8; 2] = [0x86, 0xdd];
+const ARP: [u8; 2] = EtherType::ARP.0.to_be_bytes();
+const IPV6: [u8; 2] = EtherType::IPV6.0.to_be_bytes();
 /// Hardware Ethernet, protocol IPv4, lengths 6 and 4.
 const ARP_HEADER: [u8; 6] = [0, 1, 8, 0, 6, 4];
-const ARP_REQUEST: [u8; 2] = [0, 1];
 const IPV6_HEADER: usize = 40;
-const ICMPV6: u8 = 58;
-const NEIGHBOUR_SOLICITATION: u8 = 135;
+const ICMPV6: u8 = IpNumber::IPV6_ICMP.0;
 const NEIGHBOUR_ADVERTISEMENT: u8 = 136;
 const SOURCE_LINK_ADDRESS: u8 = 1;
 const TARGET_LINK_ADDRESS: u8 = 2;
 /// A packet with less was forwarded, and comes from another network (RFC 4861, 7.1).
 const HOP_LIMIT: u8 = 255;
+/// TTL of what we send in a server's name.
+const TTL: u8 = 64;
 
 /// A link-layer address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -35,12 +39,12 @@ impl fmt::Display for Mac {
     }
 }
 
-/// Somebody says that it has an address.
+/// A machine's statement that it has an address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Claim {
     /// The address.
     pub address: IpAddr,
-    /// Who says so.
+    /// The machine.
     pub mac: Mac,
 }
 
@@ -71,7 +75,7 @@ fn arp(packet: &[u8]) -> Option<Claim> {
         return None;
     }
     let address = Ipv4Addr::from(*packet.get(14..)?.first_chunk::<4>()?);
-    // A probe for a duplicate (RFC 5227) claims nothing.
+    // A probe of address conflict detection (RFC 5227) claims nothing.
     (!address.is_unspecified()).then_some(Claim {
         address: address.into(),
         mac: mac(packet, 8)?,
@@ -89,7 +93,7 @@ fn advertisement(packet: &[u8], source: Mac) -> Option<Claim> {
     let mut options = message.get(24..)?;
     let mut owner = source;
     while let [kind, length, ..] = *options {
-        // In units of 8 bytes; none would never end.
+        // In units of 8 bytes; 0 is invalid (RFC 4861, 4.6).
         let length = usize::from(length) * 8;
         if length == 0 {
             return None;
@@ -125,77 +129,54 @@ impl Own {
     #[must_use]
     pub fn question(&self, address: IpAddr) -> Option<Vec<u8>> {
         match address {
-            IpAddr::V4(target) => Some(self.arp_request(target, self.v4?)),
-            IpAddr::V6(target) => Some(self.solicitation(target, self.v6?)),
+            IpAddr::V4(target) => self.arp_request(target, self.v4?),
+            IpAddr::V6(target) => self.solicitation(target, self.v6?),
         }
     }
 
-    fn arp_request(&self, target: Ipv4Addr, source: Ipv4Addr) -> Vec<u8> {
-        let mut frame = vec![0xff; 6];
-        frame.extend(self.mac.0);
-        frame.extend(ARP);
-        frame.extend(ARP_HEADER);
-        frame.extend(ARP_REQUEST);
-        frame.extend(self.mac.0);
-        frame.extend(source.octets());
-        frame.extend([0; 6]);
-        frame.extend(target.octets());
-        frame
+    fn arp_request(&self, target: Ipv4Addr, source: Ipv4Addr) -> Option<Vec<u8>> {
+        let request = ArpEthIpv4Packet {
+            operation: ArpOperation::REQUEST,
+            sender_mac: self.mac.0,
+            sender_ipv4: source.octets(),
+            target_mac: [0; 6],
+            target_ipv4: target.octets(),
+        };
+        let mut frame = Vec::new();
+        let packet = PacketBuilder::ethernet2(self.mac.0, [0xff; 6]).arp(request.into());
+        packet.write(&mut frame).ok().map(|()| frame)
     }
 
-    fn solicitation(&self, target: Ipv6Addr, source: Ipv6Addr) -> Vec<u8> {
+    fn solicitation(&self, target: Ipv6Addr, source: Ipv6Addr) -> Option<Vec<u8>> {
         let [.., a, b, c] = target.octets();
         // The solicited-node multicast address, and its link-layer address (RFC 4291, 2.7.1; RFC 2464, 7).
-        let mut to = [0; 16];
-        to[..2].copy_from_slice(&[0xff, 0x02]);
-        to[11..].copy_from_slice(&[1, 0xff, a, b, c]);
-        let mut message = vec![NEIGHBOUR_SOLICITATION, 0, 0, 0, 0, 0, 0, 0];
-        message.extend(target.octets());
-        message.extend([SOURCE_LINK_ADDRESS, 1]);
-        message.extend(self.mac.0);
-        let checksum = checksum(&source.octets(), &to, ICMPV6, &message);
-        message[2..4].copy_from_slice(&checksum.to_be_bytes());
-
-        let mut frame = vec![0x33, 0x33, 0xff, a, b, c];
-        frame.extend(self.mac.0);
-        frame.extend(IPV6);
-        frame.extend([0x60, 0, 0, 0]);
-        frame.extend(length(&message).to_be_bytes());
-        frame.extend([ICMPV6, HOP_LIMIT]);
-        frame.extend(source.octets());
-        frame.extend(to);
-        frame.extend(message);
-        frame
+        let to = [0xff, 0x02, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0xff, a, b, c];
+        let mut payload = target.octets().to_vec();
+        payload.extend([SOURCE_LINK_ADDRESS, 1]);
+        payload.extend(self.mac.0);
+        let mut frame = Vec::new();
+        let packet = PacketBuilder::ethernet2(self.mac.0, [0x33, 0x33, 0xff, a, b, c])
+            .ipv6(source.octets(), to, HOP_LIMIT)
+            .icmpv6(Icmpv6Type::NeighborSolicitation);
+        packet.write(&mut frame, &payload).ok().map(|()| frame)
     }
 }
 
-/// Our messages have 32 bytes.
-fn length(message: &[u8]) -> u16 {
-    u16::try_from(message.len()).unwrap_or(u16::MAX)
-}
-
-/// The Internet checksum over message and pseudo header (RFC 8200, 8.1; that of RFC 9293, 3.1 adds up to the same).
-pub(crate) fn checksum(source: &[u8], destination: &[u8], protocol: u8, message: &[u8]) -> u16 {
-    let mut bytes = Vec::new();
-    bytes.extend(source);
-    bytes.extend(destination);
-    bytes.extend(u32::from(length(message)).to_be_bytes());
-    bytes.extend([0, 0, 0, protocol]);
-    bytes.extend(message);
-    sum(&bytes)
-}
-
-/// The Internet checksum (RFC 1071).
-pub(crate) fn sum(bytes: &[u8]) -> u16 {
-    let words = bytes.chunks(2).map(|pair| {
-        let high = u32::from(pair[0]) << 8;
-        high | pair.get(1).copied().map_or(0, u32::from)
-    });
-    let mut sum: u32 = words.sum();
-    while sum > 0xffff {
-        sum = (sum & 0xffff) + (sum >> 16);
-    }
-    !u16::try_from(sum).unwrap_or_default()
+/// A bare SYN of TCP. Sequence number and window mean nothing where it meets an established connection.
+pub(crate) fn syn(
+    [from, to]: [Mac; 2],
+    source: SocketAddr,
+    destination: SocketAddr,
+) -> Option<Vec<u8>> {
+    let packet = PacketBuilder::ethernet2(from.0, to.0);
+    let packet = match (source.ip(), destination.ip()) {
+        (IpAddr::V4(from), IpAddr::V4(to)) => packet.ipv4(from.octets(), to.octets(), TTL),
+        (IpAddr::V6(from), IpAddr::V6(to)) => packet.ipv6(from.octets(), to.octets(), TTL),
+        _ => return None,
+    };
+    let packet = packet.tcp(source.port(), destination.port(), 0, 0).syn();
+    let mut frame = Vec::new();
+    packet.write(&mut frame, &[]).ok().map(|()| frame)
 }
 
 #[cfg(test)]
@@ -218,7 +199,7 @@ mod tests {
     /// What an ARP reply or a gratuitous ARP looks like.
     fn arp_frame(operation: u8, sender: Ipv4Addr) -> Vec<u8> {
         let own = Own { mac: OTHER, ..OWN };
-        let mut frame = own.arp_request(sender, sender);
+        let mut frame = own.arp_request(sender, sender).unwrap();
         frame[21] = operation;
         frame
     }
@@ -228,7 +209,7 @@ mod tests {
         let IpAddr::V6(target) = ip(target) else {
             panic!("{target}")
         };
-        let mut frame = own.solicitation(target, target);
+        let mut frame = own.solicitation(target, target).unwrap();
         frame[ETHERNET_HEADER + IPV6_HEADER] = NEIGHBOUR_ADVERTISEMENT;
         frame[ETHERNET_HEADER + 7] = hop_limit;
         frame[ETHERNET_HEADER + IPV6_HEADER + 24] = TARGET_LINK_ADDRESS;
@@ -278,14 +259,44 @@ mod tests {
         assert_eq!(silent.question(ip("192.0.2.200")), None);
     }
 
+    fn hex(frame: &[u8]) -> String {
+        frame.iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+
     #[test]
-    fn the_checksum_of_a_question_adds_up() {
+    fn a_solicitation_goes_to_the_multicast_address_of_its_target() {
         let question = OWN.question(ip("2001:db8:1::c8")).unwrap();
-        let packet = &question[ETHERNET_HEADER..];
-        let source = packet[8..24].first_chunk::<16>().unwrap();
-        let destination = packet[24..40].first_chunk::<16>().unwrap();
-        assert_eq!(checksum(source, destination, ICMPV6, &packet[40..]), 0);
-        assert_eq!(&question[..6], [0x33, 0x33, 0xff, 0, 0, 0xc8]);
+        assert_eq!(
+            hex(&question),
+            "3333ff0000c802000000001186dd60000000\
+             00203aff20010db8000100000000000000000011ff0200000000000000000001ff0000c8\
+             87001a790000000020010db80001000000000000000000c80101020000000011"
+        );
+    }
+
+    #[test]
+    fn a_syn_has_the_bytes_of_its_addresses_and_right_checksums() {
+        let macs = [Mac([2, 0, 0, 0, 0, 1]), Mac([2, 0, 0, 0, 0, 2])];
+        for (server, pod, frame) in [
+            (
+                "198.51.100.10:8080",
+                "10.244.1.11:40000",
+                "020000000002020000000001080045000028000040004006\
+                 0494c633640a0af4010b1f909c40000000000000000050020000bdd50000",
+            ),
+            (
+                "[2001:db8:2::10]:8080",
+                "[fd00:10:244:1::b]:40000",
+                "02000000000202000000000186dd6000000000140640\
+                 20010db8000200000000000000000010fd00001002440001000000000000000b\
+                 1f909c40000000000000000050020000c6e60000",
+            ),
+        ] {
+            let (server, pod) = (server.parse().unwrap(), pod.parse().unwrap());
+            assert_eq!(hex(&syn(macs, server, pod).unwrap()), frame);
+        }
+        let mixed = ("192.0.2.1:1".parse().unwrap(), "[::1]:1".parse().unwrap());
+        assert_eq!(syn(macs, mixed.0, mixed.1), None);
     }
 
     proptest! {

@@ -127,6 +127,17 @@ fn an_object_that_is_newer_than_the_last_claim_on_the_lan_wins_and_the_lan_is_as
 }
 
 #[test]
+fn an_object_is_as_old_as_its_first_word_for_the_node() {
+    let mut case = case();
+    case.status("s", 1, 5);
+    case.at(0);
+    case.hear(2, 10);
+    // Written again, and seen again, it says nothing new.
+    case.status("s", 1, 6);
+    assert_eq!(case.at(12), (Some(node(2)), true));
+}
+
+#[test]
 fn without_an_object_the_lan_serves_for_as_long_as_it_answers() {
     let mut case = case();
     case.status("s", 1, 5);
@@ -295,6 +306,21 @@ fn the_gateway_before_serves_while_the_announcer_is_not_programmed() {
     // The node that asks programs itself.
     case.status("s", 9, 8);
     assert_eq!(case.at(90).0, Some(node(9)));
+}
+
+#[test]
+fn a_gateway_that_was_rebooted_itself_is_not_held() {
+    let boot = |id: &str| Some(BootId(id.to_owned()));
+    let mut case = case();
+    case.status("s", 1, 5);
+    case.at(0);
+    for rebooted in [1, 2] {
+        case.nodes.entry(node(rebooted)).or_default().boot = boot("second");
+    }
+    case.status("s", 2, 6);
+    let resolved = case.resolve(10);
+    assert_eq!(resolved.announcers.get(&vip()), Some(&node(2)));
+    assert!(resolved.still_programmed.is_empty());
 }
 
 #[test]

@@ -1,66 +1,51 @@
-//! Notices when others may have changed what is ours.
+//! Notices drift: that others may have changed what is ours.
 //!
-//! The kernel tells of every change of links, addresses, routes, rules and nftables objects, which include
-//! iptables rules in nf_tables mode. What it tells of ourselves, and of what is none of our business, is passed
-//! over. Legacy iptables and ipset tell nothing: their damage is found when the state is read back.
+//! The kernel notifies of every change of links, addresses, routes, rules and nftables objects, which include
+//! iptables rules in nf_tables mode. Notifications of our own changes, and of what is none of our business, are ignored.
+//! Legacy iptables and ipset notify of nothing: damage there is found when the state is read back.
 
-use std::collections::BTreeSet;
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use futures::FutureExt;
 use netlink_sys::protocols::{NETLINK_NETFILTER, NETLINK_ROUTE};
 use netlink_sys::{AsyncSocket, AsyncSocketExt, SocketAddr, TokioSocket};
+use nix::libc;
 use tokio::time::Instant;
 
+use crate::kernel::backend::Watched;
+use crate::kernel::interfaces::WatchedInterfaces;
 use crate::kernel::netfilter::{Message, NetlinkError, attributes, messages};
-use crate::kernel::nftables::TABLE;
-use crate::kernel::routes::{PROTOCOL_NUMBER, Ranges};
+use crate::kernel::ours::{PROTOCOL_NUMBER, Ranges};
+use crate::state::TableId;
 
-/// `RTNLGRP_…` of rtnetlink.h: links, IPv4 addresses, routes and rules, and the same of IPv6.
-const ROUTE_GROUPS: [u32; 7] = [1, 5, 7, 8, 9, 11, 19];
-/// `NFNLGRP_NFTABLES` of nfnetlink.h.
-const NFTABLES_GROUP: u32 = 7;
-/// `RTM_…` of rtnetlink.h.
-const NEW_LINK: u16 = 16;
-const DEL_LINK: u16 = 17;
-const NEW_ADDRESS: u16 = 20;
-const DEL_ADDRESS: u16 = 21;
-const NEW_ROUTE: u16 = 24;
-const DEL_ROUTE: u16 = 25;
-const NEW_RULE: u16 = 32;
-const DEL_RULE: u16 = 33;
-/// `RTA_TABLE` of rtnetlink.h.
-const ROUTE_TABLE: u16 = 15;
-/// `NFT_MSG_…RULE` of nf_tables.h, of the nftables subsystem (10).
-const NFT_RULES: std::ops::RangeInclusive<u16> = 0x0a06..=0x0a08;
-const NFT_TABLES: std::ops::RangeInclusive<u16> = 0x0a00..=0x0a02;
-const NFT_CHAINS: std::ops::RangeInclusive<u16> = 0x0a03..=0x0a05;
-/// One program's changes come together: wait for the rest of them.
+/// Links, addresses, routes and rules, of both families.
+const ROUTE_GROUPS: [u32; 7] = [
+    libc::RTNLGRP_LINK,
+    libc::RTNLGRP_IPV4_IFADDR,
+    libc::RTNLGRP_IPV4_ROUTE,
+    libc::RTNLGRP_IPV4_RULE,
+    libc::RTNLGRP_IPV6_IFADDR,
+    libc::RTNLGRP_IPV6_ROUTE,
+    libc::RTNLGRP_IPV6_RULE,
+];
+const NFTABLES_GROUP: u32 = libc::NFNLGRP_NFTABLES.cast_unsigned();
+/// Attributes of nf_tables.h: the first one of every object names its table, then each kind has its own.
+const TABLE_OF_OBJECT: u16 = 1;
+const CHAIN_OF_RULE: u16 = 2;
+const NAME_OF_CHAIN: u16 = 3;
+/// A program makes several changes at once: wait for the rest of them.
 const SETTLE: Duration = Duration::from_millis(20);
-/// Who changes things all the time does not make us read all the time.
+/// Between two reports, so that a program that changes things all the time does not make us read all the time.
 const SHORTEST_INTERVAL: Duration = Duration::from_millis(500);
 
-/// Interfaces whose state matters, by index: shared with what reads the interfaces.
-pub(crate) type Devices = Arc<Mutex<BTreeSet<u32>>>;
-
-/// Which of the firewall's objects are ours.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Watched {
-    /// The nftables backend's table.
-    OwnTable,
-    /// The iptables backend's chains.
-    IptablesChains,
-}
-
-/// Hears what the kernel tells.
+/// Listens for the kernel's notifications.
 pub(crate) struct DriftListener {
     routes: TokioSocket,
     netfilter: TokioSocket,
     filter: Filter,
-    /// Something was heard and not yet told: since when.
+    /// Since when something is heard that is not reported yet.
     heard: Option<Instant>,
-    told: Option<Instant>,
+    reported: Option<Instant>,
 }
 
 impl std::fmt::Debug for DriftListener {
@@ -71,14 +56,14 @@ impl std::fmt::Debug for DriftListener {
     }
 }
 
-/// What matters of what is heard.
+/// Which notifications matter.
 #[derive(Debug)]
 struct Filter {
     /// The sockets of our own changes.
     own_ports: Vec<u32>,
     ranges: Ranges,
     watched: Watched,
-    devices: Devices,
+    interfaces: WatchedInterfaces,
 }
 
 fn listen(protocol: isize, groups: &[u32]) -> Result<TokioSocket, NetlinkError> {
@@ -96,7 +81,7 @@ impl DriftListener {
         own_ports: Vec<u32>,
         ranges: Ranges,
         watched: Watched,
-        devices: Devices,
+        interfaces: WatchedInterfaces,
     ) -> Result<DriftListener, NetlinkError> {
         Ok(DriftListener {
             routes: listen(NETLINK_ROUTE, &ROUTE_GROUPS)?,
@@ -105,15 +90,14 @@ impl DriftListener {
                 own_ports,
                 ranges,
                 watched,
-                devices,
+                interfaces,
             },
             heard: None,
-            told: None,
+            reported: None,
         })
     }
 
-    /// Waits until others may have changed what is ours. Nothing is lost when the wait is given up and taken up
-    /// again.
+    /// Waits until others may have changed what is ours. Cancel-safe.
     pub(crate) async fn next(&mut self) {
         let heard = loop {
             if let Some(heard) = self.heard {
@@ -123,21 +107,21 @@ impl DriftListener {
                 self.heard = Some(Instant::now());
             }
         };
-        let earliest = self.told.map_or(heard, |told| told + SHORTEST_INTERVAL);
+        let earliest = self.reported.map_or(heard, |last| last + SHORTEST_INTERVAL);
         tokio::time::sleep_until(earliest.max(heard + SETTLE)).await;
-        // What was told until now is answered together.
+        // What was heard until now is one report.
         while self.hear().now_or_never().is_some() {}
         self.heard = None;
-        self.told = Some(Instant::now());
+        self.reported = Some(Instant::now());
     }
 
-    /// Takes what is told next; returns whether it matters.
+    /// Takes the next notification; returns whether it matters.
     async fn hear(&mut self) -> bool {
         let (heard, of_routes) = tokio::select! {
             heard = self.routes.recv_from_full() => (heard, true),
             heard = self.netfilter.recv_from_full() => (heard, false),
         };
-        // More was told than fits, or nonsense: it may have been about us.
+        // The receive buffer overflowed, or what came is nonsense: it may have been about us.
         let Ok((bytes, _)) = heard else { return true };
         let Ok(messages) = messages(&bytes) else {
             return true;
@@ -158,22 +142,22 @@ impl DriftListener {
 impl Filter {
     fn is_of_routes(&self, message: Message<'_>) -> bool {
         match message.kind {
-            NEW_LINK | DEL_LINK => {
-                let devices = self.devices.lock().unwrap_or_else(PoisonError::into_inner);
-                message
-                    .number_at(4)
-                    .is_some_and(|index| devices.contains(&index))
-            }
+            libc::RTM_NEWLINK | libc::RTM_DELLINK => message
+                .number_at(4)
+                .is_some_and(|index| self.interfaces.contains(index)),
             // Every pod's interface has a link-local address.
-            NEW_ADDRESS | DEL_ADDRESS => !message.tail(8).any(|(_, value)| is_link_local(value)),
-            NEW_ROUTE | DEL_ROUTE => {
-                let table = message.tail(12).find(|(kind, _)| *kind == ROUTE_TABLE);
-                let table = table.and_then(|(_, value)| <[u8; 4]>::try_from(value).ok());
-                let in_range =
-                    table.is_some_and(|t| u32::from_ne_bytes(t) > self.ranges.table_offset);
-                in_range || message.byte_at(5) == Some(PROTOCOL_NUMBER)
+            libc::RTM_NEWADDR | libc::RTM_DELADDR => {
+                !message.tail(8).any(|(_, value)| is_link_local(value))
             }
-            NEW_RULE | DEL_RULE => true,
+            libc::RTM_NEWROUTE | libc::RTM_DELROUTE => {
+                let mut attributes = message.tail(12);
+                let table = attributes.find(|(kind, _)| *kind == libc::RTA_TABLE);
+                let table = table.and_then(|(_, value)| <[u8; 4]>::try_from(value).ok());
+                let table = table.map(|table| TableId(u32::from_ne_bytes(table)));
+                table.is_some_and(|table| self.ranges.has_table(table))
+                    || message.byte_at(5) == Some(PROTOCOL_NUMBER)
+            }
+            libc::RTM_NEWRULE | libc::RTM_DELRULE => true,
             _ => false,
         }
     }
@@ -184,20 +168,21 @@ impl Filter {
             let end = value.iter().position(|byte| *byte == 0)?;
             std::str::from_utf8(value.get(..end)?).ok()
         };
-        // The table is the first attribute of every object.
-        let table = text(1);
-        match self.watched {
-            Watched::OwnTable => table == Some(TABLE),
-            Watched::IptablesChains => {
-                let is_ours = |chain: &str| {
-                    chain.starts_with("METALEG-")
-                        || ["PREROUTING", "FORWARD", "POSTROUTING"].contains(&chain)
-                };
-                table.is_some_and(|table| ["mangle", "filter", "nat"].contains(&table))
-                    && (NFT_TABLES.contains(&message.kind)
-                        || NFT_RULES.contains(&message.kind) && text(2).is_some_and(is_ours)
-                        || NFT_CHAINS.contains(&message.kind) && text(3).is_some_and(is_ours))
+        let Watched { tables, chains } = self.watched;
+        if !text(TABLE_OF_OBJECT).is_some_and(|table| tables.contains(&table)) {
+            return false;
+        }
+        let Some(is_ours) = chains else { return true };
+        // The upper byte is the subsystem, the lower one the message.
+        match i32::from(message.kind) - (libc::NFNL_SUBSYS_NFTABLES << 8) {
+            libc::NFT_MSG_NEWTABLE..=libc::NFT_MSG_DELTABLE => true,
+            libc::NFT_MSG_NEWCHAIN..=libc::NFT_MSG_DELCHAIN => {
+                text(NAME_OF_CHAIN).is_some_and(is_ours)
             }
+            libc::NFT_MSG_NEWRULE..=libc::NFT_MSG_DELRULE => {
+                text(CHAIN_OF_RULE).is_some_and(is_ours)
+            }
+            _ => false,
         }
     }
 }

@@ -1,5 +1,7 @@
 //! What can go wrong with a kernel, and with one step.
 
+use std::sync::Arc;
+
 use crate::kernel::conntrack::ConntrackError;
 use crate::kernel::netfilter::NetlinkError;
 use crate::kernel::routes::RouteError;
@@ -25,6 +27,16 @@ impl StepError {
             source: source.into(),
         }
     }
+
+    /// The failures of steps that failed together: nothing says which of them is the reason.
+    pub(crate) fn of_batch<'a, S: Clone + Into<Step> + 'a>(
+        steps: impl IntoIterator<Item = &'a S>,
+        source: impl Into<Error>,
+    ) -> impl Iterator<Item = StepError> {
+        let source = Arc::new(source.into());
+        let steps = steps.into_iter();
+        steps.map(move |step| StepError::new(step, Error::Batch(source.clone())))
+    }
 }
 
 /// What can go wrong with the kernel.
@@ -33,21 +45,21 @@ pub enum Error {
     /// A tool failed.
     #[error(transparent)]
     Tool(#[from] ToolError),
-    /// A tool failed on a whole batch, and did not say which line was the reason.
-    #[error("{0}")]
-    Batch(String),
+    /// Several steps failed together.
+    #[error(transparent)]
+    Batch(Arc<Error>),
     /// Rules or routes.
     #[error(transparent)]
     Route(#[from] RouteError),
     /// nftables.
-    #[error("nftables: {0}")]
+    #[error("nftables")]
     Netlink(#[from] NetlinkError),
     /// Connection tracking.
     #[error(transparent)]
     Conntrack(#[from] ConntrackError),
     /// What the step relies on failed.
     #[error("not tried, because what it relies on failed: {0}")]
-    NotTried(String),
+    NotTried(Box<Step>),
     /// A failure that a test asked for.
     #[cfg(test)]
     #[error("injected failure")]
@@ -67,7 +79,7 @@ pub(crate) fn executable<'a, S: Clone + Into<Step>>(
         let whole: Step = (*step).clone().into();
         match failed.iter().find(|failure| whole.needs(&failure.step)) {
             Some(failure) => {
-                let source = Error::NotTried(failure.step.to_string());
+                let source = Error::NotTried(Box::new(failure.step.clone()));
                 failed.push(StepError::new(*step, source));
             }
             None => rest.push(*step),

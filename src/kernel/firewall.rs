@@ -1,56 +1,84 @@
-//! The firewall backends, and what each must be able to do.
+//! The firewall backends that there are, and the one in use: the only place that tells them apart.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
+use crate::kernel::backend::{Backend, Profile};
 use crate::kernel::conntrack::LateReply;
 use crate::kernel::error::{Error, StepError};
 use crate::kernel::iptables::Iptables;
 use crate::kernel::nftables::Nftables;
+use crate::kernel::ours::Ranges;
 use crate::state::{Family, FirewallState, FirewallStep};
-
-/// How long replies to forgotten connections are still dropped. Old gateway and server normally learn of the change
-/// within seconds.
-pub(crate) const LATE_REPLY_SECONDS: u32 = 60;
-
-/// A backend that marks, translates, guards and rejects packets.
-pub(crate) trait Firewall {
-    /// Reads everything of ours, by family.
-    async fn observe(&mut self) -> Result<BTreeMap<Family, FirewallState>, Error>;
-
-    /// Executes steps in order, and adds those that fail to `failed`.
-    async fn apply(&mut self, steps: &[&FirewallStep], failed: &mut Vec<StepError>);
-
-    /// Keeps late replies of connections that are about to be forgotten from beginning connections of their own: the
-    /// pod's next packet would be taken for an answer to one that came from outside, and leave with the pod's address.
-    async fn expect_late_replies(&mut self, replies: &[LateReply]) -> Result<(), Error>;
-}
 
 /// The backend in use.
 #[derive(Debug)]
-pub(crate) enum Backend {
+pub(crate) enum Firewall {
     Nftables(Nftables),
     Iptables(Iptables),
 }
 
-impl Firewall for Backend {
+impl Firewall {
+    /// nftables, or an error that says what the node cannot do.
+    pub(crate) async fn nftables(ranges: Ranges, families: &[Family]) -> Result<Firewall, Error> {
+        Nftables::check(ranges, families).await?;
+        let nftables = Nftables::open(ranges, families.to_vec())?;
+        Ok(Firewall::Nftables(nftables))
+    }
+
+    /// iptables, in whichever mode the node's other programs use.
+    pub(crate) async fn iptables(ranges: Ranges, families: &[Family]) -> Result<Firewall, Error> {
+        let iptables = Iptables::open(ranges.mask, families.to_vec()).await?;
+        Ok(Firewall::Iptables(iptables))
+    }
+
+    /// nftables where the node can do what is needed, else iptables, with the reason why it is not nftables.
+    pub(crate) async fn auto(
+        ranges: Ranges,
+        families: &[Family],
+    ) -> Result<(Firewall, Option<Error>), Error> {
+        match Nftables::check(ranges, families).await {
+            Ok(()) => {
+                let nftables = Nftables::open(ranges, families.to_vec())?;
+                Ok((Firewall::Nftables(nftables), None))
+            }
+            Err(refusal) => Ok((Firewall::iptables(ranges, families).await?, Some(refusal))),
+        }
+    }
+}
+
+impl Backend for Firewall {
+    fn profile(&self) -> Profile {
+        match self {
+            Firewall::Nftables(nftables) => nftables.profile(),
+            Firewall::Iptables(iptables) => iptables.profile(),
+        }
+    }
+
     async fn observe(&mut self) -> Result<BTreeMap<Family, FirewallState>, Error> {
         match self {
-            Backend::Nftables(nftables) => nftables.observe().await,
-            Backend::Iptables(iptables) => iptables.observe().await,
+            Firewall::Nftables(nftables) => nftables.observe().await,
+            Firewall::Iptables(iptables) => iptables.observe().await,
         }
     }
 
     async fn apply(&mut self, steps: &[&FirewallStep], failed: &mut Vec<StepError>) {
         match self {
-            Backend::Nftables(nftables) => nftables.apply(steps, failed).await,
-            Backend::Iptables(iptables) => iptables.apply(steps, failed).await,
+            Firewall::Nftables(nftables) => nftables.apply(steps, failed).await,
+            Firewall::Iptables(iptables) => iptables.apply(steps, failed).await,
         }
     }
 
     async fn expect_late_replies(&mut self, replies: &[LateReply]) -> Result<(), Error> {
         match self {
-            Backend::Nftables(nftables) => nftables.expect_late_replies(replies).await,
-            Backend::Iptables(iptables) => iptables.expect_late_replies(replies).await,
+            Firewall::Nftables(nftables) => nftables.expect_late_replies(replies).await,
+            Firewall::Iptables(iptables) => iptables.expect_late_replies(replies).await,
+        }
+    }
+
+    async fn foreign_nat(&self) -> Result<BTreeSet<String>, Error> {
+        match self {
+            Firewall::Nftables(nftables) => nftables.foreign_nat().await,
+            Firewall::Iptables(iptables) => iptables.foreign_nat().await,
         }
     }
 }

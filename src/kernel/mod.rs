@@ -2,12 +2,15 @@
 //!
 //! Knows nothing of Kubernetes and decides nothing: which steps, and in which order, is `diff`'s matter.
 
+mod backend;
 mod challenge;
+mod connections;
 mod conntrack;
 mod drift;
 mod error;
 mod firewall;
 mod foreign_nat;
+mod interfaces;
 mod iptables;
 #[cfg(feature = "kill-points")]
 mod kill_point;
@@ -18,6 +21,8 @@ mod ours;
 mod remnants;
 mod routes;
 mod tag;
+#[cfg(test)]
+mod tests;
 mod tool;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -27,15 +32,15 @@ use ipnet::IpNet;
 use tracing::debug;
 
 use crate::error::chain;
+use crate::kernel::backend::Backend;
+pub use crate::kernel::challenge::Challenges;
 use crate::kernel::challenge::Unheard;
-use crate::kernel::conntrack::Selection;
-use crate::kernel::drift::{DriftListener, Watched};
+use crate::kernel::drift::DriftListener;
 use crate::kernel::error::executable;
 pub use crate::kernel::error::{Error, StepError};
-use crate::kernel::firewall::{Backend, Firewall};
-use crate::kernel::iptables::Iptables;
-use crate::kernel::nftables::Nftables;
-use crate::kernel::routes::{Ranges, Routes};
+use crate::kernel::firewall::Firewall;
+use crate::kernel::ours::Ranges;
+use crate::kernel::routes::Routes;
 use crate::names::Interface;
 use crate::settings::{FirewallBackend, Settings};
 use crate::state::{
@@ -50,7 +55,7 @@ pub struct Observed {
     pub state: KernelState,
     /// Tables of our range that others use: not to be used by us.
     pub occupied: BTreeSet<(Family, TableId)>,
-    /// What of others gets in the way of ours, as sentences for the operator.
+    /// What of others comes before ours or among it, as sentences for the operator.
     pub collisions: BTreeSet<String>,
 }
 
@@ -87,17 +92,18 @@ fn is_one_by_one() -> bool {
 /// The kernel of the node that this process runs on.
 #[derive(Debug)]
 pub struct NodeKernel {
-    firewall: Backend,
+    firewall: Firewall,
     routes: Routes,
     drift: DriftListener,
     families: Vec<Family>,
-    mask: u32,
+    ranges: Ranges,
     /// Which backend, and why.
     choice: String,
     /// What was left by others than the present backend; looked for until there is nothing any more.
     remnants: Option<BTreeSet<Remnant>>,
     /// Destinations that are not egress, as far as confirmed: connections to them are never forgotten.
     excluded: BTreeSet<IpNet>,
+    challenges: Challenges,
 }
 
 impl NodeKernel {
@@ -106,66 +112,67 @@ impl NodeKernel {
     /// # Errors
     /// When a tool is missing, or the kernel cannot be asked, or cannot do what the wanted backend needs.
     pub async fn open(settings: &Settings) -> Result<NodeKernel, Error> {
-        let (mask, wanted) = (settings.mask, settings.firewall);
+        let mut families = vec![Family::V4];
         // Absent in a kernel without IPv6.
         let has_ipv6 = tokio::fs::try_exists("/proc/thread-self/net/if_inet6").await;
-        let mut families = vec![Family::V4];
         if has_ipv6.unwrap_or(false) {
             families.push(Family::V6);
         }
         let ranges = Ranges {
-            mask: mask.bits(),
+            mask: settings.mask.bits(),
+            slots: settings.mask.slots(),
             table_offset: settings.table_offset,
             priority: settings.rule_priority,
         };
         let routes = Routes::open(families.clone(), ranges)?;
-        let nftables = match wanted {
-            FirewallBackend::Iptables => None,
-            FirewallBackend::Nftables | FirewallBackend::Auto => {
-                Some(Nftables::check(mask, &families).await)
-            }
+        let (firewall, refusal) = match settings.firewall {
+            FirewallBackend::Auto => Firewall::auto(ranges, &families).await?,
+            FirewallBackend::Nftables => (Firewall::nftables(ranges, &families).await?, None),
+            FirewallBackend::Iptables => (Firewall::iptables(ranges, &families).await?, None),
         };
-        let (firewall, choice) = match (wanted, nftables) {
-            (FirewallBackend::Nftables, Some(Err(error))) => return Err(error),
-            (_, Some(Ok(()))) => {
-                let nftables = Nftables::open(mask, families.clone())?;
-                (Backend::Nftables(nftables), "nftables".to_owned())
-            }
-            (_, refusal) => {
-                let iptables = Iptables::open(mask.bits(), families.clone()).await?;
-                let mut choice = iptables.describe();
-                if let Some(Err(error)) = refusal {
-                    choice = format!(
-                        "{choice}, because nftables cannot be used: {}",
-                        chain(&error)
-                    );
-                }
-                (Backend::Iptables(iptables), choice)
-            }
-        };
-        let mut own_ports = vec![routes.port()];
-        let watched = match &firewall {
-            Backend::Nftables(nftables) => {
-                own_ports.push(nftables.port());
-                Watched::OwnTable
-            }
-            Backend::Iptables(_) => Watched::IptablesChains,
-        };
-        let drift = DriftListener::open(own_ports, ranges, watched, routes.devices())?;
+        let profile = firewall.profile();
+        let mut choice = profile.name;
+        if let Some(error) = refusal {
+            choice += &format!(", because nftables cannot be used: {}", chain(&error));
+        }
+        let own_ports = [routes.port()].into_iter().chain(profile.port).collect();
+        let drift = DriftListener::open(own_ports, ranges, profile.watched, routes.watched())?;
         Ok(NodeKernel {
             firewall,
             routes,
             drift,
             families,
-            mask: mask.bits(),
+            ranges,
             choice,
             remnants: None,
             excluded: BTreeSet::new(),
+            challenges: Challenges::default(),
         })
     }
 
+    /// What was found, for the log.
+    #[must_use]
+    pub fn describe(&self) -> &str {
+        &self.choice
+    }
+
+    /// How often pods are challenged, for metrics.
+    #[must_use]
+    pub fn challenges(&self) -> Challenges {
+        self.challenges.clone()
+    }
+
     async fn remove(&self, remnant: Remnant) -> Result<(), Error> {
-        remnants::remove(remnant, &self.families, self.mask, &self.routes).await
+        remnants::remove(remnant, &self.families, self.ranges.mask, &self.routes).await
+    }
+
+    /// NAT of others that gets in the way of ours. A failure to see it stops nothing.
+    async fn foreign_nat(&self) -> BTreeSet<String> {
+        let found = foreign_nat::find(&self.firewall).await;
+        found.unwrap_or_else(|error| {
+            debug!("cannot look for NAT of others: {}", chain(&error));
+            BTreeSet::new()
+        })
     }
 
     /// Notes what a batch of firewall steps has changed of what is excluded.
@@ -184,52 +191,6 @@ impl NodeKernel {
             }
         }
     }
-
-    async fn forget(&mut self, selection: Selection, unheard: &mut Unheard) -> Result<(), Error> {
-        let selected = conntrack::select(selection, self.excluded.clone()).await?;
-        unheard.flows.extend(&selected.established);
-        if !selected.late_replies.is_empty() {
-            let replies = &selected.late_replies;
-            self.firewall.expect_late_replies(replies).await?;
-        }
-        Ok(conntrack::forget(selected).await?)
-    }
-
-    /// One look at the connections for all steps of a batch.
-    async fn connections(
-        &mut self,
-        steps: &[&ConnectionStep],
-        unheard: &mut Unheard,
-        failed: &mut Vec<StepError>,
-    ) {
-        let (mut selection, mut selecting) = (Selection::default(), Vec::new());
-        for step in executable(steps, failed) {
-            match step {
-                ConnectionStep::ElicitAck(pod) => drop(unheard.pods.insert(*pod)),
-                ConnectionStep::Forget(_)
-                | ConnectionStep::Resume { .. }
-                | ConnectionStep::ForgetWrongSource { .. }
-                | ConnectionStep::ForgetNewlyExcluded { .. } => {
-                    selection.add(step);
-                    selecting.push(step);
-                }
-            }
-        }
-        if !selecting.is_empty()
-            && let Err(error) = self.forget(selection, unheard).await
-        {
-            let text = chain(&error);
-            let failure =
-                |step: &&ConnectionStep| StepError::new(*step, Error::Batch(text.clone()));
-            failed.extend(selecting.iter().map(failure));
-        }
-    }
-
-    /// What was found, for the log.
-    #[must_use]
-    pub fn describe(&self) -> &str {
-        &self.choice
-    }
 }
 
 impl Kernel for NodeKernel {
@@ -247,19 +208,7 @@ impl Kernel for NodeKernel {
         };
         self.remnants = Some(remnants.clone());
         let mut collisions = routes.collisions;
-        // Only told, so that a failure to see them stops nothing.
-        let rivals = foreign_nat::find(&self.firewall, &self.families).await;
-        for rival in rivals.unwrap_or_else(|error| {
-            debug!("cannot look for NAT of others: {}", chain(&error));
-            BTreeSet::new()
-        }) {
-            collisions.insert(match self.firewall {
-                Backend::Nftables(_) => format!("{rival} may translate packets before we do"),
-                Backend::Iptables(_) => format!(
-                    "{rival} may translate packets before we do: FIREWALL_BACKEND=nftables would be ahead of it"
-                ),
-            });
-        }
+        collisions.extend(self.foreign_nat().await);
         let state = KernelState {
             families,
             remnants,
@@ -274,7 +223,7 @@ impl Kernel for NodeKernel {
     }
 
     async fn links(&mut self) -> Result<Vec<Interface>, Error> {
-        Ok(self.routes.links().await?)
+        Ok(self.routes.interfaces().await?)
     }
 
     async fn drifted(&mut self) {
@@ -288,19 +237,22 @@ impl Kernel for NodeKernel {
             #[cfg(feature = "kill-points")]
             kill_point::before_step();
             let batch = Batch::of(batch);
-            if !batch.routes.is_empty() {
-                self.routes.apply(&batch.routes, &mut failed).await;
+            for step in batch.routes {
+                if let Err(error) = self.routes.execute(step).await {
+                    failed.push(StepError::new(step, error));
+                }
             }
             if !batch.firewall.is_empty() {
                 self.firewall.apply(&batch.firewall, &mut failed).await;
                 self.confirm(&batch.firewall, &failed);
             }
             if !batch.connections.is_empty() {
-                let steps = &batch.connections;
-                self.connections(steps, &mut unheard, &mut failed).await;
+                let (steps, excluded) = (&batch.connections, &self.excluded);
+                let firewall = &mut self.firewall;
+                connections::apply(steps, firewall, excluded, &mut unheard, &mut failed).await;
             }
             for remnant in batch.remnants {
-                // Until ours does all of the work, it is done by what is left.
+                // What is left does the work until ours does all of it: it stays when anything has failed.
                 let step = Step::RemoveRemnant(remnant);
                 for _ in executable(&[&step], &mut failed) {
                     if let Err(source) = self.remove(remnant).await {
@@ -309,12 +261,12 @@ impl Kernel for NodeKernel {
                 }
             }
         }
-        challenge::elicit(unheard, self.excluded.clone());
+        challenge::elicit(unheard, self.excluded.clone(), self.challenges());
         failed
     }
 }
 
-/// Steps by who executes them; of one kind, as a rule.
+/// Steps of one executor.
 #[derive(Default)]
 struct Batch<'a> {
     routes: Vec<&'a RouteStep>,

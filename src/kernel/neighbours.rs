@@ -1,4 +1,4 @@
-//! The kernel's neighbour table: which link-layer address has which IP address.
+//! The kernel's neighbour table: which link-layer address an IP address has, and where.
 
 use std::net::IpAddr;
 

@@ -3,15 +3,16 @@
 //! Blocking, because the kernel answers before `send` returns; what may take long runs in a thread of its own.
 
 use netlink_packet_core::{
-    ErrorBuffer, ErrorMessage, NLA_TYPE_MASK, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST,
-    NLMSG_DONE, NLMSG_ERROR, NetlinkBuffer, NetlinkHeader, NetlinkMessage, NetlinkPayload,
-    Parseable, ParseableParametrized,
+    DecodeError, ErrorBuffer, ErrorMessage, NLA_TYPE_MASK, NLM_F_DUMP, NLM_F_DUMP_INTR,
+    NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR, NetlinkBuffer, NetlinkHeader, NetlinkMessage,
+    NetlinkPayload, Parseable, ParseableParametrized,
 };
 use netlink_packet_netfilter::{
     NetfilterHeader, NetfilterMessage, NetfilterMessageInner, NetfilterProtoFamily,
 };
 use netlink_sys::protocols::NETLINK_NETFILTER;
 use netlink_sys::{Socket, SocketAddr};
+use nix::libc::{EAGAIN, EINTR, MSG_DONTWAIT};
 use nix::sys::socket::{setsockopt, sockopt};
 
 /// A dump message of the kernel is at most 32 KiB.
@@ -20,22 +21,18 @@ const RECEIVE_BYTES: usize = 64 * 1024;
 const SEND_BYTES: usize = 8 * 1024 * 1024;
 /// Room for the answers to some hundred requests, of about 1 KiB each in the kernel's memory.
 const ANSWER_BYTES: usize = 1024 * 1024;
-/// How often a dump that a change of others interrupted is tried again.
+/// How often a dump is tried when changes of others interrupt it.
 const DUMP_TRIES: u32 = 20;
-const EINTR: i32 = 4;
-const EAGAIN: i32 = 11;
-/// `MSG_DONTWAIT` of socket.h.
-const DONT_WAIT: i32 = 0x40;
 
 /// What can go wrong when speaking to netfilter.
 #[derive(Debug, thiserror::Error)]
 pub enum NetlinkError {
     /// No socket, or the kernel refused.
-    #[error("netfilter refused: {0}")]
+    #[error("netfilter refused")]
     Refused(#[from] std::io::Error),
-    /// An answer that is none.
-    #[error("netfilter answered nonsense: {0}")]
-    Decode(String),
+    /// An answer that cannot be decoded.
+    #[error("netfilter answered nonsense")]
+    Decode(#[from] DecodeError),
     /// Other programs change netfilter faster than it can be read.
     #[error("netfilter changed {DUMP_TRIES} times while it was read")]
     Unsteady,
@@ -48,8 +45,8 @@ impl NetlinkError {
     }
 }
 
-/// A message of netfilter: not decoded, because decoding every expression of every rule costs seconds where
-/// thousands of elements are read, and fails on what a newer kernel says.
+/// A message of netfilter, decoded only as far as needed: to decode every expression of every rule takes seconds where
+/// thousands of elements are read, and fails on attributes of a newer kernel.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Message<'a> {
     /// The message after the netlink header.
@@ -57,7 +54,7 @@ pub(crate) struct Message<'a> {
     /// Subsystem and type.
     pub(crate) kind: u16,
     flags: u16,
-    /// The socket whose request it tells of.
+    /// The port of the socket whose request caused it.
     pub(crate) port: u32,
 }
 
@@ -75,9 +72,7 @@ impl<'a> Message<'a> {
 
     /// The whole message in the crate's words.
     pub(crate) fn decode(&self) -> Result<NetfilterMessageInner, NetlinkError> {
-        NetfilterMessage::parse_with_param(self.payload, self.kind)
-            .map(|message| message.inner)
-            .map_err(|error| NetlinkError::Decode(error.to_string()))
+        Ok(NetfilterMessage::parse_with_param(self.payload, self.kind)?.inner)
     }
 
     /// What an answer to a request says: done, or why not. `None` for other messages.
@@ -90,7 +85,7 @@ impl<'a> Message<'a> {
         Some(match error {
             Ok(error) if error.code.is_none() => Ok(()),
             Ok(error) => Err(error.to_io()),
-            Err(error) => Err(std::io::Error::other(error.to_string())),
+            Err(error) => Err(std::io::Error::other(error)),
         })
     }
 }
@@ -114,8 +109,7 @@ pub(crate) fn messages(buffer: &[u8]) -> Result<Vec<Message<'_>>, NetlinkError> 
     let mut messages = Vec::new();
     let mut rest = buffer;
     while !rest.is_empty() {
-        let message = NetlinkBuffer::new_checked(rest)
-            .map_err(|error| NetlinkError::Decode(error.to_string()))?;
+        let message = NetlinkBuffer::new_checked(rest)?;
         messages.push(Message {
             payload: message.payload(),
             kind: message.message_type(),
@@ -132,7 +126,7 @@ pub(crate) fn messages(buffer: &[u8]) -> Result<Vec<Message<'_>>, NetlinkError> 
 /// A socket to netfilter in the network namespace of the thread that opened it.
 pub(crate) struct Netfilter {
     socket: Socket,
-    /// By which the kernel tells others who made a change.
+    /// Notifications of a change carry the port of the socket that asked for it.
     port: u32,
 }
 
@@ -155,7 +149,7 @@ impl Netfilter {
         Ok(Netfilter { socket, port })
     }
 
-    /// The number by which the kernel tells others who made a change.
+    /// The port that notifications of changes by this socket carry.
     pub(crate) fn port(&self) -> u32 {
         self.port
     }
@@ -175,13 +169,13 @@ impl Netfilter {
         take(messages(&buffer)?)
     }
 
-    /// Sends a transaction, and returns the first failure that the kernel reports; none: it is in force.
+    /// Sends a transaction. Returns the first failure that the kernel reports; without one it is in force.
     pub(crate) fn commit(&self, batch: &[u8]) -> Result<(), NetlinkError> {
         self.send(batch)?;
         let mut result = Ok(());
         loop {
             let mut buffer = Vec::with_capacity(RECEIVE_BYTES);
-            match self.socket.recv(&mut buffer, DONT_WAIT) {
+            match self.socket.recv(&mut buffer, MSG_DONTWAIT) {
                 Ok(_) => {}
                 // All answers are there when `send` returns.
                 Err(error) if error.raw_os_error() == Some(EAGAIN) => return result,
@@ -195,8 +189,8 @@ impl Netfilter {
         }
     }
 
-    /// Asks for everything that `question` describes, and hands each answer to `take`; once more from the
-    /// start, with a new `T`, when somebody changed netfilter in the meantime.
+    /// Dumps everything that `question` describes, and hands each answer to `take`; from the start, with a new `T`, when
+    /// somebody changed netfilter meanwhile.
     pub(crate) fn dump<T: Default>(
         &self,
         family: NetfilterProtoFamily,
@@ -229,7 +223,7 @@ enum Part {
 fn part<T>(
     messages: Vec<Message<'_>>,
     all: &mut T,
-    // The kernel says it once, in whichever part comes next.
+    // The kernel sets the flag once, in whichever part comes next.
     interrupted: &mut bool,
     take: &impl Fn(&mut T, Message<'_>) -> Result<(), NetlinkError>,
 ) -> Result<Part, NetlinkError> {

@@ -1,6 +1,61 @@
-//! What is ours in a kernel: names and numbers that both backends share.
+//! What is ours in a kernel: names and numbers that several files share.
 
-use crate::state::{Family, NetSet, PodSet};
+use crate::state::{Family, NetSet, PodSet, Rule, RuleAction, TableId};
+
+/// Protocol number of our rules and routes: in none of the lists of iproute2, FRR or BIRD. Shown by `ip rule`
+/// and `ip route` as `proto 77`.
+pub(crate) const PROTOCOL_NUMBER: u8 = 77;
+/// How many priorities of routing rules are ours.
+const PRIORITIES: u32 = 100;
+/// How long replies to forgotten connections are still dropped. Old gateway and server normally learn of the change
+/// within seconds.
+pub(crate) const LATE_REPLY_SECONDS: u32 = 60;
+
+/// The numbers that we use, and others should not.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Ranges {
+    /// Bits of the mark.
+    pub(crate) mask: u32,
+    /// How many marks there are.
+    pub(crate) slots: u32,
+    /// Tables are numbered from here + 1.
+    pub(crate) table_offset: u32,
+    /// First of our rules' priorities.
+    pub(crate) priority: u32,
+}
+
+impl Ranges {
+    /// Whether a table has a number of our range.
+    pub(crate) fn has_table(&self, table: TableId) -> bool {
+        table.0 > self.table_offset
+    }
+
+    /// Whether a rule of others takes packets away from ours: it stands among ours, or ahead of them and matches our
+    /// bits of the mark.
+    pub(crate) fn collides(&self, rule: &Rule) -> bool {
+        let ours = self.priority..self.priority.saturating_add(PRIORITIES);
+        let takes_our_mark = rule.mark.is_some_and(|m| m.mask & self.mask != 0)
+            && rule.priority < ours.end
+            && rule.action != RuleAction::Nop;
+        ours.contains(&rule.priority) || takes_our_mark
+    }
+
+    /// Whether a rule without a protocol number is one that releases before 0.3 made: the pairs of mark and table are
+    /// theirs.
+    pub(crate) fn is_earlier(&self, rule: &Rule) -> bool {
+        let (Some(mark), RuleAction::Lookup(table)) = (rule.mark, rule.action) else {
+            return false;
+        };
+        let slot = mark.value >> self.mask.trailing_zeros();
+        mark.mask == self.mask
+            && mark.value & !self.mask == 0
+            && table.0.checked_sub(self.table_offset) == slot.checked_sub(1)
+            && slot > 0
+            && rule.to.is_none()
+            && rule.from.is_none()
+            && !rule.not
+    }
+}
 
 /// A set that every firewall backend keeps, one for each family.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -49,5 +104,71 @@ pub(crate) fn digit(family: Family) -> u8 {
     match family {
         Family::V4 => 4,
         Family::V6 => 6,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::state::Mark;
+
+    const RANGES: Ranges = Ranges {
+        mask: 0x00f0_0000,
+        slots: 15,
+        table_offset: 100_000,
+        priority: 1000,
+    };
+
+    /// `pref PRIORITY fwmark VALUE/MASK lookup TABLE`.
+    fn rule(priority: u32, mark: (u32, u32), table: u32) -> Rule {
+        let (value, mask) = mark;
+        Rule {
+            priority,
+            action: RuleAction::Lookup(TableId(table)),
+            mark: Some(Mark { value, mask }),
+            not: false,
+            from: None,
+            to: None,
+        }
+    }
+
+    #[test]
+    fn rules_of_others_collide_among_ours_and_ahead_of_them_with_our_mark() {
+        let (ours, other) = ((0x0010_0000, 0x00ff_0000), (1, 1));
+        for (priority, mark, expected) in [
+            (999, ours, true),
+            (999, other, false),
+            (1000, other, true),
+            (1099, other, true),
+            (1100, ours, false),
+        ] {
+            let rule = rule(priority, mark, 254);
+            assert_eq!(RANGES.collides(&rule), expected, "{rule}");
+        }
+        let action = RuleAction::Nop;
+        let nop = Rule {
+            action,
+            ..rule(999, ours, 0)
+        };
+        assert!(!RANGES.collides(&nop));
+    }
+
+    #[test]
+    fn an_earlier_rule_pairs_a_mark_with_the_table_that_earlier_releases_gave_it() {
+        let first = rule(998, (0x0010_0000, RANGES.mask), 100_000);
+        assert!(RANGES.is_earlier(&first));
+        assert!(RANGES.is_earlier(&rule(998, (0x0020_0000, RANGES.mask), 100_001)));
+        for other in [
+            rule(998, (0x0010_0000, RANGES.mask), 100_001),
+            rule(998, (0, RANGES.mask), 100_000),
+            rule(998, (0x0010_0000, 0x00ff_0000), 100_000),
+            Rule { not: true, ..first },
+            Rule {
+                to: Some("10.0.0.0/8".parse().unwrap()),
+                ..first
+            },
+        ] {
+            assert!(!RANGES.is_earlier(&other), "{other}");
+        }
     }
 }

@@ -3,8 +3,8 @@
 
 use std::collections::BTreeSet;
 
+use crate::kernel::backend::Backend;
 use crate::kernel::error::Error;
-use crate::kernel::firewall::Backend;
 use crate::kernel::iptables::{Variant, remnants as iptables_remnants};
 use crate::kernel::nftables;
 use crate::kernel::routes::Routes;
@@ -12,31 +12,31 @@ use crate::state::{Family, Remnant};
 
 /// Looks for what does not belong to the backend in use.
 pub(crate) async fn find(
-    in_use: &Backend,
+    in_use: &impl Backend,
     families: &[Family],
     earlier_rules: bool,
 ) -> Result<BTreeSet<Remnant>, Error> {
     let mut remnants = BTreeSet::new();
     let mut earlier = earlier_rules;
-    let uses = |variant: Variant| matches!(in_use, Backend::Iptables(i) if i.variant() == variant);
+    let own = in_use.profile().remnants;
     for (variant, remnant) in [
         (Variant::Nft, Remnant::IptablesNft),
         (Variant::Legacy, Remnant::IptablesLegacy),
     ] {
-        let found = iptables_remnants::chain_traces(variant, families).await?;
+        let found = iptables_remnants::find_chains(variant, families).await?;
         earlier |= found.earlier;
-        if found.own && !uses(variant) {
+        if found.present && !own.contains(&remnant) {
             remnants.insert(remnant);
         }
     }
-    let sets = iptables_remnants::set_traces().await?;
-    if sets.own && matches!(in_use, Backend::Nftables(_)) {
+    let sets = iptables_remnants::find_sets().await?;
+    if sets.present && !own.contains(&Remnant::Ipsets) {
         remnants.insert(Remnant::Ipsets);
     }
     if earlier || sets.earlier {
         remnants.insert(Remnant::EarlierRelease);
     }
-    if matches!(in_use, Backend::Iptables(_)) && nftables::exists()? {
+    if !own.contains(&Remnant::Nftables) && nftables::exists()? {
         remnants.insert(Remnant::Nftables);
     }
     Ok(remnants)
@@ -51,13 +51,11 @@ pub(crate) async fn remove(
 ) -> Result<(), Error> {
     match remnant {
         Remnant::Nftables => nftables::remove()?,
-        Remnant::IptablesNft => {
-            iptables_remnants::remove_own_chains(Variant::Nft, families).await?
-        }
+        Remnant::IptablesNft => iptables_remnants::remove_chains(Variant::Nft, families).await?,
         Remnant::IptablesLegacy => {
-            iptables_remnants::remove_own_chains(Variant::Legacy, families).await?
+            iptables_remnants::remove_chains(Variant::Legacy, families).await?
         }
-        Remnant::Ipsets => iptables_remnants::remove_own_sets().await?,
+        Remnant::Ipsets => iptables_remnants::remove_sets().await?,
         Remnant::EarlierRelease => {
             // What marks goes first, what a marked packet needs last.
             for variant in [Variant::Nft, Variant::Legacy] {

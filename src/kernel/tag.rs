@@ -1,4 +1,4 @@
-//! Comments by which rules of ours are told when they are read back.
+//! Comments that identify our rules when they are read back.
 //!
 //! The kernel and its tools print a rule in other words than it was given, so that its text proves nothing. A
 //! comment stays as it is: it carries a hash of what was sent.

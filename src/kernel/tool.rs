@@ -9,7 +9,7 @@ use tokio::io::AsyncWriteExt;
 use tokio::process::Command;
 
 /// A batch of 10,000 elements takes less than a second; what takes this long waits for a lock that nobody
-/// gives back.
+/// releases.
 const DEADLINE: Duration = Duration::from_secs(30);
 
 /// Why a tool did not do what it was asked to.

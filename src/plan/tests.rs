@@ -723,8 +723,13 @@ proptest! {
                         | Blocked::GatewayWithoutAddress(gateway)
                         | Blocked::GatewayOffLink(gateway, _)
                     ) => {
-                        let (view, _) = &seen[0];
-                        view.nodes.get(gateway).is_some_and(is_usable) && !view.links.is_empty()
+                        let (view, settings) = &seen[0];
+                        let mut lan = view.links.iter().map(|link| &link.name);
+                        let is_reached = match &settings.lan_interface {
+                            Some(named) => lan.any(|name| name == named),
+                            None => lan.next().is_some(),
+                        };
+                        view.nodes.get(gateway).is_some_and(is_usable) && is_reached
                     }
                     Verdict::Blocked(_) | Verdict::Released(_) => true,
                 });

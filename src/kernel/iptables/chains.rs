@@ -1,14 +1,21 @@
-//! Chains and rules, what a packet experiences there, and the documents that put them in place.
+//! Chains and rules, and what a packet experiences there. Pure.
 
-use std::collections::BTreeSet;
 use std::net::IpAddr;
 
+use crate::kernel::iptables::save::Line;
 use crate::kernel::iptables::sets::{StaticSet, vip_set};
 use crate::kernel::ours::OwnSet;
 use crate::kernel::tag::{TAG, tag};
 use crate::state::{Family, NetSet, PodSet};
 
+/// The chain that has a rule for each VIP.
 pub(super) const NAT: &str = "METALEG-NAT";
+const BLOCK: &str = "METALEG-BLOCK";
+const MARK: &str = "METALEG-MARK";
+const GUARD: &str = "METALEG-GUARD";
+const LEAK: &str = "METALEG-LEAK";
+/// The chain in which releases before 0.3 set marks.
+pub(super) const EARLIER_MARK: &str = "METALEG-RT-MARK";
 
 /// A rule without its chain: the text after `-A CHAIN`, comment included.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -18,7 +25,7 @@ pub(super) struct Rule {
 }
 
 impl Rule {
-    pub(super) fn new(name: &str, text: &str) -> Rule {
+    fn new(name: &str, text: &str) -> Rule {
         let tag = tag(name, text);
         let text = format!("-m comment --comment \"{tag}\" {text}");
         Rule { tag, text }
@@ -37,7 +44,7 @@ impl Rule {
 pub(super) struct Chain {
     pub(super) table: &'static str,
     pub(super) name: &'static str,
-    /// The built-in chain with the jump.
+    /// The built-in chain that jumps to it.
     pub(super) base: &'static str,
     pub(super) jump: Rule,
     /// The jump must be the first rule of its chain: what another rule accepts or translates ahead of it would
@@ -46,175 +53,215 @@ pub(super) struct Chain {
     pub(super) rules: Vec<Rule>,
 }
 
+/// A chain of the table `mangle`.
+fn mangle(name: &'static str, base: &'static str, rules: Vec<Rule>) -> Chain {
+    Chain {
+        table: "mangle",
+        name,
+        base,
+        jump: jump(name, ""),
+        first: false,
+        rules,
+    }
+}
+
+/// Every chain of a family, in no order that matters.
 pub(super) fn chains(family: Family, mask: u32) -> Vec<Chain> {
-    let set = |set: OwnSet| StaticSet::Set(set).name(family);
-    let excluded = set(OwnSet::Nets(NetSet::Excluded));
-    let remote_pods = set(OwnSet::Nets(NetSet::RemotePods));
-    let local_pods = set(OwnSet::Nets(NetSet::LocalPods));
-    let egress = set(OwnSet::Pods(PodSet::Egress));
-    let blocked = set(OwnSet::Pods(PodSet::Blocked));
-    let ordinary = set(OwnSet::Pods(PodSet::Ordinary));
-    let (vips, late_replies) = (set(OwnSet::Vips), set(OwnSet::LateReplies));
-    let marks = StaticSet::Mark.name(family);
-    let (everything, prohibited) = match family {
-        Family::V4 => ("0.0.0.0/0", "icmp-admin-prohibited"),
-        Family::V6 => ("::/0", "icmp6-adm-prohibited"),
-    };
-    let to_excluded = Rule::new(
-        "excluded",
-        &format!("-m set --match-set {excluded} dst -j RETURN"),
-    );
-    // `! --ctdir ORIGINAL` would not do: an untracked packet has no direction, and must not slip through.
-    let reply = Rule::new("reply", "-m conntrack --ctdir REPLY -j RETURN");
-    let jump = |name: &str, gate: &str| Rule::new("jump", &format!("{gate}-j {name}"));
     vec![
-        Chain {
-            table: "nat",
-            name: NAT,
-            base: "POSTROUTING",
-            jump: jump(NAT, &format!("-m set --match-set {egress} src ")),
-            first: true,
-            // Then one rule for each VIP, see `translation`.
-            rules: vec![
-                to_excluded.clone(),
-                // On its way to the gateway a packet keeps its source. Translating it to itself takes the
-                // decision away from the masquerade of the CNI plugin.
-                Rule::new(
-                    "identity",
-                    &format!("-m mark ! --mark 0x0/{mask:#x} -j NETMAP --to {everything}"),
-                ),
-            ],
-        },
-        Chain {
-            table: "filter",
-            name: "METALEG-BLOCK",
-            base: "FORWARD",
-            jump: jump("METALEG-BLOCK", ""),
-            first: true,
-            rules: vec![
-                to_excluded.clone(),
-                reply.clone(),
-                // A connection that cannot go on ends at once instead of hanging.
-                Rule::new(
-                    "reset",
-                    &format!(
-                        "-p tcp -m set --match-set {blocked} src -j REJECT --reject-with tcp-reset"
-                    ),
-                ),
-                // Says why, unlike port-unreachable.
-                Rule::new(
-                    "reject",
-                    &format!(
-                        "-m set --match-set {blocked} src -j REJECT --reject-with {prohibited}"
-                    ),
-                ),
-            ],
-        },
-        Chain {
-            table: "mangle",
-            name: "METALEG-MARK",
-            base: "PREROUTING",
-            jump: jump("METALEG-MARK", ""),
-            first: false,
-            rules: vec![
-                // The answer to an inbound connection goes back the way that it came.
-                reply.clone(),
-                // Destinations are not looked at here, before DNAT: the routing rules do it, after DNAT.
-                Rule::new("mark", &format!("-j SET --map-set {marks} src --map-mark")),
-            ],
-        },
-        Chain {
-            table: "mangle",
-            name: "METALEG-GUARD",
-            base: "FORWARD",
-            jump: jump("METALEG-GUARD", ""),
-            first: false,
-            rules: vec![
-                // The pod's node has just forgotten their connection: as the beginning of one from outside they
-                // would make the pod's next packet an answer, which leaves as it is.
-                Rule::new(
-                    "late-reply",
-                    &format!(
-                        "-m conntrack --ctstate NEW -m set --match-set {late_replies} dst,dst,src -j DROP"
-                    ),
-                ),
-                // The gateway may know a connection that the pod's node has lost or has seen the end of: the same,
-                // for as long as the pod is an egress pod, where the protocol tells a beginning.
-                Rule::new(
-                    "midway",
-                    &format!(
-                        "-p tcp ! --syn -m conntrack --ctstate NEW -m set --match-set {egress} dst \
-                         -m set ! --match-set {excluded} src -j DROP"
-                    ),
-                ),
-                // A VIP moves before routes and objects do. A packet of an outside server that arrives here
-                // before the pod's own next packet would make a connection entry that clashes with the pod's; and
-                // an INVALID one would be routed, and answered with an error that the server believes.
-                Rule::new(
-                    "to-vip",
-                    &format!(
-                        "-m conntrack --ctstate NEW,INVALID -m set --match-set {vips} dst -j DROP"
-                    ),
-                ),
-                // Translated by a node that was the gateway and is none any more.
-                Rule::new(
-                    "from-vip",
-                    &format!("-m set --match-set {vips} src -j DROP"),
-                ),
-                to_excluded.clone(),
-                reply.clone(),
-                // To be rejected in METALEG-BLOCK; what gets past it is dropped in METALEG-LEAK.
-                Rule::new(
-                    "blocked",
-                    &format!("-m set --match-set {blocked} src -j RETURN"),
-                ),
-                // INVALID packets skip NAT.
-                Rule::new(
-                    "invalid",
-                    &format!(
-                        "-m set --match-set {egress} src -m conntrack --ctstate INVALID -j DROP"
-                    ),
-                ),
-                // Of a connection that is older than what we decided: neither routed nor translated. Not the first
-                // packet, whose turn is to come; `! --ctstate NEW` would pass all of a sender that nobody answers.
-                Rule::new(
-                    "untranslated",
-                    &format!(
-                        "-m mark --mark 0x0/{mask:#x} -m set --match-set {egress} src \
-                         -m conntrack --ctdir ORIGINAL --ctstatus CONFIRMED ! --ctstate SNAT -j DROP"
-                    ),
-                ),
-                // Another node takes us for its pod's gateway, and we do not know the pod yet: the masquerade
-                // of the CNI plugin would give it this node's address.
-                Rule::new(
-                    "unknown",
-                    &format!(
-                        "-m set --match-set {remote_pods} src -m set ! --match-set {egress} src -j DROP"
-                    ),
-                ),
-                // Dropped, not rejected: it is known in a moment, and until then senders try again.
-                Rule::new(
-                    "unclassified",
-                    &format!(
-                        "-m set --match-set {local_pods} src -m set ! --match-set {egress} src \
-                         -m set ! --match-set {ordinary} src -j DROP"
-                    ),
-                ),
-            ],
-        },
-        Chain {
-            table: "mangle",
-            name: "METALEG-LEAK",
-            base: "POSTROUTING",
-            jump: jump("METALEG-LEAK", ""),
-            first: false,
-            rules: vec![
-                to_excluded,
-                reply,
-                Rule::new("leak", &format!("-m set --match-set {blocked} src -j DROP")),
-            ],
-        },
+        nat(family, mask),
+        block(family),
+        mark(family),
+        guard(family, mask),
+        leak(family),
     ]
+}
+
+/// nat POSTROUTING, for egress pods only: the source that a new connection gets. Then one rule for each VIP, see
+/// [`translation`].
+fn nat(family: Family, mask: u32) -> Chain {
+    let everything = match family {
+        Family::V4 => "0.0.0.0/0",
+        Family::V6 => "::/0",
+    };
+    let egress = pods(PodSet::Egress, family);
+    Chain {
+        table: "nat",
+        name: NAT,
+        base: "POSTROUTING",
+        jump: jump(NAT, &format!("-m set --match-set {egress} src ")),
+        first: true,
+        rules: vec![
+            to_excluded(family),
+            // On its way to the gateway a packet keeps its source. Translating it to itself takes the decision away
+            // from the masquerade of the CNI plugin.
+            Rule::new(
+                "identity",
+                &format!("-m mark ! --mark 0x0/{mask:#x} -j NETMAP --to {everything}"),
+            ),
+        ],
+    }
+}
+
+/// filter FORWARD: rejects what a blocked pod sends to outside. REJECT is possible in this table only.
+fn block(family: Family) -> Chain {
+    let prohibited = match family {
+        Family::V4 => "icmp-admin-prohibited",
+        Family::V6 => "icmp6-adm-prohibited",
+    };
+    let blocked = pods(PodSet::Blocked, family);
+    Chain {
+        table: "filter",
+        name: BLOCK,
+        base: "FORWARD",
+        jump: jump(BLOCK, ""),
+        first: true,
+        rules: vec![
+            to_excluded(family),
+            reply(),
+            // A connection that cannot go on ends at once instead of hanging.
+            Rule::new(
+                "reset",
+                &format!(
+                    "-p tcp -m set --match-set {blocked} src -j REJECT --reject-with tcp-reset"
+                ),
+            ),
+            // Says why, unlike port-unreachable.
+            Rule::new(
+                "reject",
+                &format!("-m set --match-set {blocked} src -j REJECT --reject-with {prohibited}"),
+            ),
+        ],
+    }
+}
+
+/// mangle PREROUTING: egress packets whose gateway is another node get its mark.
+fn mark(family: Family) -> Chain {
+    let marks = StaticSet::Mark.name(family);
+    let rules = vec![
+        // The reply of an inbound connection goes back the way that the connection came.
+        reply(),
+        // Destinations are not looked at here, before DNAT: the routing rules do it, after DNAT.
+        Rule::new("mark", &format!("-j SET --map-set {marks} src --map-mark")),
+    ];
+    mangle(MARK, "PREROUTING", rules)
+}
+
+/// mangle FORWARD: drops what must neither become a connection nor leave.
+fn guard(family: Family, mask: u32) -> Chain {
+    let late_replies = StaticSet::Set(OwnSet::LateReplies).name(family);
+    let vips = StaticSet::Set(OwnSet::Vips).name(family);
+    let [excluded, remote_pods, local_pods] =
+        [NetSet::Excluded, NetSet::RemotePods, NetSet::LocalPods].map(|set| nets(set, family));
+    let [egress, blocked, ordinary] =
+        [PodSet::Egress, PodSet::Blocked, PodSet::Ordinary].map(|set| pods(set, family));
+    let rules = vec![
+        // A reply of a connection that this node has just forgotten. As NEW it would begin a connection from
+        // outside; the pod's next packet would count as a reply, skip marking, and leave with the pod's own address.
+        Rule::new(
+            "late-reply",
+            &format!(
+                "-m conntrack --ctstate NEW -m set --match-set {late_replies} dst,dst,src -j DROP"
+            ),
+        ),
+        // The gateway may still hold an entry that the pod's node has lost. A packet other than a bare SYN to an egress
+        // pod must not create one here, as above. Only TCP shows where a connection begins.
+        Rule::new(
+            "midway",
+            &format!(
+                "-p tcp ! --syn -m conntrack --ctstate NEW -m set --match-set {egress} dst \
+                     -m set ! --match-set {excluded} src -j DROP"
+            ),
+        ),
+        // A VIP moves before routes and objects do. A server's packet that comes here ahead of the pod's own next
+        // packet would create an entry that clashes with the pod's; an INVALID one would be routed, and answered
+        // with an error that the server believes.
+        Rule::new(
+            "to-vip",
+            &format!("-m conntrack --ctstate NEW,INVALID -m set --match-set {vips} dst -j DROP"),
+        ),
+        // Translated by a node that was the gateway and is none any more.
+        Rule::new(
+            "from-vip",
+            &format!("-m set --match-set {vips} src -j DROP"),
+        ),
+        to_excluded(family),
+        reply(),
+        // To be rejected in METALEG-BLOCK; what gets past it is dropped in METALEG-LEAK.
+        Rule::new(
+            "blocked",
+            &format!("-m set --match-set {blocked} src -j RETURN"),
+        ),
+        // INVALID packets skip NAT.
+        Rule::new(
+            "invalid",
+            &format!("-m set --match-set {egress} src -m conntrack --ctstate INVALID -j DROP"),
+        ),
+        // Of a connection that is older than what we decided: neither marked nor translated. Not the first packet,
+        // which is translated after this chain; `! --ctstate NEW` would pass all packets of a connection without
+        // replies.
+        Rule::new(
+            "untranslated",
+            &format!(
+                "-m mark --mark 0x0/{mask:#x} -m set --match-set {egress} src \
+                     -m conntrack --ctdir ORIGINAL --ctstatus CONFIRMED ! --ctstate SNAT -j DROP"
+            ),
+        ),
+        // Another node takes this one for its pod's gateway, and this one does not know the pod yet: the masquerade
+        // of the CNI plugin would give it this node's address.
+        Rule::new(
+            "unknown",
+            &format!(
+                "-m set --match-set {remote_pods} src -m set ! --match-set {egress} src -j DROP"
+            ),
+        ),
+        // A pod of this node that is not classified yet. Dropped, not rejected: it is known in a moment, and until
+        // then senders try again.
+        Rule::new(
+            "unclassified",
+            &format!(
+                "-m set --match-set {local_pods} src -m set ! --match-set {egress} src \
+                     -m set ! --match-set {ordinary} src -j DROP"
+            ),
+        ),
+    ];
+    mangle(GUARD, "FORWARD", rules)
+}
+
+/// mangle POSTROUTING: drops what somebody else accepted in FORWARD ahead of METALEG-BLOCK.
+fn leak(family: Family) -> Chain {
+    let blocked = pods(PodSet::Blocked, family);
+    let rules = vec![
+        to_excluded(family),
+        reply(),
+        Rule::new("leak", &format!("-m set --match-set {blocked} src -j DROP")),
+    ];
+    mangle(LEAK, "POSTROUTING", rules)
+}
+
+fn nets(set: NetSet, family: Family) -> String {
+    StaticSet::Set(OwnSet::Nets(set)).name(family)
+}
+
+fn pods(set: PodSet, family: Family) -> String {
+    StaticSet::Set(OwnSet::Pods(set)).name(family)
+}
+
+/// The way into a chain; `gate` says for which packets.
+fn jump(name: &str, gate: &str) -> Rule {
+    Rule::new("jump", &format!("{gate}-j {name}"))
+}
+
+/// Traffic inside the cluster is none of the chain's business.
+fn to_excluded(family: Family) -> Rule {
+    let excluded = nets(NetSet::Excluded, family);
+    let text = format!("-m set --match-set {excluded} dst -j RETURN");
+    Rule::new("excluded", &text)
+}
+
+/// Replies of inbound connections pass. `! --ctdir ORIGINAL` would not do: an untracked packet has no direction, and must
+/// not slip through.
+fn reply() -> Rule {
+    Rule::new("reply", "-m conntrack --ctdir REPLY -j RETURN")
 }
 
 /// The rule that translates the pods of a VIP's set to it.
@@ -226,158 +273,25 @@ pub(super) fn translation(vip: IpAddr) -> Rule {
     Rule::new(&format!("vip={vip}"), &text)
 }
 
-pub(super) fn table(name: &str, lines: impl Iterator<Item = String>) -> String {
-    let lines: String = lines.map(|line| line + "\n").collect();
-    format!("*{name}\n{lines}COMMIT\n")
-}
-
-/// The document that puts all chains and jumps in place, whatever was there. Each table is exchanged
-/// atomically; NAT comes first and marks last, because a marked packet needs the NAT.
-pub(super) fn install_document(
-    family: Family,
-    mask: u32,
-    vips: &BTreeSet<IpAddr>,
-    present: &[Line],
-) -> String {
-    let chains = chains(family, mask);
-    let mut document = String::new();
-    for name in ["nat", "filter", "mangle"] {
-        let own = || chains.iter().filter(|chain| chain.table == name);
-        let mut lines: Vec<String> = own().map(|c| format!(":{} - [0:0]", c.name)).collect();
-        for chain in own() {
-            lines.extend(chain.rules.iter().map(|rule| rule.append(chain.name)));
-        }
-        if name == "nat" {
-            lines.extend(vips.iter().map(|vip| translation(*vip).append(NAT)));
-        }
-        let jumps = present
-            .iter()
-            .filter(|line| line.table == name && line.jumps_to_us());
-        lines.extend(jumps.map(Line::delete));
-        lines.extend(own().map(|chain| {
-            // A mark of an earlier release means another gateway: ours comes after it, and replaces it.
-            let is_marked = |line: &Line| line.target() == Some("METALEG-RT-MARK");
-            if chain.base == "PREROUTING" && present.iter().any(is_marked) {
-                format!("-A {} {}", chain.base, chain.jump.text)
-            } else {
-                format!("-I {} 1 {}", chain.base, chain.jump.text)
-            }
-        }));
-        document += &table(name, lines.into_iter());
-    }
-    document
-}
-
-/// The document that removes the chains that `is_target` names with the jumps to them, and the rules that
-/// `is_stray` names; empty when there are none.
-pub(super) fn remove_document(
-    present: &[Line],
-    is_target: impl Fn(&str) -> bool,
-    is_stray: impl Fn(&Line) -> bool,
-) -> String {
-    let mut document = String::new();
-    for name in ["mangle", "filter", "nat"] {
-        let of_table = || present.iter().filter(|line| line.table == name);
-        let goes = |line: &&Line| {
-            let in_target = is_target(&line.chain);
-            !in_target && (line.target().is_some_and(&is_target) || is_stray(line))
-        };
-        let mut lines: Vec<String> = of_table().filter(goes).map(Line::delete).collect();
-        let targets = || of_table().filter(|line| line.rule.is_none() && is_target(&line.chain));
-        lines.extend(targets().map(|line| format!("-F {}", line.chain)));
-        lines.extend(targets().map(|line| format!("-X {}", line.chain)));
-        if !lines.is_empty() {
-            document += &table(name, lines.into_iter());
-        }
-    }
-    document
-}
-
 /// Whether a chain is of this backend.
 pub(super) fn is_own_chain(name: &str) -> bool {
-    let own = [
-        "METALEG-BLOCK",
-        "METALEG-MARK",
-        "METALEG-GUARD",
-        "METALEG-LEAK",
-    ];
-    name == NAT || own.contains(&name)
+    [NAT, BLOCK, MARK, GUARD, LEAK].contains(&name)
+}
+
+/// Whether a rule of another chain leads into one of ours.
+pub(super) fn jumps_to_us(line: &Line) -> bool {
+    line.target().is_some_and(is_own_chain) && !is_own_chain(&line.chain)
 }
 
 /// Whether a chain is one that releases before 0.3 made.
 pub(super) fn is_earlier_chain(name: &str) -> bool {
-    ["METALEG-RT-MARK", "METALEG-REJECT", "METALEG-SNAT"].contains(&name)
+    [EARLIER_MARK, "METALEG-REJECT", "METALEG-SNAT"].contains(&name)
 }
 
 /// The rule by which releases before 0.3 kept marked packets from being translated.
 pub(super) fn is_earlier_rule(line: &Line, mask: u32) -> bool {
     let text = format!("-m mark ! --mark 0x0/{mask:#x} -j RETURN");
     line.table == "nat" && line.chain == "POSTROUTING" && line.rule.as_ref() == Some(&text)
-}
-
-/// A line of `iptables-save` that is a chain or a rule.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Line {
-    pub(super) table: String,
-    pub(super) chain: String,
-    /// The text after `-A CHAIN`; `None` declares the chain.
-    pub(super) rule: Option<String>,
-}
-
-impl Line {
-    /// What the rule does.
-    pub(super) fn target(&self) -> Option<&str> {
-        let mut words = self.rule.as_deref()?.split(' ').skip_while(|w| *w != "-j");
-        words.nth(1)
-    }
-
-    pub(super) fn jumps_to_us(&self) -> bool {
-        self.target().is_some_and(is_own_chain) && !is_own_chain(&self.chain)
-    }
-
-    pub(super) fn delete(&self) -> String {
-        format!(
-            "-D {} {}",
-            self.chain,
-            self.rule.as_deref().unwrap_or_default()
-        )
-    }
-
-    /// Our tag in the rule's comment.
-    pub(super) fn tag(&self) -> Option<&str> {
-        let (_, rest) = self.rule.as_ref()?.split_once("--comment ")?;
-        let comment = match rest.strip_prefix('"') {
-            Some(quoted) => quoted.split('"').next()?,
-            None => rest.split(' ').next()?,
-        };
-        comment.starts_with(TAG).then_some(comment)
-    }
-}
-
-pub(super) fn parse_save(text: &str) -> Vec<Line> {
-    let mut table = String::new();
-    let mut lines = Vec::new();
-    for line in text.lines() {
-        if let Some(name) = line.strip_prefix('*') {
-            name.clone_into(&mut table);
-        } else if let Some(chain) = line.strip_prefix(':') {
-            lines.push(Line {
-                table: table.clone(),
-                chain: chain.split(' ').next().unwrap_or_default().to_owned(),
-                rule: None,
-            });
-        } else if let Some((chain, rule)) = line
-            .strip_prefix("-A ")
-            .and_then(|rest| rest.split_once(' '))
-        {
-            lines.push(Line {
-                table: table.clone(),
-                chain: chain.to_owned(),
-                rule: Some(rule.to_owned()),
-            });
-        }
-    }
-    lines
 }
 
 /// The VIPs that have a translation rule.
@@ -388,10 +302,46 @@ pub(super) fn translated_vips(lines: &[Line]) -> impl Iterator<Item = IpAddr> {
         .filter_map(|line| vip_of_tag(line.tag()?))
 }
 
-pub(super) fn vip_of_tag(tag: &str) -> Option<IpAddr> {
+fn vip_of_tag(tag: &str) -> Option<IpAddr> {
     let (vip, _) = tag
         .strip_prefix(TAG)?
         .strip_prefix("vip=")?
         .rsplit_once(':')?;
     vip.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use nix::libc::{NF_IP_PRI_FILTER, NF_IP_PRI_MANGLE, NF_IP_PRI_NAT_SRC};
+
+    use super::*;
+    use crate::kernel::tests::documented;
+
+    #[test]
+    fn the_chains_are_as_documented() {
+        let row = |chain: &Chain| {
+            let name = |rule: &Rule| {
+                let (name, _) = rule.tag[TAG.len()..].split_once(':').unwrap();
+                name.to_owned()
+            };
+            let names: Vec<String> = chain.rules.iter().map(name).collect();
+            let priority = match chain.table {
+                "mangle" => NF_IP_PRI_MANGLE,
+                "filter" => NF_IP_PRI_FILTER,
+                _ => NF_IP_PRI_NAT_SRC,
+            };
+            vec![
+                chain.name.to_owned(),
+                format!("{} {}", chain.table, chain.base),
+                priority.to_string(),
+                names.join(" "),
+            ]
+        };
+        let chains: BTreeSet<Vec<String>> =
+            chains(Family::V4, 0x00f0_0000).iter().map(row).collect();
+        let documented = documented("Backend iptables");
+        assert_eq!(chains, documented.into_iter().collect());
+    }
 }

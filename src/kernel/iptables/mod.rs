@@ -7,34 +7,36 @@
 //! What a packet experiences is written beside each rule in [`chains`].
 
 mod chains;
+mod documents;
 mod mode;
 mod read;
 pub(crate) mod remnants;
+mod save;
 mod sets;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::net::IpAddr;
 
-use self::chains::{
-    Line, NAT, install_document, is_own_chain, parse_save, remove_document, table, translated_vips,
-    translation,
-};
+use nix::libc::NF_IP_PRI_NAT_SRC;
+
+use self::chains::{NAT, is_own_chain, translated_vips, translation};
+use self::documents::{install_document, remove_document, table};
 pub(crate) use self::mode::Variant;
 use self::mode::detect;
+use self::save::{Line, restore, save};
 use self::sets::{
-    StaticSet, create_vip, destroy, ipset, late_line, member_line, parse_sets, vip_of_set, vip_set,
+    StaticSet, create_vip, destroy, ipset, late_reply_line, member_line, parse_sets, vip_of_set,
+    vip_set,
 };
+use crate::kernel::backend::{Backend, NatPlace, Profile, Watched};
 use crate::kernel::conntrack::LateReply;
 use crate::kernel::error::{Error, StepError, executable};
-use crate::kernel::firewall::Firewall;
 use crate::kernel::ours::OwnSet;
 use crate::kernel::tool::{ToolError, run};
-use crate::state::{Family, FirewallState, FirewallStep};
+use crate::state::{Family, FirewallState, FirewallStep, Remnant};
 
-/// Seconds to wait for the xtables lock, below the deadline for the tool.
-const LOCK_SECONDS: &str = "20";
-/// How many input lines a batch may lose before it is given up.
+/// How many bad input lines a batch may have before it is given up.
 const MOST_BAD_LINES: usize = 32;
 
 /// The iptables backend of one node.
@@ -61,19 +63,8 @@ impl Iptables {
         })
     }
 
-    /// The mode in use.
-    pub(crate) fn variant(&self) -> Variant {
-        self.variant
-    }
-
-    /// Mode and why, for the log.
-    pub(crate) fn describe(&self) -> String {
-        format!("iptables ({}: {})", self.variant, self.why)
-    }
-
     async fn save(&self, family: Family) -> Result<Vec<Line>, ToolError> {
-        let tool = self.variant.tool(family, "save");
-        Ok(parse_save(&run(&tool, &[], String::new()).await?))
+        save(self.variant, family).await
     }
 
     async fn restore(&self, family: Family, document: String) -> Result<(), ToolError> {
@@ -117,9 +108,7 @@ impl Iptables {
     async fn remove(&mut self, family: Family) -> Result<(), ToolError> {
         let present = self.save(family).await?;
         let document = remove_document(&present, is_own_chain, |_| false);
-        if !document.is_empty() {
-            self.restore(family, document).await?;
-        }
+        self.restore(family, document).await?;
         self.translated.retain(|vip| Family::of(*vip) != family);
         let sets = parse_sets(&run("ipset", &["save"], String::new()).await?);
         let is_ours = |name: &&String| {
@@ -221,39 +210,40 @@ impl Iptables {
                         .collect();
                 }
                 None => {
-                    let text = error.to_string();
-                    for (step, _) in rest.drain(..) {
-                        failed.push(StepError::new(step, Error::Batch(text.clone())));
-                    }
+                    let steps = rest.drain(..).map(|(step, _)| step);
+                    failed.extend(StepError::of_batch(steps, error));
                 }
             }
         }
     }
 }
 
-/// What is saved in a mode; nothing where nobody uses it, or its tools are not there.
-async fn saved(variant: Variant, family: Family) -> Result<Vec<Line>, ToolError> {
-    if variant == Variant::Legacy && !mode::has_legacy_tables(family).await {
-        return Ok(Vec::new());
+impl Backend for Iptables {
+    fn profile(&self) -> Profile {
+        let (table, chains) = match self.variant {
+            Variant::Nft => (Some("nat"), Remnant::IptablesNft),
+            Variant::Legacy => (None, Remnant::IptablesLegacy),
+        };
+        Profile {
+            name: format!("iptables ({}: {})", self.variant, self.why),
+            port: None,
+            // Built-in chains, too, because the jumps to ours are there.
+            watched: Watched {
+                tables: &["mangle", "filter", "nat"],
+                chains: Some(|chain| {
+                    chain.starts_with("METALEG-")
+                        || ["PREROUTING", "FORWARD", "POSTROUTING"].contains(&chain)
+                }),
+            },
+            nat: NatPlace {
+                priority: NF_IP_PRI_NAT_SRC,
+                table,
+                advice: Some("FIREWALL_BACKEND=nftables would be ahead of it"),
+            },
+            remnants: vec![chains, Remnant::Ipsets],
+        }
     }
-    match run(&variant.tool(family, "save"), &[], String::new()).await {
-        Ok(text) => Ok(parse_save(&text)),
-        Err(ToolError::Start { .. }) => Ok(Vec::new()),
-        Err(error) => Err(error),
-    }
-}
 
-async fn restore(variant: Variant, family: Family, document: String) -> Result<(), ToolError> {
-    if document.is_empty() {
-        return Ok(());
-    }
-    let args = ["--noflush", "--wait", LOCK_SECONDS];
-    run(&variant.tool(family, "restore"), &args, document)
-        .await
-        .map(drop)
-}
-
-impl Firewall for Iptables {
     async fn observe(&mut self) -> Result<BTreeMap<Family, FirewallState>, Error> {
         let sets = parse_sets(&run("ipset", &["save"], String::new()).await?);
         let mut states = BTreeMap::new();
@@ -282,14 +272,21 @@ impl Firewall for Iptables {
             match (result, batch.as_slice()) {
                 (Ok(()), _) => {}
                 (Err(Some(error)), [only]) => failed.push(StepError::new(*only, error)),
-                // Which one it was cannot be told: one bad VIP must cost no other.
+                // Nothing says which VIP failed: one by one, so that a bad one costs no other.
                 (Err(_), _) => self.one_by_one(&batch, failed).await,
             }
         }
     }
 
     async fn expect_late_replies(&mut self, replies: &[LateReply]) -> Result<(), Error> {
-        Ok(ipset(replies.iter().map(late_line).collect()).await?)
+        Ok(ipset(replies.iter().map(late_reply_line).collect()).await?)
+    }
+
+    async fn foreign_nat(&self) -> Result<BTreeSet<String>, Error> {
+        let other = self.variant.other();
+        let chains = remnants::translating_chains(other, &self.families).await?;
+        let sentence = |chain| format!("chain {chain} of iptables in {other} mode");
+        Ok(chains.into_iter().map(sentence).collect())
     }
 }
 
@@ -301,7 +298,7 @@ enum Together {
     RemoveVips,
 }
 
-/// With which others a step is executed; `None`: by itself.
+/// Which steps a step is executed together with; `None`: with none.
 fn together(step: &FirewallStep) -> Option<Together> {
     match step {
         FirewallStep::Install(..) | FirewallStep::Remove(_) => None,

@@ -1,4 +1,4 @@
-//! Which kernel interface the node's other programs use iptables with, found out without changing it.
+//! Which mode of iptables the node's other programs use, found out without changing anything.
 
 use std::fmt;
 
@@ -6,7 +6,7 @@ use crate::kernel::error::Error;
 use crate::kernel::tool::run;
 use crate::state::Family;
 
-/// Which kernel interface the iptables tools speak to.
+/// A mode of the iptables tools, by the kernel interface that they use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Variant {
     /// nf_tables.
@@ -16,6 +16,15 @@ pub(crate) enum Variant {
 }
 
 impl Variant {
+    /// The other one.
+    pub(super) fn other(self) -> Variant {
+        match self {
+            Variant::Nft => Variant::Legacy,
+            Variant::Legacy => Variant::Nft,
+        }
+    }
+
+    /// The name of one of its tools.
     pub(super) fn tool(self, family: Family, what: &str) -> String {
         let iptables = match family {
             Family::V4 => "iptables",
@@ -55,14 +64,14 @@ pub(super) async fn detect(families: &[Family]) -> Result<(Variant, &'static str
     Ok((Variant::Nft, "nothing speaks for legacy"))
 }
 
-/// What speaks for a mode.
+/// Signs of a mode's use.
 #[derive(Debug, Default)]
-pub(super) struct Survey {
-    pub(super) kubelet: bool,
-    pub(super) rules: usize,
+struct Survey {
+    kubelet: bool,
+    rules: usize,
 }
 
-pub(super) async fn survey(variant: Variant, families: &[Family]) -> Result<Survey, Error> {
+async fn survey(variant: Variant, families: &[Family]) -> Result<Survey, Error> {
     let mut survey = Survey::default();
     for family in families {
         if variant == Variant::Legacy && !has_legacy_tables(*family).await {
@@ -78,7 +87,7 @@ pub(super) async fn survey(variant: Variant, families: &[Family]) -> Result<Surv
     Ok(survey)
 }
 
-/// Whether anybody uses the legacy tables here: asking the legacy tools would register them.
+/// Whether the legacy tables are in use here. The legacy tools would register them when asked.
 pub(super) async fn has_legacy_tables(family: Family) -> bool {
     let file = match family {
         Family::V4 => "/proc/thread-self/net/ip_tables_names",

@@ -1,4 +1,4 @@
-//! What is in the kernel, as a state.
+//! What is in the kernel, as a state. Pure.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -6,12 +6,14 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 
 use crate::kernel::iptables::chains::{
-    Chain, Line, NAT, chains, is_own_chain, translated_vips, translation,
+    Chain, NAT, chains, is_own_chain, jumps_to_us, translated_vips, translation,
 };
+use crate::kernel::iptables::save::Line;
 use crate::kernel::iptables::sets::{Sets, StaticSet, vip_of_set};
 use crate::kernel::ours::OwnSet;
 use crate::state::{Family, FirewallState, Mark, NetSet, PodSet, PodState, Skeleton};
 
+/// What the lines of `iptables-save` and `ipset save` say.
 pub(super) fn state(family: Family, mask: u32, lines: &[Line], sets: &Sets) -> FirewallState {
     let members = |set: StaticSet| sets.get(&set.name(family)).map_or(&[][..], Vec::as_slice);
     let addresses = |set: StaticSet| {
@@ -70,7 +72,7 @@ pub(super) fn state(family: Family, mask: u32, lines: &[Line], sets: &Sets) -> F
 }
 
 /// `skbmark 0x100000/0xf00000`; without a mask all bits count.
-pub(super) fn skbmark(rest: &str) -> Option<Mark> {
+fn skbmark(rest: &str) -> Option<Mark> {
     let mut words = rest.split(' ').skip_while(|word| *word != "skbmark");
     let text = words.nth(1)?;
     let number = |text: &str| u32::from_str_radix(text.trim_start_matches("0x"), 16).ok();
@@ -81,7 +83,7 @@ pub(super) fn skbmark(rest: &str) -> Option<Mark> {
     Some(Mark { value, mask })
 }
 
-pub(super) fn skeleton(
+fn skeleton(
     family: Family,
     mask: u32,
     lines: &[Line],
@@ -91,7 +93,7 @@ pub(super) fn skeleton(
     let own_sets: Vec<String> = StaticSet::all().map(|set| set.name(family)).collect();
     let has_chain = lines
         .iter()
-        .any(|line| is_own_chain(&line.chain) || line.jumps_to_us());
+        .any(|line| is_own_chain(&line.chain) || jumps_to_us(line));
     if !has_chain && with_set.is_empty() && !own_sets.iter().any(|set| sets.contains_key(set)) {
         return Skeleton::Absent;
     }
@@ -104,7 +106,7 @@ pub(super) fn skeleton(
         }
     }
     let expected = chains(family, mask).len();
-    let jumps = lines.iter().filter(|line| line.jumps_to_us()).count();
+    let jumps = lines.iter().filter(|line| jumps_to_us(line)).count();
     if jumps != expected {
         return Skeleton::Damaged(format!("{jumps} jumps to our chains instead of {expected}"));
     }
@@ -115,7 +117,7 @@ pub(super) fn skeleton(
 }
 
 /// What is wrong with a chain or the jump to it.
-pub(super) fn damage(chain: &Chain, lines: &[Line]) -> Option<String> {
+fn damage(chain: &Chain, lines: &[Line]) -> Option<String> {
     let name = chain.name;
     let rules_of = |wanted: &'static str| {
         let of_chain = move |line: &&Line| {

@@ -2,51 +2,47 @@
 
 use std::collections::BTreeSet;
 
-use super::chains::{Line, is_earlier_chain, is_earlier_rule, is_own_chain, remove_document};
-use super::sets::{self, destroy, is_earlier_set, is_own_set};
-use super::{Variant, restore, saved};
+use crate::kernel::iptables::chains::{is_earlier_chain, is_earlier_rule, is_own_chain};
+use crate::kernel::iptables::documents::remove_document;
+use crate::kernel::iptables::mode::Variant;
+use crate::kernel::iptables::save::{Line, restore, save_if_used};
+use crate::kernel::iptables::sets::{self, destroy, is_earlier_set, is_own_set};
 use crate::kernel::tool::ToolError;
 use crate::state::Family;
 
-/// What is there of ours or of an earlier release.
+/// Whether something is there.
 #[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Traces {
+pub(crate) struct Found {
     /// Of this backend.
-    pub(crate) own: bool,
+    pub(crate) present: bool,
     /// Of releases before 0.3.
     pub(crate) earlier: bool,
 }
 
 /// Looks for chains of ours in a mode, without registering tables that nobody uses.
-pub(crate) async fn chain_traces(
-    variant: Variant,
-    families: &[Family],
-) -> Result<Traces, ToolError> {
-    let mut traces = Traces::default();
+pub(crate) async fn find_chains(variant: Variant, families: &[Family]) -> Result<Found, ToolError> {
+    let mut found = Found::default();
     for family in families {
-        let lines = saved(variant, *family).await?;
-        traces.own |= lines.iter().any(|line| is_own_chain(&line.chain));
-        traces.earlier |= lines.iter().any(|line| is_earlier_chain(&line.chain));
+        let lines = save_if_used(variant, *family).await?;
+        found.present |= lines.iter().any(|line| is_own_chain(&line.chain));
+        found.earlier |= lines.iter().any(|line| is_earlier_chain(&line.chain));
     }
-    Ok(traces)
+    Ok(found)
 }
 
 /// Looks for sets of ours.
-pub(crate) async fn set_traces() -> Result<Traces, ToolError> {
+pub(crate) async fn find_sets() -> Result<Found, ToolError> {
     let names = sets::names().await?;
-    Ok(Traces {
-        own: names.iter().any(|name| is_own_set(name)),
+    Ok(Found {
+        present: names.iter().any(|name| is_own_set(name)),
         earlier: names.iter().any(|name| is_earlier_set(name)),
     })
 }
 
 /// Removes the chains of this backend in a mode; absent is fine.
-pub(crate) async fn remove_own_chains(
-    variant: Variant,
-    families: &[Family],
-) -> Result<(), ToolError> {
+pub(crate) async fn remove_chains(variant: Variant, families: &[Family]) -> Result<(), ToolError> {
     for family in families {
-        let lines = saved(variant, *family).await?;
+        let lines = save_if_used(variant, *family).await?;
         let document = remove_document(&lines, is_own_chain, |_| false);
         restore(variant, *family, document).await?;
     }
@@ -54,7 +50,7 @@ pub(crate) async fn remove_own_chains(
 }
 
 /// Removes the sets of this backend, which no chain may use any more; absent is fine.
-pub(crate) async fn remove_own_sets() -> Result<(), ToolError> {
+pub(crate) async fn remove_sets() -> Result<(), ToolError> {
     let names = sets::names().await?.into_iter();
     destroy(names.filter(|name| is_own_set(name)).collect()).await
 }
@@ -66,8 +62,8 @@ pub(crate) async fn remove_earlier_chains(
     mask: u32,
 ) -> Result<(), ToolError> {
     for family in families {
-        let lines = saved(variant, *family).await?;
-        // Its nameless rule is told from one of others by the chain beside it.
+        let lines = save_if_used(variant, *family).await?;
+        // Its rule without a name could be one of others, but for its chains beside it.
         let is_there = lines.iter().any(|line| is_earlier_chain(&line.chain));
         let is_stray = |line: &Line| is_there && is_earlier_rule(line, mask);
         let document = remove_document(&lines, is_earlier_chain, is_stray);
@@ -96,7 +92,7 @@ pub(crate) async fn translating_chains(
                 && !is_own_chain(&line.chain)
                 && !is_earlier_chain(&line.chain)
         };
-        let lines = saved(variant, *family).await?.into_iter();
+        let lines = save_if_used(variant, *family).await?.into_iter();
         chains.extend(lines.filter(translates).map(|line| line.chain));
     }
     Ok(chains)

@@ -1,14 +1,15 @@
 //! The sets, and the `ipset restore` lines that change them.
 
 use std::collections::BTreeMap;
-use std::net::{IpAddr, Ipv6Addr};
+use std::net::IpAddr;
 use std::time::Duration;
 
+use base64::Engine;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use ipnet::IpNet;
 
 use crate::kernel::conntrack::LateReply;
-use crate::kernel::firewall::LATE_REPLY_SECONDS;
-use crate::kernel::ours::{OwnSet, digit};
+use crate::kernel::ours::{LATE_REPLY_SECONDS, OwnSet, digit};
 use crate::kernel::tool::{ToolError, run};
 use crate::state::{Family, FirewallStep, NetSet, PodSet};
 
@@ -70,31 +71,9 @@ pub(super) fn create(name: &str, kind: &str, family: Family, extension: &str) ->
 pub(super) fn vip_set(vip: IpAddr) -> String {
     match vip {
         IpAddr::V4(v4) => format!("{PREFIX}VIP-{v4}"),
-        IpAddr::V6(v6) => {
-            let bits = u128::from(v6);
-            let digit = |n: u32| {
-                // 22 digits of 6 bits are 132: the last one has 2 bits of the address.
-                let six = if n < 21 {
-                    (bits >> (122 - 6 * n)) & 63
-                } else {
-                    (bits << 4) & 63
-                };
-                usize::try_from(six)
-                    .ok()
-                    .and_then(|six| BASE64.get(six).copied())
-                    .map(char::from)
-            };
-            (0..22)
-                .filter_map(digit)
-                .fold(format!("{PREFIX}6"), |name, c| {
-                    name + c.encode_utf8(&mut [0; 4])
-                })
-        }
+        IpAddr::V6(v6) => format!("{PREFIX}6{}", URL_SAFE_NO_PAD.encode(v6.octets())),
     }
 }
-
-pub(super) const BASE64: &[u8; 64] =
-    b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
 
 /// The VIP that a set belongs to, if it is one of these.
 pub(super) fn vip_of_set(name: &str) -> Option<IpAddr> {
@@ -102,17 +81,8 @@ pub(super) fn vip_of_set(name: &str) -> Option<IpAddr> {
     if let Some(v4) = rest.strip_prefix("VIP-") {
         return v4.parse().ok().map(IpAddr::V4);
     }
-    let digits = rest.strip_prefix('6').filter(|digits| digits.len() == 22)?;
-    let mut bits: u128 = 0;
-    for (n, c) in digits.bytes().enumerate() {
-        let six = u128::try_from(BASE64.iter().position(|digit| *digit == c)?).ok()?;
-        bits = if n < 21 {
-            (bits << 6) | six
-        } else {
-            (bits << 2) | (six >> 4)
-        };
-    }
-    Some(IpAddr::V6(Ipv6Addr::from(bits)))
+    let octets = URL_SAFE_NO_PAD.decode(rest.strip_prefix('6')?).ok()?;
+    Some(IpAddr::from(<[u8; 16]>::try_from(octets).ok()?))
 }
 
 pub(super) fn create_vip(vip: IpAddr) -> String {
@@ -148,9 +118,9 @@ pub(super) fn member_line(step: &FirewallStep) -> Option<String> {
 }
 
 /// The `ipset restore` line that expects late replies.
-pub(super) fn late_line(late: &LateReply) -> String {
-    let set = StaticSet::Set(OwnSet::LateReplies).name(Family::of(late.pod.0));
-    let ((pod, port), (outside, _)) = (late.pod, late.outside);
+pub(super) fn late_reply_line(late: &LateReply) -> String {
+    let set = StaticSet::Set(OwnSet::LateReplies).name(Family::of(late.pod.ip()));
+    let (pod, port, outside) = (late.pod.ip(), late.pod.port(), late.outside.ip());
     format!("add {set} {pod},{}:{port},{outside}\n", late.protocol)
 }
 
@@ -231,4 +201,39 @@ pub(super) fn is_own_set(name: &str) -> bool {
 pub(super) fn is_earlier_set(name: &str) -> bool {
     let name = name.strip_prefix("inet6:").unwrap_or(name);
     name.starts_with("METALEG-SRC-") || name.starts_with("METALEG-EXCLUDE-DST-")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernel::tests::{documented_sets, page_name};
+
+    #[test]
+    fn the_sets_are_as_documented() {
+        let name = |set: OwnSet| (page_name(set), StaticSet::Set(set).name(Family::V4));
+        let mut sets: BTreeMap<String, String> = OwnSet::ALL.into_iter().map(name).collect();
+        sets.insert("slot".to_owned(), StaticSet::Mark.name(Family::V4));
+        sets.insert("vip".to_owned(), vip_set("192.0.2.200".parse().unwrap()));
+        assert_eq!(sets, documented_sets(2));
+    }
+
+    #[test]
+    fn the_set_of_a_vip_has_a_name_that_fits_and_gives_the_vip_back() {
+        for (vip, set) in [
+            ("192.0.2.200", "METALEG-VIP-192.0.2.200"),
+            ("2001:db8:1::c8", "METALEG-6IAENuAABAAAAAAAAAAAAyA"),
+            (
+                "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff",
+                "METALEG-6_____________________w",
+            ),
+        ] {
+            let vip: IpAddr = vip.parse().unwrap();
+            assert_eq!(vip_set(vip), set);
+            assert!(set.len() <= 31);
+            assert_eq!(vip_of_set(set), Some(vip));
+        }
+        for other in ["METALEG-VIPS-4", "METALEG-6", "METALEG-6IAENuAAB", "OTHER"] {
+            assert_eq!(vip_of_set(other), None);
+        }
+    }
 }

@@ -1,14 +1,13 @@
 //! The changing part of the table: which facts are which elements of which sets and maps. Pure.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, SocketAddr};
 
-use ipnet::{IpNet, Ipv4Subnets, Ipv6Subnets};
+use ipnet::IpNet;
 
 use crate::kernel::conntrack::LateReply;
-use crate::kernel::firewall::LATE_REPLY_SECONDS;
 use crate::kernel::nftables::ruleset::{mark_of_chain, slot_chain};
-use crate::kernel::ours::{OwnSet, digit};
+use crate::kernel::ours::{LATE_REPLY_SECONDS, OwnSet, digit};
 use crate::state::{Family, FirewallState, NetSet, PodSet, PodState, Skeleton};
 
 /// A set or map of one family.
@@ -91,9 +90,9 @@ impl Kind {
 /// What a map gives for a key.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Value {
-    /// Of a set: the key is in it.
+    /// Nothing: the key is a member of a set.
     None,
-    /// Go on in this chain.
+    /// A `goto` to this chain.
     Chain(String),
     /// This address.
     Address(IpAddr),
@@ -116,7 +115,7 @@ pub(crate) fn of_pod(address: IpAddr, pod: &PodState, elements: &mut Elements) {
     if let Some(mark) = pod.mark {
         put(Kind::Slot, Value::Chain(slot_chain(mark)));
     }
-    // Of two, in the middle of a change, a map can hold one.
+    // In the middle of a change there are two; a map holds one value for a key.
     if let Some(vip) = pod.vips.last() {
         put(Kind::Vip, Value::Address(*vip));
     }
@@ -124,7 +123,7 @@ pub(crate) fn of_pod(address: IpAddr, pod: &PodState, elements: &mut Elements) {
 
 /// The elements of everything but pods.
 pub(crate) fn of_networks(state: &FirewallState, elements: &mut Elements) {
-    // In the middle of a change one network may hold another: intervals of a set may not.
+    // In the middle of a change one network may contain another; the intervals of a set must not overlap.
     let disjoint = |nets: &BTreeSet<IpNet>| {
         let nets = IpNet::aggregate(&nets.iter().copied().collect());
         nets.into_iter().map(|net| (net, Value::None)).collect()
@@ -185,14 +184,16 @@ pub(crate) fn state_of(elements: &Elements, mask: u32, skeleton: Skeleton) -> Fi
 }
 
 /// The key of late replies: each part begins at a multiple of four bytes, as nft concatenates them.
-pub(crate) fn late_key(late: &LateReply) -> Vec<u8> {
-    let mut key = octets(late.outside.0);
+pub(crate) fn late_reply_key(late: &LateReply) -> Vec<u8> {
+    let port = |end: SocketAddr| {
+        let [high, low] = end.port().to_be_bytes();
+        [high, low, 0, 0]
+    };
+    let mut key = octets(late.outside.ip());
     key.extend([late.protocol, 0, 0, 0]);
-    for (port, address) in [(late.outside.1, Some(late.pod.0)), (late.pod.1, None)] {
-        key.extend(port.to_be_bytes());
-        key.extend([0; 2]);
-        key.extend(address.into_iter().flat_map(octets));
-    }
+    key.extend(port(late.outside));
+    key.extend(octets(late.pod.ip()));
+    key.extend(port(late.pod));
     key
 }
 
@@ -203,143 +204,23 @@ pub(crate) fn octets(address: IpAddr) -> Vec<u8> {
     }
 }
 
-/// The networks between the ends of intervals, as the kernel keeps them: `true` marks the first address after
-/// an interval.
-pub(crate) fn networks(family: Family, mut ends: Vec<(IpAddr, bool)>) -> BTreeSet<IpNet> {
-    // Where one interval follows on another, its start comes after the other's end.
-    ends.sort_by_key(|(address, is_end)| (*address, !is_end));
-    let mut nets = BTreeSet::new();
-    let mut start = None;
-    for (address, is_end) in ends {
-        match (start, is_end) {
-            (None, false) => start = Some(address),
-            (Some(first), true) => {
-                if let Some(last) = before(address) {
-                    nets.extend(cover(first, last));
-                }
-                start = None;
-            }
-            // An end without a start is how nft marks the beginning of the address space.
-            _ => {}
-        }
-    }
-    if let Some(first) = start {
-        nets.extend(cover(first, last_of(family)));
-    }
-    nets
-}
-
-/// The first address after a network; `None` at the end of the address space.
-pub(crate) fn after(net: &IpNet) -> Option<IpAddr> {
-    match net.broadcast() {
-        IpAddr::V4(last) => u32::from(last)
-            .checked_add(1)
-            .map(|next| Ipv4Addr::from(next).into()),
-        IpAddr::V6(last) => u128::from(last)
-            .checked_add(1)
-            .map(|next| Ipv6Addr::from(next).into()),
-    }
-}
-
-fn before(address: IpAddr) -> Option<IpAddr> {
-    match address {
-        IpAddr::V4(v4) => u32::from(v4)
-            .checked_sub(1)
-            .map(|last| Ipv4Addr::from(last).into()),
-        IpAddr::V6(v6) => u128::from(v6)
-            .checked_sub(1)
-            .map(|last| Ipv6Addr::from(last).into()),
-    }
-}
-
-fn last_of(family: Family) -> IpAddr {
-    match family {
-        Family::V4 => Ipv4Addr::BROADCAST.into(),
-        Family::V6 => Ipv6Addr::from(u128::MAX).into(),
-    }
-}
-
-/// The networks that make up a range.
-fn cover(first: IpAddr, last: IpAddr) -> Vec<IpNet> {
-    match (first, last) {
-        (IpAddr::V4(first), IpAddr::V4(last)) => {
-            Ipv4Subnets::new(first, last, 0).map(IpNet::V4).collect()
-        }
-        (IpAddr::V6(first), IpAddr::V6(last)) => {
-            Ipv6Subnets::new(first, last, 0).map(IpNet::V6).collect()
-        }
-        _ => Vec::new(),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn ends(nets: &[&str]) -> Vec<(IpAddr, bool)> {
-        let mut ends = Vec::new();
-        for net in nets {
-            let net: IpNet = net.parse().unwrap();
-            ends.push((net.network(), false));
-            ends.extend(after(&net).map(|next| (next, true)));
-        }
-        ends
-    }
+    use crate::kernel::tests::{documented_sets, page_name};
 
     #[test]
-    fn networks_survive_the_way_through_intervals() {
-        for (family, nets) in [
-            (
-                Family::V4,
-                &[
-                    "10.244.0.0/16",
-                    "192.0.2.11/32",
-                    "192.0.2.12/31",
-                    "255.255.255.255/32",
-                ][..],
-            ),
-            (Family::V4, &["0.0.0.0/0"]),
-            (
-                Family::V6,
-                &[
-                    "::1/128",
-                    "fd00:10:244::/64",
-                    "fd00:10:244:1::/64",
-                    "ff00::/8",
-                ],
-            ),
-        ] {
-            let expected: BTreeSet<IpNet> = nets.iter().map(|net| net.parse().unwrap()).collect();
-            let mut ends = ends(nets);
-            assert_eq!(networks(family, ends.clone()), expected);
-            ends.reverse();
-            ends.push((
-                if family == Family::V4 {
-                    "0.0.0.0"
-                } else {
-                    "::"
-                }
-                .parse()
-                .unwrap(),
-                true,
-            ));
-            if nets[0] != "0.0.0.0/0" {
-                assert_eq!(networks(family, ends), expected);
+    fn the_sets_are_as_documented() {
+        let name = |kind: Kind| {
+            let name = kind.name(Family::V4);
+            match kind {
+                Kind::Set(set) => (page_name(set), name),
+                Kind::Slot => ("slot".to_owned(), name),
+                Kind::Vip => ("vip".to_owned(), name),
             }
-        }
-    }
-
-    #[test]
-    fn a_range_that_is_no_network_becomes_several() {
-        let range = vec![
-            ("192.0.2.11".parse().unwrap(), false),
-            ("192.0.2.14".parse().unwrap(), true),
-        ];
-        let found: Vec<String> = networks(Family::V4, range)
-            .iter()
-            .map(IpNet::to_string)
-            .collect();
-        assert_eq!(found, ["192.0.2.11/32", "192.0.2.12/31"]);
+        };
+        let sets: BTreeMap<String, String> = Kind::all().map(name).collect();
+        assert_eq!(sets, documented_sets(1));
     }
 
     #[test]

@@ -1,10 +1,11 @@
 //! Firewall backend on nftables: one table of our own, ahead of every masquerade.
 //!
 //! The table as a whole is written by one `nft` process, in one transaction; after that each change is a
-//! transaction of set elements over netlink, without a process. Steps that come together go together: nobody
-//! sees the state between two of them.
+//! transaction of set elements over netlink, without a process. Steps that come together are one transaction: no packet
+//! meets the state between two of them.
 
 mod elements;
+mod intervals;
 mod read;
 mod ruleset;
 
@@ -21,18 +22,17 @@ use netlink_packet_netfilter::nftables::{
 use netlink_packet_netfilter::none::ControlMessage;
 use netlink_packet_netfilter::{NetfilterMessageInner, NetfilterProtoFamily};
 
-use self::elements::{Elements, Kind, Value, late_key, octets};
+use self::elements::{Elements, Kind, Value, late_reply_key, octets};
 pub(crate) use self::read::{BaseChain, any_chain};
-use self::ruleset::{Chain, chains};
-pub(crate) use self::ruleset::{TABLE, TRANSLATION_PRIORITY};
+pub(crate) use self::ruleset::TABLE;
+use self::ruleset::{Chain, TRANSLATION_PRIORITY, chains};
+use crate::kernel::backend::{Backend, NatPlace, Profile, Watched};
 use crate::kernel::conntrack::LateReply;
 use crate::kernel::error::{Error, StepError, executable};
-use crate::kernel::firewall::{Firewall, LATE_REPLY_SECONDS};
 use crate::kernel::netfilter::{Message, Netfilter, NetlinkError, message};
-use crate::kernel::ours::OwnSet;
+use crate::kernel::ours::{LATE_REPLY_SECONDS, OwnSet, Ranges};
 use crate::kernel::tool::run;
-use crate::settings::FwMask;
-use crate::state::{Family, FirewallState, FirewallStep, KernelState, Skeleton};
+use crate::state::{Family, FirewallState, FirewallStep, KernelState, Remnant, Skeleton};
 
 /// `NFNL_SUBSYS_NFTABLES` of nfnetlink.h: the subsystem that a transaction is for.
 const SUBSYSTEM: u16 = 10;
@@ -45,30 +45,25 @@ const ELEMENTS_AT_ONCE: usize = 500;
 pub(crate) struct Nftables {
     netfilter: Netfilter,
     families: Vec<Family>,
-    mask: FwMask,
-    /// What the table holds, as read or confirmed last: a map's element is replaced by naming the old one.
+    ranges: Ranges,
+    /// What the table holds, as read or confirmed last: an element of a map is deleted by its key and old value.
     held: KernelState,
 }
 
 impl Nftables {
     /// Opens the netlink socket. Changes nothing.
-    pub(crate) fn open(mask: FwMask, families: Vec<Family>) -> Result<Nftables, NetlinkError> {
+    pub(crate) fn open(ranges: Ranges, families: Vec<Family>) -> Result<Nftables, NetlinkError> {
         Ok(Nftables {
             netfilter: Netfilter::open()?,
             families,
-            mask,
+            ranges,
             held: KernelState::default(),
         })
     }
 
-    /// The socket of its changes.
-    pub(crate) fn port(&self) -> u32 {
-        self.netfilter.port()
-    }
-
     /// Whether kernel and tool can do what this backend needs: both are asked to check the whole table.
-    pub(crate) async fn check(mask: FwMask, families: &[Family]) -> Result<(), Error> {
-        let document = document(families, mask, &KernelState::default());
+    pub(crate) async fn check(ranges: Ranges, families: &[Family]) -> Result<(), Error> {
+        let document = document(families, ranges, &KernelState::default());
         run("nft", &["--check", "--file", "-"], document).await?;
         Ok(())
     }
@@ -89,7 +84,7 @@ impl Nftables {
                 None => Skeleton::Intact,
                 Some(damage) => Skeleton::Damaged(damage.clone()),
             };
-            let state = elements::state_of(&elements, self.mask.bits(), skeleton);
+            let state = elements::state_of(&elements, self.ranges.mask, skeleton);
             states.insert(family, state);
         }
         Ok(states)
@@ -107,7 +102,7 @@ impl Nftables {
             Ok(())
         });
         match all {
-            // No table, no set: nothing in it.
+            // Without a table or a set there is nothing in it.
             Err(error) if error.is_absent() => Ok(T::default()),
             all => all,
         }
@@ -147,7 +142,7 @@ impl Nftables {
         if let Some(set) = { missing }.next() {
             return Ok(Some(format!("set {set} is missing")));
         }
-        let expected = chains(&self.families, self.mask.bits(), self.mask.slots());
+        let expected = chains(&self.families, self.ranges.mask, self.ranges.slots);
         let changed = expected.iter().find(|chain| {
             let found = tags.get(&chain.name).map_or(&[][..], Vec::as_slice);
             let same_rules = found.iter().eq(chain.rules.iter().map(|rule| &rule.tag));
@@ -167,7 +162,7 @@ impl Nftables {
         )?;
         if kind.of_networks() {
             let ends = elements.iter().map(|element| (element.key, element.is_end));
-            let nets = elements::networks(family, ends.collect());
+            let nets = intervals::networks(family, ends.collect());
             return Ok(nets.into_iter().map(|net| (net, Value::None)).collect());
         }
         let member = |element: read::Element| (IpNet::from(element.key), element.value);
@@ -193,7 +188,7 @@ impl Nftables {
         } else if families.all(|family| family.firewall == nothing) {
             remove_table(&self.netfilter)?;
         } else {
-            let document = document(&self.families, self.mask, &self.held);
+            let document = document(&self.families, self.ranges, &self.held);
             run("nft", &["--file", "-"], document).await?;
         }
         Ok(())
@@ -248,7 +243,24 @@ fn remove_table(netfilter: &Netfilter) -> Result<(), NetlinkError> {
     netfilter.commit(&transaction(&batch))
 }
 
-impl Firewall for Nftables {
+impl Backend for Nftables {
+    fn profile(&self) -> Profile {
+        Profile {
+            name: "nftables".to_owned(),
+            port: Some(self.netfilter.port()),
+            watched: Watched {
+                tables: &[TABLE],
+                chains: None,
+            },
+            nat: NatPlace {
+                priority: TRANSLATION_PRIORITY,
+                table: Some(TABLE),
+                advice: None,
+            },
+            remnants: vec![Remnant::Nftables],
+        }
+    }
+
     async fn observe(&mut self) -> Result<BTreeMap<Family, FirewallState>, Error> {
         let states = self.read()?;
         self.held = KernelState::default();
@@ -263,10 +275,9 @@ impl Firewall for Nftables {
         if batch.is_empty() || self.transaction(&batch).await.is_ok() {
             return;
         }
-        // Perhaps the table is not what we took it for. Then each step by itself: a bad one must cost no other.
+        // The table may differ from what we held: read it again. Then one by one, so that a bad step costs no other.
         if let Err(error) = self.observe().await {
-            let source = || Error::Batch(error.to_string());
-            failed.extend(batch.iter().map(|step| StepError::new(*step, source())));
+            failed.extend(StepError::of_batch(batch, error));
             return;
         }
         for step in batch {
@@ -280,21 +291,26 @@ impl Firewall for Nftables {
 
     async fn expect_late_replies(&mut self, replies: &[LateReply]) -> Result<(), Error> {
         let (v4, v6): (Vec<LateReply>, Vec<LateReply>) =
-            replies.iter().partition(|late| late.pod.0.is_ipv4());
-        let mut messages = late_messages(Family::V4, &v4);
-        messages.extend(late_messages(Family::V6, &v6));
+            replies.iter().partition(|late| late.pod.is_ipv4());
+        let mut messages = late_reply_messages(Family::V4, &v4);
+        messages.extend(late_reply_messages(Family::V6, &v6));
         Ok(self.netfilter.commit(&transaction(&messages))?)
+    }
+
+    /// Chains of iptables come after ours, in every mode.
+    async fn foreign_nat(&self) -> Result<BTreeSet<String>, Error> {
+        Ok(BTreeSet::new())
     }
 }
 
 /// The messages that add late replies to a family's set.
-fn late_messages(family: Family, replies: &[LateReply]) -> Vec<u8> {
+fn late_reply_messages(family: Family, replies: &[LateReply]) -> Vec<u8> {
     let mut messages = Vec::new();
     for part in replies.chunks(ELEMENTS_AT_ONCE) {
-        // The time is said again, so that it begins again for an element that is there (kernel 6.12 and newer).
+        // With an expiration, an element that is there lives for the full time again (kernel 6.12 and newer).
         let elements = part.iter().map(|late| {
             ListAttribute::Element(vec![
-                SetElementAttribute::Key(DataAttribute::Value(late_key(late))),
+                SetElementAttribute::Key(DataAttribute::Value(late_reply_key(late))),
                 SetElementAttribute::Timeout(u64::from(LATE_REPLY_SECONDS) * 1000),
                 SetElementAttribute::Expiration(u64::from(LATE_REPLY_SECONDS) * 1000),
             ])
@@ -336,9 +352,9 @@ fn base_of(chain: &Chain) -> Option<BaseChain> {
 }
 
 /// The whole table as `nft` takes it, replacing whatever there is.
-fn document(families: &[Family], mask: FwMask, state: &KernelState) -> String {
+fn document(families: &[Family], ranges: Ranges, state: &KernelState) -> String {
     let nothing = FirewallState::default();
-    // The sets may go to the chains, and the rules look into the sets: nft sorts that out within a table.
+    // Maps name chains and rules name sets: nft resolves both within a table, whatever the order.
     let mut text =
         format!("add table inet {TABLE}\ndelete table inet {TABLE}\ntable inet {TABLE} {{\n");
     for &family in families {
@@ -351,14 +367,14 @@ fn document(families: &[Family], mask: FwMask, state: &KernelState) -> String {
             text += &kind.text(family, elements.get(&kind).into_iter().flatten());
         }
     }
-    for chain in chains(families, mask.bits(), mask.slots()) {
+    for chain in chains(families, ranges.mask, ranges.slots) {
         text += &chain.text();
     }
     text + "}\n"
 }
 
-/// The messages that turn some elements into others: what goes first, because the value of an element cannot be
-/// changed but only replaced.
+/// The messages that turn some elements into others. Deletions come first: the value of an element cannot be changed,
+/// only replaced.
 fn changes(from: &BTreeMap<Family, Elements>, to: &BTreeMap<Family, Elements>) -> Vec<u8> {
     let mut batch = Vec::new();
     for family in Family::ALL {
@@ -393,7 +409,7 @@ impl Change {
             for (net, value) in part {
                 list.push(element(net.network(), value, false));
                 if kind.of_networks() {
-                    list.extend(elements::after(net).map(|end| element(end, value, true)));
+                    list.extend(intervals::after(net).map(|end| element(end, value, true)));
                 }
             }
             let set = kind.name(family);
@@ -437,7 +453,7 @@ fn inet(flags: u16, inner: NfTablesMessage) -> Vec<u8> {
     message(NetfilterProtoFamily::Inet, flags, 0, inner)
 }
 
-/// Messages between the marks of a transaction: all of them or none.
+/// Messages between begin and end of a transaction: all of them or none.
 fn transaction(messages: &[u8]) -> Vec<u8> {
     let mark = |inner: ControlMessage| {
         let inner = NetfilterMessageInner::None(inner);
@@ -447,4 +463,48 @@ fn transaction(messages: &[u8]) -> Vec<u8> {
     batch.extend_from_slice(messages);
     batch.extend(mark(ControlMessage::BatchEnd));
     batch
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::state::{Mark, NetSet, PodSet};
+
+    #[test]
+    fn the_table_is_as_written_down() {
+        let ip = |text: &str| text.parse::<IpAddr>().unwrap();
+        let ranges = Ranges {
+            mask: 0x0060_0000,
+            slots: 3,
+            table_offset: 100_000,
+            priority: 1000,
+        };
+        let mark = Mark {
+            value: 0x0040_0000,
+            mask: ranges.mask,
+        };
+        let mut state = KernelState::default();
+        for (family, pod, vip, net) in [
+            (Family::V4, "10.244.1.11", "192.0.2.200", "10.244.0.0/16"),
+            (
+                Family::V6,
+                "fd00:10:244:1::b",
+                "2001:db8:1::c8",
+                "fd00:10:244::/48",
+            ),
+        ] {
+            let (pod, vip) = (ip(pod), ip(vip));
+            for step in [
+                FirewallStep::Install(family, [vip].into()),
+                FirewallStep::AddNet(NetSet::Excluded, net.parse().unwrap()),
+                FirewallStep::AddPod(PodSet::Egress, pod),
+                FirewallStep::Translate { pod, vip },
+                FirewallStep::Mark { pod, mark },
+            ] {
+                state.apply_firewall(&step);
+            }
+        }
+        let document = document(&Family::ALL, ranges, &state);
+        assert_eq!(document, include_str!("testdata/table.nft"));
+    }
 }

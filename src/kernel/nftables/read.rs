@@ -1,8 +1,10 @@
-//! What the kernel says about our table, as values. Pure.
+//! Netlink answers about our table, as values. Pure.
 //!
 //! The numbers are those of nf_tables.h.
 
 use std::net::IpAddr;
+
+use nix::libc::{NF_ACCEPT, c_int};
 
 use crate::kernel::netfilter::{Message, attributes};
 use crate::kernel::nftables::elements::Value;
@@ -29,21 +31,19 @@ const INTERVAL_END: u32 = 1;
 const DATA_VALUE: u16 = 1;
 const DATA_VERDICT: u16 = 2;
 const VERDICT_CHAIN: u16 = 2;
-/// `NF_ACCEPT` of netfilter.h.
-const ACCEPT: u32 = 1;
 /// `NFTNL_UDATA_RULE_COMMENT` of libnftnl: a rule's comment among its user data.
 const UDATA_COMMENT: u8 = 0;
 
 /// What makes a chain a base chain.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct BaseChain {
-    /// `filter` or `nat`.
+    /// `filter`, `nat` or `route`.
     pub(crate) kind: String,
     /// Number of the hook.
-    pub(crate) hook: u32,
+    pub(crate) hook: c_int,
     /// Place among the chains of the hook.
     pub(crate) priority: i32,
-    /// What no rule decides goes on.
+    /// Its policy is `accept`.
     pub(crate) accepts: bool,
 }
 
@@ -83,12 +83,12 @@ pub(crate) fn any_chain(message: Message<'_>) -> Option<(String, String, Option<
             CHAIN_TABLE => table = Some(text(value).to_owned()),
             CHAIN_NAME => name = Some(text(value).to_owned()),
             CHAIN_TYPE => text(value).clone_into(&mut base.kind),
-            CHAIN_POLICY => base.accepts = number(value)? == ACCEPT,
+            CHAIN_POLICY => base.accepts = number(value)?.cast_signed() == NF_ACCEPT,
             CHAIN_HOOK => {
                 has_hook = true;
                 for (kind, value) in attributes(value) {
                     match kind {
-                        HOOK_NUMBER => base.hook = number(value)?,
+                        HOOK_NUMBER => base.hook = number(value)?.cast_signed(),
                         HOOK_PRIORITY => base.priority = number(value)?.cast_signed(),
                         _ => {}
                     }

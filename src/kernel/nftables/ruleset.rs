@@ -1,8 +1,13 @@
-//! The static part of the table: chains and rules, and what a packet experiences there.
+//! The static part of the table: chains and rules, and what a packet experiences there. Pure.
 //!
 //! Rules look things up in sets and maps, whose number does not depend on the cluster: the cost of a packet
 //! is the same for one Service and for thousands.
 
+use nix::libc::{
+    NF_INET_FORWARD, NF_INET_LOCAL_OUT, NF_INET_POST_ROUTING, NF_INET_PRE_ROUTING, c_int,
+};
+
+use crate::kernel::ours::digit;
 use crate::kernel::tag::tag;
 use crate::state::{Family, Mark};
 
@@ -12,22 +17,33 @@ pub(crate) const TABLE: &str = "metaleg";
 /// A rule of ours.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Rule {
-    /// Its comment, by which it is known when it is read back.
+    /// Its comment, by which it is recognised when it is read back.
     pub(crate) tag: String,
     text: String,
 }
 
-/// Where a chain hooks into the way of packets.
+/// Where a base chain is attached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Hook {
     /// `filter`, `nat` or `route`.
     pub(crate) kind: &'static str,
     /// Name of the hook.
     pub(crate) name: &'static str,
-    /// Number of the hook (`NF_INET_…` of netfilter.h).
-    pub(crate) number: u32,
+    /// Number of the hook (`NF_INET_…`).
+    pub(crate) number: c_int,
     /// Place among the chains of the hook, lowest first.
     pub(crate) priority: i32,
+}
+
+impl Hook {
+    fn new(kind: &'static str, name: &'static str, number: c_int, priority: i32) -> Hook {
+        Hook {
+            kind,
+            name,
+            number,
+            priority,
+        }
+    }
 }
 
 /// A chain of ours.
@@ -38,42 +54,8 @@ pub(crate) struct Chain {
     pub(crate) rules: Vec<Rule>,
 }
 
-/// After DNAT (-100): a destination is looked at as the packet will be routed, not as it was sent.
-const MARKING: Hook = Hook {
-    kind: "filter",
-    name: "prerouting",
-    number: 0,
-    priority: -95,
-};
-/// Where packets of this node itself are routed again when their mark changes.
-const ERRORS: Hook = Hook {
-    kind: "route",
-    name: "output",
-    number: 3,
-    priority: -150,
-};
-/// Before the filters of others (0), which may accept and so end only their own chain.
-const GUARD: Hook = Hook {
-    kind: "filter",
-    name: "forward",
-    number: 2,
-    priority: -5,
-};
-/// Ahead of every masquerade (100): the first chain that decides about a connection wins.
+/// Ahead of every masquerade (100): the first NAT chain that decides about a connection wins.
 pub(crate) const TRANSLATION_PRIORITY: i32 = 95;
-const TRANSLATION: Hook = Hook {
-    kind: "nat",
-    name: "postrouting",
-    number: 4,
-    priority: TRANSLATION_PRIORITY,
-};
-/// After every translation: the source is what will be on the wire.
-const LEAK: Hook = Hook {
-    kind: "filter",
-    name: "postrouting",
-    number: 4,
-    priority: 105,
-};
 
 /// The chain that puts a slot's mark on packets.
 pub(crate) fn slot_chain(mark: Mark) -> String {
@@ -89,159 +71,245 @@ pub(crate) fn mark_of_chain(name: &str, mask: u32) -> Option<Mark> {
 
 /// Every chain of the table, for these families and marks.
 pub(crate) fn chains(families: &[Family], mask: u32, slots: u32) -> Vec<Chain> {
+    let words: Vec<Words> = families.iter().copied().map(Words::of).collect();
     let marked = format!("meta mark and {mask:#010x} != 0");
-    let mut marking = vec![
-        // The answer to an inbound connection goes back the way that it came. Not `ct direction original` where
-        // pods are looked up: untracked and INVALID packets have no direction, and must not slip through.
-        rule("reply", "ct direction reply return"),
-    ];
-    let mut errors = Vec::new();
-    let mut guard = Vec::new();
-    let mut guard_excluded = Vec::new();
-    let mut guard_pods = Vec::new();
-    let mut translation = Vec::new();
-    let mut leak = vec![rule("reply", "ct direction reply return")];
-    for family in families {
-        let (ip, n, icmp, l4) = match family {
-            Family::V4 => ("ip", 4, "icmp", "icmp"),
-            Family::V6 => ("ip6", 6, "icmpv6", "ipv6-icmp"),
+    // A chain must be there before the rule or the element that goes to it.
+    let mut chains: Vec<Chain> = (1..=slots).map(|number| slot(number, mask)).collect();
+    chains.extend([
+        marking(&words),
+        errors(&words),
+        guard(&words),
+        translation(&words, &marked),
+        leak(&words, &marked),
+    ]);
+    chains
+}
+
+/// What rules of a family are written with.
+#[derive(Clone, Copy)]
+struct Words {
+    ip: &'static str,
+    n: u8,
+    /// ICMP, as `reject with` takes it.
+    icmp: &'static str,
+    /// ICMP, as `meta l4proto` takes it.
+    l4: &'static str,
+}
+
+impl Words {
+    fn of(family: Family) -> Words {
+        let n = digit(family);
+        let (ip, icmp, l4) = match family {
+            Family::V4 => ("ip", "icmp", "icmp"),
+            Family::V6 => ("ip6", "icmpv6", "ipv6-icmp"),
         };
-        let rule = |name: &str, text: String| rule(&format!("{name}-{n}"), &text);
-        let excluded = rule("excluded", format!("{ip} daddr @excluded{n} return"));
-        marking.extend([
-            excluded.clone(),
-            rule("mark", format!("{ip} saddr vmap @slot{n}")),
+        Words { ip, n, icmp, l4 }
+    }
+
+    fn rule(self, name: &str, text: &str) -> Rule {
+        rule(&format!("{name}-{}", self.n), text)
+    }
+
+    /// Traffic inside the cluster is none of the chain's business.
+    fn excluded(self) -> Rule {
+        let Words { ip, n, .. } = self;
+        self.rule("excluded", &format!("{ip} daddr @excluded{n} return"))
+    }
+}
+
+/// A packet of an egress pod gets the mark of its gateway; all other bits stay.
+fn slot(number: u32, mask: u32) -> Chain {
+    let (value, others) = (number << mask.trailing_zeros(), !mask);
+    let text = format!("meta mark set meta mark and {others:#010x} or {value:#010x}");
+    Chain {
+        name: format!("slot{number}"),
+        hook: None,
+        rules: vec![rule("slot", &text)],
+    }
+}
+
+/// Egress packets whose gateway is another node go to its slot. After DNAT (-100): the destination is looked at as it will
+/// be routed, not as it was sent.
+fn marking(families: &[Words]) -> Chain {
+    let hook = Hook::new("filter", "prerouting", NF_INET_PRE_ROUTING, -95);
+    // The reply of an inbound connection goes back the way that the connection came. Not `ct direction original` where
+    // pods are looked up: untracked and INVALID packets have no direction, and must not slip through.
+    let mut rules = vec![reply()];
+    for words in families {
+        let Words { ip, n, .. } = words;
+        rules.extend([
+            words.excluded(),
+            words.rule("mark", &format!("{ip} saddr vmap @slot{n}")),
         ]);
-        // This node's own word about a connection, such as that a packet is too large for the way to the pod, makes
-        // sense to the server only from the VIP: it takes the way of the pod's packets.
-        errors.extend([
-            excluded.clone(),
-            rule(
+    }
+    base("marking", hook, rules)
+}
+
+/// ICMP errors that this node sends about an egress connection (such as "fragmentation needed") are marked too and go over
+/// the gateway, because the server can match them only if they come from the VIP. A chain of type `route`: after it a
+/// node's own packet is routed again when its mark has changed.
+fn errors(families: &[Words]) -> Chain {
+    let hook = Hook::new("route", "output", NF_INET_LOCAL_OUT, -150);
+    let mut rules = Vec::new();
+    for words in families {
+        let Words { ip, n, l4, .. } = words;
+        rules.extend([
+            words.excluded(),
+            words.rule(
                 "error",
-                format!("meta l4proto {l4} ct state related ct original {ip} saddr vmap @slot{n}"),
+                &format!("meta l4proto {l4} ct state related ct original {ip} saddr vmap @slot{n}"),
             ),
         ]);
-        guard.extend([
-            // The pod's node has just forgotten their connection: as the beginning of one from outside they would
-            // make the pod's next packet an answer, which leaves as it is.
-            rule(
+    }
+    base("errors", hook, rules)
+}
+
+/// Drops or rejects what must neither become a connection nor leave. Before the filters of others (0): where they accept,
+/// that ends only their own chain, while a drop is final.
+fn guard(families: &[Words]) -> Chain {
+    let hook = Hook::new("filter", "forward", NF_INET_FORWARD, -5);
+    let mut rules = Vec::new();
+    for words in families {
+        let Words { ip, n, .. } = words;
+        rules.extend([
+            // A reply of a connection that this node has just forgotten. As NEW it would begin a connection from
+            // outside; the pod's next packet would count as a reply, skip marking, and leave with the pod's own address.
+            words.rule(
                 "late-reply",
-                format!(
+                &format!(
                     "ct state new {ip} saddr . meta l4proto . th sport . {ip} daddr . th dport @late_replies{n} counter drop"
                 ),
             ),
-            // The gateway may know a connection that the pod's node has lost or has seen the end of: the same, for as
-            // long as the pod is an egress pod, where the protocol tells a beginning.
-            rule(
+            // The gateway may still hold an entry that the pod's node has lost. A packet other than a bare SYN to an
+            // egress pod must not create one here, as above. Only TCP shows where a connection begins.
+            words.rule(
                 "midway",
-                format!(
+                &format!(
                     "ct state new tcp flags & (fin | syn | rst | ack) != syn \
                      {ip} daddr @egress{n} {ip} saddr != @excluded{n} counter drop"
                 ),
             ),
-            // A VIP moves before routes and objects do. A packet of an outside server that arrives here before
-            // the pod's own next packet would make a connection entry that clashes with the pod's; and an
-            // INVALID one would be routed, and answered with an error that the server believes.
-            rule(
+            // A VIP moves before routes and objects do. A server's packet that comes here ahead of the pod's own next
+            // packet would create an entry that clashes with the pod's; an INVALID one would be routed, and answered
+            // with an error that the server believes.
+            words.rule(
                 "to-vip",
-                format!("{ip} daddr @vips{n} ct state new,invalid counter drop"),
+                &format!("{ip} daddr @vips{n} ct state new,invalid counter drop"),
             ),
             // Translated by a node that was the gateway and is none any more.
-            rule("from-vip", format!("{ip} saddr @vips{n} counter drop")),
+            words.rule("from-vip", &format!("{ip} saddr @vips{n} counter drop")),
         ]);
-        guard_excluded.push(excluded.clone());
-        guard_pods.extend([
+    }
+    // From here on only packets to outside are left, and no replies of inbound connections.
+    rules.extend(families.iter().map(|words| words.excluded()));
+    rules.push(reply());
+    for words in families {
+        let Words { ip, n, icmp, .. } = words;
+        rules.extend([
             // A connection that cannot go on ends at once instead of hanging.
-            rule(
+            words.rule(
                 "reset",
-                format!("{ip} saddr @blocked{n} meta l4proto tcp counter reject with tcp reset"),
+                &format!("{ip} saddr @blocked{n} meta l4proto tcp counter reject with tcp reset"),
             ),
             // Says why, unlike port-unreachable.
-            rule(
+            words.rule(
                 "reject",
-                format!("{ip} saddr @blocked{n} counter reject with {icmp} type admin-prohibited"),
+                &format!("{ip} saddr @blocked{n} counter reject with {icmp} type admin-prohibited"),
             ),
             // INVALID packets skip NAT.
-            rule(
+            words.rule(
                 "invalid",
-                format!("{ip} saddr @egress{n} ct state invalid counter drop"),
+                &format!("{ip} saddr @egress{n} ct state invalid counter drop"),
             ),
-            // Another node takes us for its pod's gateway, and we do not know the pod yet: the masquerade of the
-            // CNI plugin would give it this node's address.
-            rule(
+            // Another node takes this one for its pod's gateway, and this one does not know the pod yet: the masquerade
+            // of the CNI plugin would give it this node's address.
+            words.rule(
                 "unknown",
-                format!("{ip} saddr @remote_pods{n} {ip} saddr != @egress{n} counter drop"),
+                &format!("{ip} saddr @remote_pods{n} {ip} saddr != @egress{n} counter drop"),
             ),
-            // Dropped, not rejected: it is known in a moment, and until then senders try again.
-            rule(
+            // A pod of this node that is not classified yet. Dropped, not rejected: it is known in a moment, and until
+            // then senders try again.
+            words.rule(
                 "unclassified",
-                format!(
+                &format!(
                     "{ip} saddr @local_pods{n} {ip} saddr != @egress{n} {ip} saddr != @ordinary{n} counter drop"
                 ),
             ),
         ]);
-        translation.extend([
-            rule("other", format!("{ip} saddr != @egress{n} return")),
-            excluded.clone(),
-            // On its way to the gateway a packet keeps its source. Translating it to itself takes the decision
-            // away from the masquerade of the CNI plugin.
-            rule("identity", format!("{marked} snat {ip} to {ip} saddr")),
-            rule("vip", format!("snat {ip} to {ip} saddr map @vip{n}")),
-            // Nor may that have what has no translation.
-            rule("none", format!("{ip} saddr @egress{n} counter drop")),
+    }
+    base("guard", hook, rules)
+}
+
+/// The source that a new connection of an egress pod gets.
+fn translation(families: &[Words], marked: &str) -> Chain {
+    let hook = Hook::new(
+        "nat",
+        "postrouting",
+        NF_INET_POST_ROUTING,
+        TRANSLATION_PRIORITY,
+    );
+    let mut rules = Vec::new();
+    for words in families {
+        let Words { ip, n, .. } = words;
+        rules.extend([
+            // NAT of pods that are no egress pods is the business of others.
+            words.rule("other", &format!("{ip} saddr != @egress{n} return")),
+            words.excluded(),
+            // On its way to the gateway a packet keeps its source. Translating it to itself takes the decision away
+            // from the masquerade of the CNI plugin.
+            words.rule("identity", &format!("{marked} snat {ip} to {ip} saddr")),
+            // This node is the gateway, or the packet passes here by chance: the VIP is right.
+            words.rule("vip", &format!("snat {ip} to {ip} saddr map @vip{n}")),
+            // A pod without a VIP must not fall to a masquerade either.
+            words.rule("none", &format!("{ip} saddr @egress{n} counter drop")),
         ]);
-        leak.extend([
-            excluded,
-            rule("translated", format!("{ip} saddr @vips{n} return")),
-            rule("marked", format!("{marked} {ip} saddr @egress{n} return")),
+    }
+    base("translation", hook, rules)
+}
+
+/// Drops what would leave with a wrong source. After every translation: the source is the one that will be on the wire.
+fn leak(families: &[Words], marked: &str) -> Chain {
+    let hook = Hook::new("filter", "postrouting", NF_INET_POST_ROUTING, 105);
+    let mut rules = vec![reply()];
+    for words in families {
+        let Words { ip, n, l4, .. } = words;
+        rules.extend([
+            words.excluded(),
+            words.rule("translated", &format!("{ip} saddr @vips{n} return")),
             // On its way to the gateway.
-            rule(
+            words.rule("marked", &format!("{marked} {ip} saddr @egress{n} return")),
+            // This node's own ICMP errors, see `errors`.
+            words.rule(
                 "error",
-                format!("{ip} saddr != @egress{n} ct state related meta l4proto {l4} return"),
+                &format!("{ip} saddr != @egress{n} ct state related meta l4proto {l4} return"),
             ),
             // Whoever gave it another source: a masquerade of others, or a connection that is older than what we
             // decided.
-            rule(
+            words.rule(
                 "leak",
-                format!("ct original {ip} saddr @egress{n} counter drop"),
+                &format!("ct original {ip} saddr @egress{n} counter drop"),
             ),
-            rule(
+            // What NAT never saw.
+            words.rule(
                 "untranslated",
-                format!("{ip} saddr @egress{n} counter drop"),
+                &format!("{ip} saddr @egress{n} counter drop"),
             ),
         ]);
     }
-    guard.extend(guard_excluded);
-    guard.push(rule("reply", "ct direction reply return"));
-    guard.extend(guard_pods);
-    let base = |name: &str, hook, rules| Chain {
+    base("leak", hook, rules)
+}
+
+/// Replies of inbound connections pass.
+fn reply() -> Rule {
+    rule("reply", "ct direction reply return")
+}
+
+fn base(name: &str, hook: Hook, rules: Vec<Rule>) -> Chain {
+    Chain {
         name: name.to_owned(),
         hook: Some(hook),
         rules,
-    };
-    let slot = |number: u32| {
-        let value = number << mask.trailing_zeros();
-        let keep = !mask;
-        Chain {
-            name: format!("slot{number}"),
-            hook: None,
-            // The bits of others stay.
-            rules: vec![rule(
-                "slot",
-                &format!("meta mark set meta mark and {keep:#010x} or {value:#010x}"),
-            )],
-        }
-    };
-    // A chain must be there before the rule or the element that goes to it.
-    let mut chains: Vec<Chain> = (1..=slots).map(slot).collect();
-    chains.extend([
-        base("marking", MARKING, marking),
-        base("errors", ERRORS, errors),
-        base("guard", GUARD, guard),
-        base("translation", TRANSLATION, translation),
-        base("leak", LEAK, leak),
-    ]);
-    chains
+    }
 }
 
 fn rule(name: &str, text: &str) -> Rule {
@@ -265,5 +333,36 @@ impl Chain {
             text += &format!("    {} comment \"{}\"\n", rule.text, rule.tag);
         }
         text + "  }\n"
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernel::tag::TAG;
+    use crate::kernel::tests::documented;
+
+    #[test]
+    fn the_chains_are_as_documented() {
+        let chains: Vec<Vec<String>> = chains(&[Family::V4], 0x0010_0000, 1)
+            .iter()
+            .map(|chain| {
+                let names: Vec<&str> = chain
+                    .rules
+                    .iter()
+                    .map(|rule| {
+                        let (name, _) = rule.tag[TAG.len()..].split_once(':').unwrap();
+                        name.strip_suffix("-4").unwrap_or(name)
+                    })
+                    .collect();
+                let (hook, priority) = match chain.hook {
+                    Some(hook) => (hook.name, hook.priority.to_string()),
+                    None => ("-", "-".to_owned()),
+                };
+                let name = chain.name.replace("slot1", "slotN");
+                vec![name, hook.to_owned(), priority, names.join(" ")]
+            })
+            .collect();
+        assert_eq!(chains, documented("Backend nftables"));
     }
 }

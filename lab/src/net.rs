@@ -69,9 +69,11 @@ pub(crate) fn node_mac_bytes(number: usize) -> [u8; 6] {
     [2, 0, 0, 0, 0, last]
 }
 
-const IPV6: &str = "
+/// Addresses are there at once, none comes from a router, and everybody may ask by ICMP.
+const HOST: &str = "
     sysctl -qw net.ipv6.conf.all.accept_dad=0 net.ipv6.conf.default.accept_dad=0 \
-        net.ipv6.conf.all.accept_ra=0 net.ipv6.conf.default.accept_ra=0";
+        net.ipv6.conf.all.accept_ra=0 net.ipv6.conf.default.accept_ra=0
+    sysctl -qw net.ipv4.ping_group_range='0 0'";
 const FORWARD: &str = "
     sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1";
 
@@ -97,7 +99,7 @@ pub fn join(lan: &Host, host: &Host, mac: &str, addresses: &[impl AsRef<str>; 2]
     let [v4, v6] = addresses;
     let (v4, v6) = (v4.as_ref(), v6.as_ref());
     host.sh(&format!(
-        "{IPV6}
+        "{HOST}
          ip link set eth0 up
          ip addr add {v4}/24 dev eth0
          ip addr add {v6}/64 dev eth0 nodad"
@@ -119,7 +121,7 @@ pub fn make_far_side(router: &Host, far: &Host) -> Result<()> {
          ip addr add 2001:db8:2::1/64 dev eth1 nodad"
     ))?;
     far.sh(&format!(
-        "{IPV6}
+        "{HOST}
          ip link set eth0 up
          ip addr add 198.51.100.10/24 dev eth0
          ip addr add 2001:db8:2::10/64 dev eth0 nodad
@@ -255,7 +257,7 @@ pub fn connect_pod(
          ip -6 route add {v6}/128 dev {link}"
     ))?;
     pod_host.sh(&format!(
-        "{IPV6}
+        "{HOST}
          sysctl -qw net.ipv4.ip_local_port_range='{first_port} {last_port}'
          ip link set eth0 up
          ip addr add {v4}/32 dev eth0

@@ -6,11 +6,14 @@ use std::io::{BufRead, BufReader};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use metaleg_lab::{KubeProxy, Lab, Masquerade, Options, ServiceSpec, eventually};
+use metaleg_lab::{KubeProxy, Lab, Masquerade, Options, ServiceSpec, eventually, say};
 
 fn is_root() -> bool {
     let root = nix::unistd::geteuid().is_root();
     assert!(root || std::env::var_os("CI").is_none(), "needs root");
+    if !root {
+        say!("skipped: needs root");
+    }
     root
 }
 

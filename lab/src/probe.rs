@@ -2,13 +2,20 @@
 
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use socket2::SockRef;
+use etherparse::{
+    ArpEthIpv4Packet, ArpOperation, IcmpEchoHeader, Icmpv4Header, Icmpv4Type, Icmpv6Header,
+    Icmpv6Type, PacketBuilder,
+};
+use socket2::{Domain, SockRef, Socket, Type};
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt};
 use tokio::sync::oneshot;
 
+use crate::Family;
 use crate::host::Host;
 
 /// Port of every server of the lab.
@@ -21,6 +28,35 @@ pub const PATIENCE: Duration = Duration::from_secs(4);
 #[derive(Debug)]
 pub struct Server {
     _stop: oneshot::Sender<()>,
+    /// The threads that answer ICMP look whether it is there.
+    alive: Arc<()>,
+}
+
+/// The same, and answers ICMP echo requests with the line instead of with what they carry.
+///
+/// # Errors
+/// When the sockets cannot be opened.
+pub fn serve_outside(host: &Host) -> Result<Server> {
+    let server = serve(host)?;
+    host.sh("sysctl -qw net.ipv4.icmp_echo_ignore_all=1 net.ipv6.icmp.echo_ignore_all=1")?;
+    for family in Family::BOTH {
+        let name = host.name.clone();
+        let (domain, protocol, _) = icmp(family);
+        let socket = host.inside(move || Socket::new(domain, Type::RAW, Some(protocol)))?;
+        let socket = socket
+            .join()
+            .map_err(|_| anyhow::anyhow!("the server panicked"))??;
+        let socket = UdpSocket::from(socket);
+        socket.set_read_timeout(Some(Duration::from_millis(100)))?;
+        let alive = Arc::downgrade(&server.alive);
+        std::thread::spawn(move || {
+            while alive.strong_count() > 0 {
+                // Nothing came, or an error that an earlier answer brought.
+                let _ = answer_icmp(&name, family, &socket);
+            }
+        });
+    }
+    Ok(server)
 }
 
 /// Answers on TCP and UDP, both families: a line with the host's name and the address of the peer, at the
@@ -55,7 +91,10 @@ pub fn serve(host: &Host) -> Result<Server> {
         }
     })?;
     match bound.recv().context("a server ended at once")? {
-        None => Ok(Server { _stop: stop }),
+        None => Ok(Server {
+            _stop: stop,
+            alive: Arc::new(()),
+        }),
         Some(error) => Err(error).with_context(|| format!("cannot serve on {}", host.name)),
     }
 }
@@ -101,13 +140,65 @@ async fn serve_udp(name: &str, socket: tokio::net::UdpSocket) {
     }
 }
 
-/// Transport protocols.
+/// Domain and protocol of ICMP in a family, and the type of an echo request.
+fn icmp(family: Family) -> (Domain, socket2::Protocol, u8) {
+    match family {
+        Family::V4 => (Domain::IPV4, socket2::Protocol::ICMPV4, 8),
+        Family::V6 => (Domain::IPV6, socket2::Protocol::ICMPV6, 128),
+    }
+}
+
+fn answer_icmp(name: &str, family: Family, socket: &UdpSocket) -> std::io::Result<()> {
+    let (_, _, request) = icmp(family);
+    let mut buffer = [0; 256];
+    let (length, peer) = socket.recv_from(&mut buffer)?;
+    // Of IPv4 the kernel gives the IP header, too.
+    let header = match family {
+        Family::V4 => usize::from(buffer[0] & 0x0f) * 4,
+        Family::V6 => 0,
+    };
+    let packet = buffer.get(header..length).unwrap_or_default();
+    let Some(&[kind, _, _, _, id0, id1, seq0, seq1]) = packet.first_chunk() else {
+        return Ok(());
+    };
+    if kind != request {
+        return Ok(());
+    }
+    let echo = IcmpEchoHeader::from_bytes([id0, id1, seq0, seq1]);
+    let line = line(name, SocketAddr::new(peer.ip(), 0));
+    let header = match family {
+        Family::V4 => {
+            let reply = Icmpv4Type::EchoReply(echo);
+            Icmpv4Header::with_checksum(reply, line.as_bytes())
+                .to_bytes()
+                .to_vec()
+        }
+        // The kernel fills in the checksum.
+        Family::V6 => {
+            let reply = Icmpv6Type::EchoReply(echo);
+            Icmpv6Header::new(reply).to_bytes().to_vec()
+        }
+    };
+    socket.send_to(&[&header, line.as_bytes()].concat(), peer)?;
+    Ok(())
+}
+
+/// Transport protocols, and ICMP.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Protocol {
     /// TCP.
     Tcp,
     /// UDP.
     Udp,
+    /// ICMP echo; answered with a name and an address by servers outside only.
+    Icmp,
+}
+
+impl Protocol {
+    /// All.
+    pub const ALL: [Protocol; 3] = [Protocol::Tcp, Protocol::Udp, Protocol::Icmp];
+    /// Those that Services and pods answer, too.
+    pub const WITH_PORTS: [Protocol; 2] = [Protocol::Tcp, Protocol::Udp];
 }
 
 /// What came of a connection.
@@ -189,6 +280,7 @@ pub fn ask(from: &Host, to: SocketAddr, protocol: Protocol) -> Result<Seen> {
         let result = match protocol {
             Protocol::Tcp => ask_tcp(to),
             Protocol::Udp => ask_udp(to),
+            Protocol::Icmp => ask_icmp(to.ip()),
         };
         match result {
             // Says nothing of the way.
@@ -208,12 +300,9 @@ pub(crate) fn forge_arp(
     to: &[[u8; 6]],
     address: std::net::Ipv4Addr,
 ) -> Result<()> {
-    use std::os::fd::AsRawFd;
-
     use nix::sys::socket::bind;
-    use socket2::{Domain, Protocol, Socket, Type};
 
-    let arp = Protocol::from(i32::from(0x0806_u16.to_be()));
+    let arp = socket2::Protocol::from(i32::from(0x0806_u16.to_be()));
     let socket = Socket::new(Domain::PACKET, Type::RAW, Some(arp))?;
     let mut addresses = nix::ifaddrs::getifaddrs()?;
     let link = addresses.find_map(|a| {
@@ -223,14 +312,17 @@ pub(crate) fn forge_arp(
     bind(socket.as_raw_fd(), &link.context("no such interface")?)?;
     for host in to {
         let sender = [2, 0, 0, 0, 0x66, 0x66];
-        let mut frame = host.to_vec();
-        frame.extend(sender);
-        // ARP of IPv4 over Ethernet, a reply.
-        frame.extend([8, 6, 0, 1, 8, 0, 6, 4, 0, 2]);
-        frame.extend(sender);
-        frame.extend(address.octets());
-        frame.extend(host);
-        frame.extend(address.octets());
+        let claim = ArpEthIpv4Packet {
+            operation: ArpOperation::REPLY,
+            sender_mac: sender,
+            sender_ipv4: address.octets(),
+            target_mac: *host,
+            target_ipv4: address.octets(),
+        };
+        let mut frame = Vec::new();
+        PacketBuilder::ethernet2(sender, *host)
+            .arp(claim.into())
+            .write(&mut frame)?;
         socket.send(&frame)?;
     }
     Ok(())
@@ -256,14 +348,43 @@ fn ask_udp(to: SocketAddr) -> std::io::Result<Seen> {
     socket.connect(to)?;
     socket.set_read_timeout(Some(Duration::from_secs(1)))?;
     let mut buffer = [0; 64];
-    let mut last = None;
     for _ in 0..3 {
         match socket.send(b"?").and_then(|_| socket.recv(&mut buffer)) {
             Ok(length) => return Ok(Seen::from_line(&String::from_utf8_lossy(&buffer[..length]))),
-            Err(error) => last = Some(error),
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+            // The kernel sends such an error only once a second to one host, after the first six.
+            Err(error) => return Err(error),
         }
     }
-    last.map_or(Ok(Seen::TimedOut), Err)
+    Ok(Seen::TimedOut)
+}
+
+fn ask_icmp(to: IpAddr) -> std::io::Result<Seen> {
+    let (domain, protocol, request) = icmp(match to {
+        IpAddr::V4(_) => Family::V4,
+        IpAddr::V6(_) => Family::V6,
+    });
+    // The kernel chooses the identifier, and reports errors as of a connected UDP socket.
+    let socket = UdpSocket::from(Socket::new(domain, Type::DGRAM, Some(protocol))?);
+    socket.connect((to, 0))?;
+    socket.set_read_timeout(Some(Duration::from_secs(1)))?;
+    let mut buffer = [0; 64];
+    for number in 1..=3 {
+        let question = [request, 0, 0, 0, 0, 0, 0, number];
+        match socket
+            .send(&question)
+            .and_then(|_| socket.recv(&mut buffer))
+        {
+            Ok(length) => {
+                let line = buffer.get(8..length).unwrap_or_default();
+                return Ok(Seen::from_line(&String::from_utf8_lossy(line)));
+            }
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+            // The kernel sends such an error only once a second to one host, after the first six.
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(Seen::TimedOut)
 }
 
 /// Asks a web server on a host itself, and returns the whole answer.

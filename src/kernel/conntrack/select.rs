@@ -1,0 +1,411 @@
+//! Which connections are forgotten, and which are resumed. Pure.
+//!
+//! Entries are chosen by their original source: an inbound connection has the client's, and stays.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use netlink_packet_netfilter::conntrack::Protocol;
+
+use crate::kernel::conntrack::connection::Connection;
+use crate::state::{ConnectionStep, Family};
+
+/// Which connections of a pod are kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Keep {
+    /// None.
+    Nothing,
+    /// Those that leave with this source.
+    WithSource(IpAddr),
+    /// As `WithSource`, and kept TCP entries are set to be liberal: packets passed another gateway meanwhile, so window
+    /// tracking would call them INVALID.
+    Resumed(IpAddr),
+}
+
+/// Which connections are to be forgotten or resumed.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Selection {
+    /// Those that pods opened to outside.
+    pods: BTreeMap<IpAddr, Keep>,
+    /// Unreplied ones to these VIPs.
+    unreplied_to: BTreeSet<IpAddr>,
+    /// Those of these pods to destinations that are excluded from now on.
+    newly_excluded_of: BTreeSet<IpAddr>,
+    newly_excluded: BTreeSet<IpNet>,
+}
+
+/// What happens to a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Choice {
+    /// It is a pod's: forgotten, and its late replies are expected.
+    Forget,
+    /// It is a server's, to a VIP: forgotten.
+    ForgetUnreplied,
+    /// It is kept, and set liberal.
+    Resume,
+    /// Nothing.
+    Leave,
+}
+
+impl Selection {
+    /// Selects what a step forgets or resumes.
+    pub(crate) fn add(&mut self, step: &ConnectionStep) {
+        match step {
+            ConnectionStep::Forget(pod) => drop(self.pods.insert(*pod, Keep::Nothing)),
+            ConnectionStep::Resume { pod, source } => {
+                self.pods.insert(*pod, Keep::Resumed(*source));
+            }
+            ConnectionStep::ForgetWrongSource { sources, vips } => {
+                for (pod, source) in sources {
+                    self.pods.entry(*pod).or_insert(Keep::WithSource(*source));
+                }
+                self.unreplied_to.extend(vips);
+            }
+            ConnectionStep::ForgetNewlyExcluded { pods, nets } => {
+                self.newly_excluded_of.extend(pods);
+                self.newly_excluded.extend(nets);
+            }
+            // Changes nothing in connection tracking.
+            ConnectionStep::ElicitAck(_) => {}
+        }
+    }
+
+    /// Whether connections of a family have to be looked at.
+    pub(super) fn concerns(&self, family: Family) -> bool {
+        let addresses = self.pods.keys().chain(&self.unreplied_to);
+        let mut addresses = addresses.chain(&self.newly_excluded_of);
+        addresses.any(|address| Family::of(*address) == family)
+    }
+
+    /// What happens to a connection; those of pods to destinations in `excluded` stay.
+    pub(super) fn choose(&self, connection: &Connection, excluded: &BTreeSet<IpNet>) -> Choice {
+        if self.has_wrong_source(connection) && is_to_outside(connection, excluded)
+            || self.is_newly_excluded(connection)
+        {
+            Choice::Forget
+        } else if self.is_unreplied(connection) {
+            Choice::ForgetUnreplied
+        } else if self.is_resumed(connection) && is_to_outside(connection, excluded) {
+            Choice::Resume
+        } else {
+            Choice::Leave
+        }
+    }
+
+    /// Opened by one of the pods, and does not leave with the source that it should have.
+    fn has_wrong_source(&self, connection: &Connection) -> bool {
+        match self.pods.get(&connection.opener()) {
+            None => false,
+            Some(Keep::Nothing) => true,
+            Some(Keep::WithSource(wanted) | Keep::Resumed(wanted)) => {
+                connection.leaves_as() != *wanted
+            }
+        }
+    }
+
+    /// Opened by a pod to a destination that is excluded from now on; not by way of a Service: its next packet would go to
+    /// another backend.
+    fn is_newly_excluded(&self, connection: &Connection) -> bool {
+        self.newly_excluded_of.contains(&connection.opener())
+            && !connection.has_dnat()
+            && contain(&self.newly_excluded, connection.answerer())
+    }
+
+    /// Sent to a VIP, taken by no Service, and never answered.
+    fn is_unreplied(&self, connection: &Connection) -> bool {
+        self.unreplied_to.contains(&connection.answerer())
+            && !connection.has_dnat()
+            && !connection.is_replied
+    }
+
+    /// Opened by a pod that is resumed, with the right source. Only TCP has windows.
+    fn is_resumed(&self, connection: &Connection) -> bool {
+        self.pods.get(&connection.opener()) == Some(&Keep::Resumed(connection.leaves_as()))
+            && connection.protocol == Some(Protocol::Tcp)
+    }
+}
+
+/// Whether the other end is outside. After DNAT: an entry to a ClusterIP stays, because without it the next packet would
+/// go to another backend.
+pub(super) fn is_to_outside(connection: &Connection, excluded: &BTreeSet<IpNet>) -> bool {
+    !contain(excluded, connection.answerer())
+}
+
+fn contain(nets: &BTreeSet<IpNet>, address: IpAddr) -> bool {
+    nets.iter().any(|net| net.contains(&address))
+}
+
+#[cfg(test)]
+mod tests {
+    use netlink_packet_netfilter::conntrack::{ConntrackAttribute, Status};
+
+    use super::*;
+    use crate::kernel::conntrack::connection::tests::entry;
+
+    fn ip(text: &str) -> IpAddr {
+        text.parse().unwrap()
+    }
+
+    /// With ports, which decide nothing here.
+    fn connection(protocol: Protocol, original: [&str; 2], reply: [&str; 2]) -> Connection {
+        let original = original.map(|address| format!("{address}:40000"));
+        let reply = reply.map(|address| format!("{address}:40000"));
+        let entry = entry(
+            protocol,
+            [&original[0], &original[1]],
+            [&reply[0], &reply[1]],
+        );
+        Connection::parse(entry).unwrap()
+    }
+
+    fn selection(steps: &[ConnectionStep]) -> Selection {
+        let mut selection = Selection::default();
+        for step in steps {
+            selection.add(step);
+        }
+        selection
+    }
+
+    fn wrong_source(source: &str) -> Selection {
+        selection(&[ConnectionStep::ForgetWrongSource {
+            sources: [(ip("10.244.1.11"), ip(source))].into(),
+            vips: BTreeSet::new(),
+        }])
+    }
+
+    fn resume(pod: &str, source: &str) -> ConnectionStep {
+        ConnectionStep::Resume {
+            pod: ip(pod),
+            source: ip(source),
+        }
+    }
+
+    fn excluded() -> BTreeSet<IpNet> {
+        ["10.244.0.0/16".parse().unwrap()].into()
+    }
+
+    #[test]
+    fn only_connections_that_the_pods_opened_to_outside_are_forgotten() {
+        let all = selection(&[ConnectionStep::Forget(ip("10.244.1.11"))]);
+        let as_vip = wrong_source("192.0.2.200");
+        let as_itself = wrong_source("10.244.1.11");
+        for (what, original, reply, expected) in [
+            (
+                "to outside",
+                ["10.244.1.11", "198.51.100.10"],
+                ["198.51.100.10", "192.0.2.200"],
+                [true, false, true],
+            ),
+            (
+                "to outside, as the node",
+                ["10.244.1.11", "198.51.100.10"],
+                ["198.51.100.10", "192.0.2.11"],
+                [true, true, true],
+            ),
+            (
+                "to outside, untranslated",
+                ["10.244.1.11", "198.51.100.10"],
+                ["198.51.100.10", "10.244.1.11"],
+                [true, true, false],
+            ),
+            (
+                "of another pod",
+                ["10.244.1.12", "198.51.100.10"],
+                ["198.51.100.10", "192.0.2.11"],
+                [false; 3],
+            ),
+            (
+                "to a ClusterIP",
+                ["10.244.1.11", "10.96.0.10"],
+                ["10.244.2.11", "10.244.1.11"],
+                [false; 3],
+            ),
+            (
+                "inbound to the VIP",
+                ["198.51.100.10", "192.0.2.200"],
+                ["10.244.1.11", "198.51.100.10"],
+                [false; 3],
+            ),
+        ] {
+            for protocol in [Protocol::Tcp, Protocol::Udp, Protocol::Icmp] {
+                let connection = connection(protocol, original, reply);
+                let chosen = [&all, &as_vip, &as_itself]
+                    .map(|selection| selection.choose(&connection, &excluded()));
+                let expected = expected.map(|forgotten| match forgotten {
+                    true => Choice::Forget,
+                    false => Choice::Leave,
+                });
+                assert_eq!(chosen, expected, "{protocol:?} {what}");
+            }
+        }
+    }
+
+    #[test]
+    fn resumed_pods_keep_what_leaves_with_their_source_and_only_tcp_is_set_liberal() {
+        let selection = selection(&[resume("10.244.1.11", "192.0.2.200")]);
+        for (what, protocol, original, reply, expected) in [
+            (
+                "as the VIP",
+                Protocol::Tcp,
+                ["10.244.1.11", "198.51.100.10"],
+                ["198.51.100.10", "192.0.2.200"],
+                Choice::Resume,
+            ),
+            (
+                "without windows",
+                Protocol::Udp,
+                ["10.244.1.11", "198.51.100.10"],
+                ["198.51.100.10", "192.0.2.200"],
+                Choice::Leave,
+            ),
+            (
+                "as another VIP",
+                Protocol::Tcp,
+                ["10.244.1.11", "198.51.100.10"],
+                ["198.51.100.10", "192.0.2.201"],
+                Choice::Forget,
+            ),
+            (
+                "as another VIP, without windows",
+                Protocol::Udp,
+                ["10.244.1.11", "198.51.100.10"],
+                ["198.51.100.10", "192.0.2.201"],
+                Choice::Forget,
+            ),
+            (
+                "of another pod",
+                Protocol::Tcp,
+                ["10.244.1.12", "198.51.100.10"],
+                ["198.51.100.10", "192.0.2.200"],
+                Choice::Leave,
+            ),
+            (
+                "inside",
+                Protocol::Tcp,
+                ["10.244.1.11", "10.244.2.11"],
+                ["10.244.2.11", "192.0.2.200"],
+                Choice::Leave,
+            ),
+        ] {
+            let chosen = selection.choose(&connection(protocol, original, reply), &excluded());
+            assert_eq!(chosen, expected, "{what}");
+        }
+    }
+
+    #[test]
+    fn a_pod_that_is_resumed_or_forgotten_is_not_looked_at_for_wrong_sources_again() {
+        let doubt = ConnectionStep::ForgetWrongSource {
+            sources: [(ip("10.244.1.11"), ip("192.0.2.200"))].into(),
+            vips: BTreeSet::new(),
+        };
+        let as_vip = connection(
+            Protocol::Tcp,
+            ["10.244.1.11", "198.51.100.10"],
+            ["198.51.100.10", "192.0.2.200"],
+        );
+        for (step, expected) in [
+            (resume("10.244.1.11", "192.0.2.200"), Choice::Resume),
+            (ConnectionStep::Forget(ip("10.244.1.11")), Choice::Forget),
+        ] {
+            for steps in [[step.clone(), doubt.clone()], [doubt.clone(), step.clone()]] {
+                let chosen = selection(&steps).choose(&as_vip, &excluded());
+                assert_eq!(chosen, expected, "{steps:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn only_unreplied_connections_to_a_vip_are_forgotten() {
+        let selection = selection(&[ConnectionStep::ForgetWrongSource {
+            sources: BTreeMap::new(),
+            vips: [ip("192.0.2.200")].into(),
+        }]);
+        for (what, original, reply, is_replied, expected) in [
+            (
+                "of a server, to a pod's connection",
+                ["198.51.100.10", "192.0.2.200"],
+                ["192.0.2.200", "198.51.100.10"],
+                false,
+                Choice::ForgetUnreplied,
+            ),
+            (
+                "to an address of the node itself",
+                ["198.51.100.10", "192.0.2.200"],
+                ["192.0.2.200", "198.51.100.10"],
+                true,
+                Choice::Leave,
+            ),
+            (
+                "to the Service",
+                ["198.51.100.10", "192.0.2.200"],
+                ["10.244.1.11", "198.51.100.10"],
+                false,
+                Choice::Leave,
+            ),
+            (
+                "to another address",
+                ["198.51.100.10", "192.0.2.11"],
+                ["192.0.2.11", "198.51.100.10"],
+                false,
+                Choice::Leave,
+            ),
+        ] {
+            let mut connection = connection(Protocol::Tcp, original, reply);
+            connection.is_replied = is_replied;
+            let chosen = selection.choose(&connection, &excluded());
+            assert_eq!(chosen, expected, "{what}");
+        }
+    }
+
+    #[test]
+    fn an_entry_is_replied_when_its_status_says_so() {
+        let ends = ["198.51.100.10:443", "192.0.2.200:40000"];
+        let mut entry = entry(Protocol::Tcp, ends, [ends[1], ends[0]]);
+        assert!(!Connection::parse(entry.clone()).unwrap().is_replied);
+        let seen = Status::Confirmed | Status::SeenReply;
+        entry.push(ConntrackAttribute::CtaStatus(seen));
+        assert!(Connection::parse(entry).unwrap().is_replied);
+    }
+
+    #[test]
+    fn only_what_pods_opened_themselves_to_newly_excluded_destinations_is_forgotten() {
+        let selection = selection(&[ConnectionStep::ForgetNewlyExcluded {
+            pods: [ip("10.244.1.11")].into(),
+            nets: ["10.9.0.0/16".parse().unwrap()].into(),
+        }]);
+        for (what, original, reply, expected) in [
+            (
+                "on its way to the gateway",
+                ["10.244.1.11", "10.9.0.1"],
+                ["10.9.0.1", "10.244.1.11"],
+                Choice::Forget,
+            ),
+            (
+                "of another pod",
+                ["10.244.1.12", "10.9.0.1"],
+                ["10.9.0.1", "10.244.1.12"],
+                Choice::Leave,
+            ),
+            (
+                "to another destination",
+                ["10.244.1.11", "10.10.0.1"],
+                ["10.10.0.1", "10.244.1.11"],
+                Choice::Leave,
+            ),
+            (
+                "to a Service",
+                ["10.244.1.11", "10.96.0.10"],
+                ["10.9.0.1", "10.244.1.11"],
+                Choice::Leave,
+            ),
+        ] {
+            // By now they are excluded.
+            let mut excluded = excluded();
+            excluded.insert("10.9.0.0/16".parse().unwrap());
+            let connection = connection(Protocol::Tcp, original, reply);
+            let chosen = selection.choose(&connection, &excluded);
+            assert_eq!(chosen, expected, "{what}");
+        }
+    }
+}

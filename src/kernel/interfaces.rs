@@ -1,0 +1,99 @@
+//! The interfaces of this node, as far as routes need to know of them.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use futures::TryStreamExt;
+use ipnet::IpNet;
+use netlink_packet_route::address::{AddressAttribute, AddressScope};
+use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
+use rtnetlink::{Error, Handle};
+
+use crate::names::Interface;
+
+/// Interfaces whose state matters, by index: those that have or had an address of global scope, because a gateway may be
+/// behind them when they come up again. Shared between what reads interfaces and what listens for drift.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct WatchedInterfaces(Arc<Mutex<BTreeSet<u32>>>);
+
+impl WatchedInterfaces {
+    /// Whether an interface is one of them.
+    pub(crate) fn contains(&self, index: u32) -> bool {
+        let indexes = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        indexes.contains(&index)
+    }
+
+    fn insert(&self, index: u32) {
+        let mut indexes = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        indexes.insert(index);
+    }
+}
+
+/// An interface.
+#[derive(Debug)]
+pub(crate) struct Link {
+    pub(crate) index: u32,
+    pub(crate) name: String,
+    flags: LinkFlags,
+}
+
+/// All interfaces.
+pub(crate) async fn links(handle: &Handle) -> Result<Vec<Link>, Error> {
+    let link = |message: LinkMessage| {
+        let mut attributes = message.attributes.into_iter();
+        let name = attributes.find_map(|attribute| match attribute {
+            LinkAttribute::IfName(name) => Some(name),
+            _ => None,
+        })?;
+        Some(Link {
+            index: message.header.index,
+            name,
+            flags: message.header.flags,
+        })
+    };
+    let links: Vec<LinkMessage> = handle.link().get().execute().try_collect().await?;
+    Ok(links.into_iter().filter_map(link).collect())
+}
+
+/// Those of the interfaces that are up, but for loopback, with their connected networks.
+pub(crate) async fn connected(
+    handle: &Handle,
+    links: Vec<Link>,
+    watched: &WatchedInterfaces,
+) -> Result<Vec<Interface>, Error> {
+    let is_usable = |link: &Link| {
+        link.flags.contains(LinkFlags::Up) && !link.flags.contains(LinkFlags::Loopback)
+    };
+    let interface = |link: Link| {
+        let nets = BTreeSet::new();
+        (
+            link.index,
+            Interface {
+                name: link.name,
+                nets,
+            },
+        )
+    };
+    let links = links.into_iter().filter(is_usable);
+    let mut interfaces: BTreeMap<u32, Interface> = links.map(interface).collect();
+    let mut addresses = handle.address().get().execute();
+    while let Some(message) = addresses.try_next().await? {
+        if message.header.scope == AddressScope::Universe {
+            watched.insert(message.header.index);
+        }
+        let Some(interface) = interfaces.get_mut(&message.header.index) else {
+            continue;
+        };
+        let length = message.header.prefix_len;
+        // `Address` is the peer's on a point-to-point link, which is what can be reached there.
+        let nets = message
+            .attributes
+            .iter()
+            .filter_map(|attribute| match attribute {
+                AddressAttribute::Address(address) => IpNet::new(*address, length).ok(),
+                _ => None,
+            });
+        interface.nets.extend(nets.map(|net| net.trunc()));
+    }
+    Ok(interfaces.into_values().collect())
+}

@@ -1,0 +1,103 @@
+//! Reads and writes the rules of a mode: `iptables-save` and `iptables-restore`.
+
+use crate::kernel::iptables::mode::{Variant, has_legacy_tables};
+use crate::kernel::tag::TAG;
+use crate::kernel::tool::{ToolError, run};
+use crate::state::Family;
+
+/// Seconds to wait for the xtables lock, below the deadline for the tool.
+const LOCK_SECONDS: &str = "20";
+
+/// The rules of a mode.
+pub(super) async fn save(variant: Variant, family: Family) -> Result<Vec<Line>, ToolError> {
+    let text = run(&variant.tool(family, "save"), &[], String::new()).await?;
+    Ok(parse(&text))
+}
+
+/// The same; none where nobody uses the mode, or its tools are not there.
+pub(super) async fn save_if_used(variant: Variant, family: Family) -> Result<Vec<Line>, ToolError> {
+    if variant == Variant::Legacy && !has_legacy_tables(family).await {
+        return Ok(Vec::new());
+    }
+    match save(variant, family).await {
+        Err(ToolError::Start { .. }) => Ok(Vec::new()),
+        saved => saved,
+    }
+}
+
+/// Executes a document; nothing when it is empty.
+pub(super) async fn restore(
+    variant: Variant,
+    family: Family,
+    document: String,
+) -> Result<(), ToolError> {
+    if document.is_empty() {
+        return Ok(());
+    }
+    let args = ["--noflush", "--wait", LOCK_SECONDS];
+    run(&variant.tool(family, "restore"), &args, document)
+        .await
+        .map(drop)
+}
+
+/// A line of `iptables-save` that is a chain or a rule.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Line {
+    pub(super) table: String,
+    pub(super) chain: String,
+    /// The text after `-A CHAIN`; `None` declares the chain.
+    pub(super) rule: Option<String>,
+}
+
+impl Line {
+    /// What the rule does.
+    pub(super) fn target(&self) -> Option<&str> {
+        let mut words = self.rule.as_deref()?.split(' ').skip_while(|w| *w != "-j");
+        words.nth(1)
+    }
+
+    /// The line that removes the rule.
+    pub(super) fn delete(&self) -> String {
+        format!(
+            "-D {} {}",
+            self.chain,
+            self.rule.as_deref().unwrap_or_default()
+        )
+    }
+
+    /// Our tag in the rule's comment.
+    pub(super) fn tag(&self) -> Option<&str> {
+        let (_, rest) = self.rule.as_ref()?.split_once("--comment ")?;
+        let comment = match rest.strip_prefix('"') {
+            Some(quoted) => quoted.split('"').next()?,
+            None => rest.split(' ').next()?,
+        };
+        comment.starts_with(TAG).then_some(comment)
+    }
+}
+
+fn parse(text: &str) -> Vec<Line> {
+    let mut table = String::new();
+    let mut lines = Vec::new();
+    for line in text.lines() {
+        if let Some(name) = line.strip_prefix('*') {
+            name.clone_into(&mut table);
+        } else if let Some(chain) = line.strip_prefix(':') {
+            lines.push(Line {
+                table: table.clone(),
+                chain: chain.split(' ').next().unwrap_or_default().to_owned(),
+                rule: None,
+            });
+        } else if let Some((chain, rule)) = line
+            .strip_prefix("-A ")
+            .and_then(|rest| rest.split_once(' '))
+        {
+            lines.push(Line {
+                table: table.clone(),
+                chain: chain.to_owned(),
+                rule: Some(rule.to_owned()),
+            });
+        }
+    }
+    lines
+}

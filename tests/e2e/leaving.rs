@@ -1,0 +1,142 @@
+//! As whom pods are seen outside.
+
+use std::net::IpAddr;
+
+use anyhow::{Context, Result, bail, ensure};
+use metaleg_lab::probe::{Protocol, Seen};
+use metaleg_lab::{Family, Lab, Outside, SOON, eventually, net};
+
+/// All pairs of a family and one of the others.
+pub(crate) fn every<T: Copy>(
+    others: impl IntoIterator<Item = T>,
+) -> impl Iterator<Item = (Family, T)> {
+    others
+        .into_iter()
+        .flat_map(|other| Family::BOTH.map(|family| (family, other)))
+}
+
+pub(crate) fn expect(seen: &Seen, address: IpAddr, what: &str) -> Result<()> {
+    ensure!(
+        seen.address() == Some(address),
+        "{what}: expected {address}, got {seen}"
+    );
+    Ok(())
+}
+
+pub(crate) fn vip_of(vips: &[IpAddr], family: Family) -> Result<IpAddr> {
+    let mut vips = vips
+        .iter()
+        .filter(|vip| vip.is_ipv4() == (family == Family::V4));
+    vips.next().copied().context("no VIP of this family")
+}
+
+/// The address of a pod's node.
+pub(crate) fn node_of(lab: &Lab, pod: &str, family: Family) -> Result<IpAddr> {
+    Ok(net::pick(&net::node(lab.pod(pod)?.node), family))
+}
+
+/// Every pod, to both outside servers, by both families and all protocols.
+pub(crate) fn leave_as(lab: &Lab, pods: &[&str], vips: &[IpAddr]) -> Result<()> {
+    leave(lab, pods, |_, family| vip_of(vips, family))
+}
+
+/// The same as the pods' nodes.
+pub(crate) fn leave_as_nodes(lab: &Lab, pods: &[&str]) -> Result<()> {
+    leave(lab, pods, |pod, family| node_of(lab, pod, family))
+}
+
+fn leave(lab: &Lab, pods: &[&str], wanted: impl Fn(&str, Family) -> Result<IpAddr>) -> Result<()> {
+    for pod in pods {
+        for (family, outside) in every(Outside::BOTH) {
+            for protocol in Protocol::ALL {
+                let seen = lab.source_seen(pod, outside, family, protocol)?;
+                let what = format!("{pod} to {outside:?} by {protocol:?}");
+                expect(&seen, wanted(pod, family)?, &what)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// As whom pods may be seen, besides nobody, until a change has reached their nodes.
+#[derive(Clone, Copy)]
+pub(crate) enum Before<'a> {
+    /// As nobody else than afterwards.
+    Same,
+    /// As their nodes.
+    Nodes,
+    /// As these VIPs.
+    Vips(&'a [IpAddr]),
+}
+
+/// Waits until a change of the cluster has reached the pods' nodes: they leave as VIPs.
+pub(crate) fn settle(lab: &Lab, pods: &[&str], vips: &[IpAddr], before: Before<'_>) -> Result<()> {
+    for (family, pod) in every(pods.iter().copied()) {
+        settle_one(lab, pod, family, vip_of(vips, family)?, before)?;
+    }
+    Ok(())
+}
+
+/// The same, and they leave as their nodes.
+pub(crate) fn settle_as_nodes(lab: &Lab, pods: &[&str], before: Before<'_>) -> Result<()> {
+    for (family, pod) in every(pods.iter().copied()) {
+        settle_one(lab, pod, family, node_of(lab, pod, family)?, before)?;
+    }
+    leave_as_nodes(lab, pods)
+}
+
+/// One pod and family.
+pub(crate) fn settle_one(
+    lab: &Lab,
+    pod: &str,
+    family: Family,
+    wanted: IpAddr,
+    before: Before<'_>,
+) -> Result<()> {
+    let node = node_of(lab, pod, family)?;
+    let mut wrong = None;
+    eventually(SOON, &format!("{pod} leaves as {wanted}"), || {
+        let seen = lab.source_seen(pod, Outside::Lan, family, Protocol::Tcp)?;
+        Ok(match (seen.address(), before) {
+            (Some(address), _) if address == wanted => Some(()),
+            (None, _) => None,
+            (Some(address), Before::Nodes) if address == node => None,
+            (Some(address), Before::Vips(vips)) if vips.contains(&address) => None,
+            _ => {
+                wrong = Some(seen);
+                Some(())
+            }
+        })
+    })?;
+    match wrong {
+        Some(seen) => bail!("{pod} on its way to leave as {wanted}: {seen}"),
+        None => Ok(()),
+    }
+}
+
+/// Waits until pods are let out by no gateway, and told so: TCP by a reset, UDP and ICMP by an error.
+pub(crate) fn blocked(lab: &Lab, pods: &[&str], families: &[Family]) -> Result<()> {
+    for (pod, family) in pods
+        .iter()
+        .flat_map(|pod| families.iter().map(move |family| (*pod, *family)))
+    {
+        eventually(SOON, &format!("{pod} is reset by {family}"), || {
+            let seen = lab.source_seen(pod, Outside::Far, family, Protocol::Tcp)?;
+            Ok((seen == Seen::Refused).then_some(()))
+        })?;
+        for outside in Outside::BOTH {
+            for (protocol, told) in [
+                (Protocol::Tcp, Seen::Refused),
+                (Protocol::Udp, Seen::Unreachable),
+                (Protocol::Icmp, Seen::Unreachable),
+            ] {
+                let seen = lab.source_seen(pod, outside, family, protocol)?;
+                ensure!(
+                    seen == told,
+                    "{pod} to {outside:?} by {protocol:?} and {family}: {seen}, not {told}"
+                );
+            }
+        }
+    }
+    Ok(())
+}
