@@ -7,6 +7,8 @@ use std::net::IpAddr;
 
 use metaleg::cluster::View;
 use metaleg::diff::diff;
+use metaleg::names::ObjectKey;
+use metaleg::plan::Verdict;
 use metaleg::plan::slots::Slots;
 use metaleg::settings::Settings;
 use metaleg::state::{ConnectionStep, Family, FamilyState, KernelState, PodState, Skeleton, Step};
@@ -87,8 +89,7 @@ impl Host {
         }
     }
 
-    /// A step on the way to what `is_excluded` says, and whatever pods do before the next one. Returns the families that
-    /// it may matter to.
+    /// A step on the way to `after`, and whatever pods do before the next one; returns the families that it may matter to.
     fn apply(&mut self, step: &Step, after: &Truths) -> Vec<Family> {
         let before = self.kernel.families.clone();
         self.kernel.apply(step);
@@ -283,7 +284,8 @@ impl Change<'_> {
             for pod in all_pods(self.family) {
                 untouched(packet(pod, destination, Tracking::Reply))?;
                 let is_ordinary = |truth: &Truth| truth.pods[&pod].way == Way::Ordinary;
-                if !excluded && !(is_ordinary(self.before) && is_ordinary(self.after)) {
+                let stays_ordinary = is_ordinary(self.before) && is_ordinary(self.after);
+                if !excluded && !stays_ordinary {
                     continue;
                 }
                 let bound = masquerade(&packet(pod, destination, Tracking::New));
@@ -364,7 +366,7 @@ impl Change<'_> {
     }
 }
 
-/// The work of an agent that has died may be taken up by the next one, once.
+/// Follows one moment, with every judge after every step. Where the agent dies, the next one goes on with what it finds.
 fn follow(
     host: &mut Host,
     slots: Slots,
@@ -455,7 +457,7 @@ fn arrived(host: &Host, desired: &KernelState, before: &Truths, after: &Truths) 
 
 /// What the plan says of each Service, and why.
 fn plan_agrees(
-    planned: &BTreeMap<metaleg::names::ObjectKey, BTreeMap<Family, metaleg::plan::Verdict>>,
+    planned: &BTreeMap<ObjectKey, BTreeMap<Family, Verdict>>,
     truths: &Truths,
 ) -> Judgement {
     for (family, truth) in truths {

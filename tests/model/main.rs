@@ -1,11 +1,7 @@
 //! The product's rules against a model of the data path: real plans, real steps, and what a packet experiences between
 //! any two of them. Neither root nor a kernel is needed.
 
-#![expect(
-    clippy::unwrap_used,
-    clippy::print_stdout,
-    reason = "a test fails by panicking and tells what it looked at"
-)]
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod data_path;
 #[path = "../fixtures/mod.rs"]
