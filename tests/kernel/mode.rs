@@ -1,7 +1,7 @@
 //! What the agent is to use, and tests for each of these.
 
 use metaleg::kernel::NodeKernel;
-use metaleg::settings::{FirewallBackend, Settings};
+use metaleg::settings::FirewallBackend;
 
 use crate::namespace::sh;
 use crate::states::MASK;
