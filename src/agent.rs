@@ -18,12 +18,12 @@ use crate::diff::diff;
 use crate::error::chain;
 use crate::kernel::{self, Kernel, StepError};
 use crate::lan::Lan;
-use crate::pass::{Confirmed, Memory, Pass};
+use crate::pass::{Memory, Pass};
 use crate::plan::Desired;
 use crate::report::log::{self, Change, Log};
 use crate::report::{Report, events};
 use crate::settings::Settings;
-use crate::state::Step;
+use crate::state::{Observed, Step};
 
 /// Pauses after failed passes.
 const BACKOFF: Backoff = Backoff::new(Duration::from_millis(500), Duration::from_secs(30));
@@ -40,7 +40,7 @@ struct Agent<'a, K> {
     memory: Memory,
     log: Log,
     /// What the kernel holds; `None` when in doubt.
-    confirmed: Option<Confirmed>,
+    confirmed: Option<Observed>,
 }
 
 /// Keeps the kernel what the cluster says it should be, until `shutdown` is ready, and returns what that says. Leaves
@@ -97,7 +97,7 @@ pub async fn run<K: Kernel, T>(
             () = cluster.changed() => reason = "cluster",
             () = heard(lan) => reason = "lan",
             () = agent.kernel.drifted() => {
-                reason = "drifted";
+                reason = "drift";
                 agent.confirmed = None;
             }
             () = tokio::time::sleep_until(wake_at) => {
@@ -173,14 +173,10 @@ impl<K: Kernel> Agent<'_, K> {
         Ok(pass.changes_at.map(Instant::from_std))
     }
 
-    async fn observe(&mut self) -> Result<Confirmed, kernel::Error> {
+    async fn observe(&mut self) -> Result<Observed, kernel::Error> {
         let observed = self.kernel.observe().await?;
-        self.log.collisions(observed.collisions);
-        Ok(Confirmed {
-            state: observed.state,
-            interfaces: self.kernel.links().await?,
-            occupied: observed.occupied,
-        })
+        self.log.collisions(observed.collisions.clone());
+        Ok(observed)
     }
 
     /// Tells the LAN listener what is wanted, and publishes what is new.

@@ -70,7 +70,15 @@ async fn run(settings: &Settings) -> Result<()> {
     let lan = is_wanted.then(|| Lan::start(&mut tasks)).transpose();
     let lan = lan.context("cannot listen on the LAN")?.map(Arc::new);
     let boot = BootId::of_this_node().context("cannot read which boot of the node this is")?;
-    let report = Report::start(&cluster, lan.clone(), &client, settings, boot, &mut tasks);
+    let report = Report::start(
+        &cluster,
+        lan.clone(),
+        kernel.challenges(),
+        &client,
+        settings,
+        boot,
+        &mut tasks,
+    );
     report::serve(&report, settings, &mut tasks).await?;
     info!(
         version = env!("CARGO_PKG_VERSION"),

@@ -15,18 +15,7 @@ use crate::names::{Interface, NodeName};
 use crate::plan::slots::Slots;
 use crate::plan::{Desired, adopt, plan};
 use crate::settings::Settings;
-use crate::state::{Family, KernelState, TableId};
-
-/// What the kernel holds, as far as confirmed.
-#[derive(Clone, Debug, Default)]
-pub struct Confirmed {
-    /// Everything of ours.
-    pub state: KernelState,
-    /// The interfaces that are up.
-    pub interfaces: Vec<Interface>,
-    /// Tables of our range that others use.
-    pub occupied: BTreeSet<(Family, TableId)>,
-}
+use crate::state::Observed;
 
 /// What a pass leaves for the next one.
 #[derive(Clone, Debug)]
@@ -83,12 +72,12 @@ impl Memory {
         &mut self,
         facts: Snapshot,
         heard: &BTreeMap<IpAddr, Heard>,
-        kernel: &mut Confirmed,
+        kernel: &mut Observed,
         settings: &Settings,
         now: Instant,
     ) -> Pass {
         let mut view = facts.view;
-        view.links.clone_from(&kernel.interfaces);
+        view.interfaces.clone_from(&kernel.interfaces);
         let is_start = self.last.is_none();
         if is_start {
             let adopted = adopt::gateways(&kernel.state, &view.nodes, &settings.node_name);
@@ -140,7 +129,7 @@ fn wanted(view: &View, resolved: &Resolved, settings: &Settings) -> Wanted {
         let mut addresses = own.into_iter().flat_map(|node| &node.addresses);
         addresses.any(|a| interface.nets.iter().any(|net| net.contains(a)))
     };
-    let found = || Some(view.links.iter().find(is_lan)?.name.clone());
+    let found = || Some(view.interfaces.iter().find(is_lan)?.name.clone());
     let nodes = view.nodes.iter().flat_map(|(name, node)| {
         let addresses = node.addresses.iter();
         addresses.map(move |address| (*address, name.clone()))
@@ -168,7 +157,7 @@ mod tests {
     use crate::cluster::{Endpoint, EndpointSlice, Node, OnNoGateway, Service, Target};
     use crate::names::ObjectKey;
     use crate::plan::{Blocked, Verdict};
-    use crate::state::{FamilyState, PodState};
+    use crate::state::{Family, FamilyState, KernelState, PodState, TableId};
 
     const VIPS: [&str; 2] = ["192.0.2.200", "2001:db8:1::c8"];
 
@@ -249,8 +238,8 @@ mod tests {
         }
     }
 
-    fn kernel() -> Confirmed {
-        Confirmed {
+    fn kernel() -> Observed {
+        Observed {
             state: KernelState {
                 families: [(Family::V4, FamilyState::default())].into(),
                 ..KernelState::default()
@@ -259,11 +248,11 @@ mod tests {
                 interface("cni0", "10.244.1.0/24"),
                 interface("eth0", "192.0.2.0/24"),
             ],
-            occupied: BTreeSet::new(),
+            ..Observed::default()
         }
     }
 
-    fn pass(memory: &mut Memory, facts: Snapshot, kernel: &mut Confirmed, now: Instant) -> Pass {
+    fn pass(memory: &mut Memory, facts: Snapshot, kernel: &mut Observed, now: Instant) -> Pass {
         memory.plan(facts, &BTreeMap::new(), kernel, &settings(), now)
     }
 
@@ -335,7 +324,7 @@ mod tests {
         let pod = ip("10.244.1.11");
         family.firewall.pods.insert(pod, gateway_here);
         let held = kernel.clone();
-        let is_interrupted = |kernel: &Confirmed| {
+        let is_interrupted = |kernel: &Observed| {
             let pods = &kernel.state.families[&Family::V4].firewall.pods;
             pods[&pod].interrupted
         };
@@ -395,7 +384,7 @@ mod tests {
                 ..named(lan_interface)
             };
             let view = View {
-                links: kernel().interfaces,
+                interfaces: kernel().interfaces,
                 ..facts().view
             };
             let wanted = wanted(&view, &Resolved::default(), &settings);

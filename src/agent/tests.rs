@@ -5,7 +5,7 @@ use tokio::sync::{Notify, watch};
 use super::*;
 use crate::cluster::Node;
 use crate::cluster::leases::BootId;
-use crate::names::{Interface, NodeName};
+use crate::names::NodeName;
 use crate::state::{Family, FamilyState, FirewallStep, KernelState, Skeleton};
 
 /// A kernel that remembers what was done to it, and fails where a test wants it.
@@ -56,18 +56,14 @@ impl Shared {
 }
 
 impl Kernel for FakeKernel {
-    async fn observe(&mut self) -> Result<kernel::Observed, kernel::Error> {
+    async fn observe(&mut self) -> Result<Observed, kernel::Error> {
         self.shared.note("observe");
         let mut state = self.shared.state.lock().unwrap().clone();
         state.families.entry(Family::V4).or_default();
-        Ok(kernel::Observed {
+        Ok(Observed {
             state,
-            ..kernel::Observed::default()
+            ..Observed::default()
         })
-    }
-
-    async fn links(&mut self) -> Result<Vec<Interface>, kernel::Error> {
-        Ok(Vec::new())
     }
 
     async fn drifted(&mut self) {

@@ -136,7 +136,7 @@ pub struct View {
     /// Pod networks that the CNI plugin keeps in objects of its own.
     pub pod_pools: BTreeSet<IpNet>,
     /// The interfaces of this node.
-    pub links: Vec<Interface>,
+    pub interfaces: Vec<Interface>,
 }
 
 impl Service {

@@ -12,7 +12,7 @@ use crate::cluster::View;
 use crate::cluster::watch::Cluster;
 use crate::kernel::{self, Kernel};
 use crate::names::ObjectKey;
-use crate::pass::{Confirmed, Memory};
+use crate::pass::Memory;
 use crate::plan::{self, Desired, Verdict};
 use crate::settings::Settings;
 use crate::state::{Family, NextHop, PodState, TableId};
@@ -95,15 +95,10 @@ pub async fn run(
         let missing = cluster.not_synced().unwrap_or_default();
         return Err(Error::NotSynced(missing));
     }
-    let observed = kernel.observe().await?;
-    let mut confirmed = Confirmed {
-        state: observed.state,
-        interfaces: kernel.links().await?,
-        occupied: observed.occupied,
-    };
+    let mut observed = kernel.observe().await?;
     let (heard, now) = (BTreeMap::new(), Instant::now());
     let mut memory = Memory::new(settings);
-    let pass = memory.plan(cluster.facts(), &heard, &mut confirmed, settings, now);
+    let pass = memory.plan(cluster.facts(), &heard, &mut observed, settings, now);
     let shown = Shown::of(&pass.desired, &pass.view, settings);
     match format {
         PlanFormat::Table => Ok(shown.to_string()),

@@ -41,23 +41,11 @@ pub use crate::kernel::error::{Error, StepError};
 use crate::kernel::firewall::Firewall;
 use crate::kernel::ours::Ranges;
 use crate::kernel::routes::Routes;
-use crate::names::Interface;
 use crate::settings::{FirewallBackend, Settings};
 use crate::state::{
-    ConnectionStep, Family, FamilyState, FirewallStep, KernelState, NetSet, Remnant, RouteStep,
-    Step, TableId,
+    ConnectionStep, Family, FamilyState, FirewallStep, KernelState, NetSet, Observed, Remnant,
+    RouteStep, Step,
 };
-
-/// What was read of a kernel.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Observed {
-    /// Everything of ours.
-    pub state: KernelState,
-    /// Tables of our range that others use: not to be used by us.
-    pub occupied: BTreeSet<(Family, TableId)>,
-    /// What of others comes before ours or among it, as sentences for the operator.
-    pub collisions: BTreeSet<String>,
-}
 
 /// A node's kernel, as the agent sees it.
 pub trait Kernel: Send {
@@ -66,12 +54,6 @@ pub trait Kernel: Send {
     /// # Errors
     /// When any part cannot be read: a partial picture would make the agent repeat or remove the wrong things.
     fn observe(&mut self) -> impl Future<Output = Result<Observed, Error>> + Send;
-
-    /// Reads the interfaces that are up, with the networks that are directly reachable on them.
-    ///
-    /// # Errors
-    /// When they cannot be read.
-    fn links(&mut self) -> impl Future<Output = Result<Vec<Interface>, Error>> + Send;
 
     /// Waits until others may have changed what is ours. Cancel-safe.
     fn drifted(&mut self) -> impl Future<Output = ()> + Send;
@@ -217,13 +199,10 @@ impl Kernel for NodeKernel {
         self.excluded = state.excluded().collect();
         Ok(Observed {
             state,
+            interfaces: self.routes.interfaces().await?,
             occupied: routes.occupied,
             collisions,
         })
-    }
-
-    async fn links(&mut self) -> Result<Vec<Interface>, Error> {
-        Ok(self.routes.interfaces().await?)
     }
 
     async fn drifted(&mut self) {
@@ -237,7 +216,7 @@ impl Kernel for NodeKernel {
             #[cfg(feature = "kill-points")]
             kill_point::before_step();
             let batch = Batch::of(batch);
-            for step in batch.routes {
+            for step in executable(&batch.routes, &mut failed) {
                 if let Err(error) = self.routes.execute(step).await {
                     failed.push(StepError::new(step, error));
                 }

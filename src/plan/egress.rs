@@ -92,7 +92,7 @@ fn gateway<'a>(vip: IpAddr, view: &'a View, settings: &Settings) -> Result<Gatew
             .as_ref()
             .is_none_or(|lan| lan == name)
     };
-    let mut interfaces = view.links.iter().filter(|link| is_usable(&link.name));
+    let mut interfaces = view.interfaces.iter().filter(|link| is_usable(&link.name));
     let on_link = interfaces.find(|link| link.nets.iter().any(|net| net.contains(&via)));
     let dev = on_link.ok_or_else(|| Blocked::GatewayOffLink(node.clone(), via))?;
     let dev = dev.name.clone();

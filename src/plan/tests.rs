@@ -202,7 +202,7 @@ fn without_a_usable_gateway_local_pods_are_blocked_and_those_of_other_nodes_are_
             Blocked::GatewayNotProgrammed(node_name("node2")),
         ),
         (
-            |view| view.links.truncate(1),
+            |view| view.interfaces.truncate(1),
             Blocked::GatewayOffLink(node_name("node2"), ip("192.0.2.12")),
         ),
     ];
@@ -724,7 +724,7 @@ proptest! {
                         | Blocked::GatewayOffLink(gateway, _)
                     ) => {
                         let (view, settings) = &seen[0];
-                        let mut lan = view.links.iter().map(|link| &link.name);
+                        let mut lan = view.interfaces.iter().map(|link| &link.name);
                         let is_reached = match &settings.lan_interface {
                             Some(named) => lan.any(|name| name == named),
                             None => lan.next().is_some(),

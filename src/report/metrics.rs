@@ -143,7 +143,21 @@ impl Collector for Scrape {
             Anomaly::KINDS.map(|kind| ([("kind", kind.to_owned())], ConstCounter::new(count(kind))))
         });
         let name = "announcement_anomalies";
-        family(&mut encoder, name, help, MetricType::Counter, rows)
+        family(&mut encoder, name, help, MetricType::Counter, rows)?;
+        let challenges = &self.0.challenges;
+        let help = "SYNs by which pods are made to send a challenge ACK after their path changed, and rounds that failed";
+        let rows = [
+            ("sent", challenges.sent()),
+            ("failed", challenges.failures()),
+        ];
+        let rows = rows.map(|(result, n)| ([("result", result.to_owned())], ConstCounter::new(n)));
+        family(
+            &mut encoder,
+            "challenges",
+            help,
+            MetricType::Counter,
+            rows.into_iter(),
+        )
     }
 }
 
@@ -187,6 +201,7 @@ mod tests {
             "metaleg_passes_total{result=\"failed\"} 1",
             "metaleg_watch_synced{watch=\"Services\"} 0",
             "metaleg_watch_failures_total{watch=\"CiliumNodes\"} 0",
+            "metaleg_challenges_total{result=\"sent\"} 0",
         ] {
             assert!(body.lines().any(|l| l == line), "no `{line}` in:\n{body}");
         }

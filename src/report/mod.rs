@@ -18,6 +18,7 @@ use tokio::sync::mpsc::{self, UnboundedSender};
 use crate::cluster::View;
 use crate::cluster::leases::BootId;
 use crate::cluster::watch::Cluster;
+use crate::kernel::Challenges;
 use crate::lan::Lan;
 use crate::plan::{Desired, Verdict};
 use crate::report::events::ServiceEvent;
@@ -36,6 +37,7 @@ pub struct Report {
     cluster: Arc<Cluster>,
     /// None where announcements are read from objects only.
     lan: Option<Arc<Lan>>,
+    challenges: Challenges,
     /// What is counted.
     pub counters: Counters,
     state: Mutex<State>,
@@ -98,6 +100,7 @@ impl Report {
     pub fn start(
         cluster: &Arc<Cluster>,
         lan: Option<Arc<Lan>>,
+        challenges: Challenges,
         client: &Client,
         settings: &Settings,
         boot: BootId,
@@ -108,18 +111,21 @@ impl Report {
         tasks.spawn("publisher of Events", publisher);
         let (lease, writer) = lease::hold(client.clone(), settings, boot);
         tasks.spawn("writer of the Lease", writer);
-        Arc::new(Report::new(cluster.clone(), lan, events, lease))
+        let cluster = cluster.clone();
+        Arc::new(Report::new(cluster, lan, challenges, events, lease))
     }
 
     fn new(
         cluster: Arc<Cluster>,
         lan: Option<Arc<Lan>>,
+        challenges: Challenges,
         events: UnboundedSender<(ServiceEvent, String)>,
         lease: Holder,
     ) -> Report {
         Report {
             cluster,
             lan,
+            challenges,
             counters: Counters::default(),
             state: Mutex::default(),
             events,
@@ -136,7 +142,10 @@ impl Report {
     ) -> (Report, tokio::sync::watch::Receiver<Option<String>>) {
         let (lease, recorded) = Holder::new(node, boot);
         let (events, _) = mpsc::unbounded_channel();
-        (Report::new(cluster, None, events, lease), recorded)
+        (
+            Report::new(cluster, None, Challenges::default(), events, lease),
+            recorded,
+        )
     }
 
     /// The kernel is what a gateway's should be: publishes the Lease, unless it says so already.

@@ -11,6 +11,8 @@ use std::fmt;
 use std::net::IpAddr;
 
 use ipnet::IpNet;
+
+use crate::names::Interface;
 use strum::{IntoStaticStr, VariantNames};
 
 pub use self::routing::{Mark, NextHop, NextHops, RouteState, Rule, RuleAction, Table, TableId};
@@ -199,6 +201,19 @@ pub struct KernelState {
     /// Connections may have been opened under other rules than these: before the agent was started, while
     /// something was damaged, or before a step that failed.
     pub doubt: bool,
+}
+
+/// What was read of a node's kernel.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Observed {
+    /// Everything of ours.
+    pub state: KernelState,
+    /// The interfaces that are up, with the networks that are directly reachable on them.
+    pub interfaces: Vec<Interface>,
+    /// Tables of our range that others use: not to be used by us.
+    pub occupied: BTreeSet<(Family, TableId)>,
+    /// What of others comes before ours or among it, as sentences for the operator.
+    pub collisions: BTreeSet<String>,
 }
 
 impl fmt::Display for Remnant {

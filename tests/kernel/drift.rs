@@ -14,7 +14,7 @@ async fn has_drifted(kernel: &mut NodeKernel, within: Duration) -> bool {
 
 /// Lets what belongs to the start pass by.
 async fn settle(kernel: &mut NodeKernel) {
-    kernel.links().await.unwrap();
+    kernel.observe().await.unwrap();
     while has_drifted(kernel, Duration::from_millis(700)).await {}
 }
 

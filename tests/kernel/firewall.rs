@@ -221,6 +221,33 @@ async fn vips_come_and_go_beside_each_other(mode: Mode) {
 
 each_mode!(vips_come_and_go_beside_each_other: nftables, iptables_nft);
 
+/// A rule by which marked packets pass, while NAT does not exclude their destination, would let them out with the pod's own
+/// address.
+#[test]
+fn a_routing_rule_waits_for_the_exclusion_that_it_relies_on() {
+    in_namespace(|| async {
+        let mut kernel = open(Mode::IptablesNft).await;
+        let (refused, installed) = ("10.9.0.0/16".parse().unwrap(), "fd09::/16".parse().unwrap());
+        let pass = |net| Rule {
+            to: Some(net),
+            ..rule(1, RuleAction::Goto(1099))
+        };
+        let steps = [
+            Step::Firewall(FirewallStep::Install(Family::V6, BTreeSet::new())),
+            // Without the firewall of its family there is no set to put it into.
+            Step::Firewall(FirewallStep::AddNet(NetSet::Excluded, refused)),
+            Step::Firewall(FirewallStep::AddNet(NetSet::Excluded, installed)),
+            Step::Route(RouteStep::AddRule(Family::V4, pass(refused))),
+            Step::Route(RouteStep::AddRule(Family::V6, pass(installed))),
+        ];
+        let failed = kernel.apply(&steps).await;
+        let failed: Vec<&Step> = failed.iter().map(|failure| &failure.step).collect();
+        assert_eq!(failed, [&steps[1], &steps[3]]);
+        assert_eq!(sh("ip -4 rule show pref 1001"), "");
+        assert!(sh("ip -6 rule show pref 1001").contains("to fd09::/16"));
+    });
+}
+
 #[test]
 fn a_step_that_fails_costs_only_the_steps_that_rely_on_it() {
     in_namespace(|| async {

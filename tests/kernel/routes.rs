@@ -131,7 +131,7 @@ fn links_that_are_up_tell_their_networks() {
     in_namespace(|| async {
         let mut kernel = open(Mode::IptablesNft).await;
         sh("ip link add down0 type bridge; ip addr add 203.0.113.1/24 dev down0");
-        let links = kernel.links().await.unwrap();
+        let links = kernel.observe().await.unwrap().interfaces;
         let link = links.iter().find(|link| link.name == "eth0").unwrap();
         assert!(link.nets.contains(&"192.0.2.0/24".parse().unwrap()));
         assert!(link.nets.contains(&"2001:db8:1::/64".parse().unwrap()));

@@ -79,7 +79,7 @@ impl fmt::Debug for Moment {
         writeln!(
             f,
             "  Service and pod networks {nets:?}, links {:?}",
-            view.links
+            view.interfaces
         )
     }
 }

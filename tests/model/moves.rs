@@ -185,7 +185,7 @@ fn view(course: &Course, announcer: usize) -> View {
         .families(&[Family::V4])
         .vip(&VIP.to_string());
     let view = View {
-        links: vec![lan()],
+        interfaces: vec![lan()],
         ..View::default()
     };
     nodes

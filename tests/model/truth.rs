@@ -261,7 +261,7 @@ impl<'a> Reader<'a> {
             return Err(Blocked::GatewayWithoutAddress(name));
         };
         let named = self.settings.lan_interface.as_deref();
-        let links = self.view.links.iter();
+        let links = self.view.interfaces.iter();
         let mut links = links.filter(|link| named.is_none() || named == Some(link.name.as_str()));
         match links.any(|link| link.nets.iter().any(|net| net.contains(&via))) {
             true => Ok((vip, name, Some(via))),

@@ -21,10 +21,10 @@ use metaleg::commands::plan::Shown;
 use metaleg::diff::diff;
 use metaleg::lan::Heard;
 use metaleg::names::{Interface, NodeName};
-use metaleg::pass::{Confirmed, Memory};
+use metaleg::pass::Memory;
 use metaleg::settings::{DEFINITIONS, Settings};
 use metaleg::state::{
-    Family, FamilyState, KernelState, NextHop, PodState, Rule, RuleAction, Table, TableId,
+    Family, FamilyState, KernelState, NextHop, Observed, PodState, Rule, RuleAction, Table, TableId,
 };
 use serde::Deserialize;
 use serde_json::Value;
@@ -156,7 +156,7 @@ impl Scenario {
         Settings::parse(value).map_err(|error| error.to_string())
     }
 
-    fn node(&self, settings: &Settings) -> Confirmed {
+    fn node(&self, settings: &Settings) -> Observed {
         let interfaces = self.given.interfaces.clone().unwrap_or_else(|| {
             let lan = ["192.0.2.0/24", "2001:db8:1::/64"];
             [(
@@ -195,7 +195,7 @@ impl Scenario {
         }
         let tables = found.tables_of_others.iter();
         let occupied = tables.flat_map(|id| Family::ALL.map(|family| (family, TableId(*id))));
-        Confirmed {
+        Observed {
             state: kernel,
             occupied: occupied.collect(),
             interfaces: interfaces
@@ -205,6 +205,7 @@ impl Scenario {
                     nets: nets.iter().map(|net| net.parse().unwrap()).collect(),
                 })
                 .collect(),
+            ..Observed::default()
         }
     }
 
@@ -229,7 +230,7 @@ impl Scenario {
 fn plan_of(
     objects: &Objects,
     settings: &Settings,
-    mut node: Confirmed,
+    mut node: Observed,
     heard: &BTreeMap<IpAddr, Heard>,
     now: Instant,
 ) -> (Shown, Vec<String>) {
