@@ -97,6 +97,22 @@ fn a_pod_is_marked_on_its_node_translated_on_the_gateway_and_known_everywhere() 
 }
 
 #[test]
+fn the_page_of_the_data_path_has_the_routing_rules() {
+    let page = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/data-path.md");
+    let page = std::fs::read_to_string(page).unwrap();
+    let (_, table) = page.split_once("| place | rule |\n|---|---|\n").unwrap();
+    let rows = table.lines().take_while(|line| line.starts_with('|'));
+    let documented: Vec<&str> = rows.map(|row| row.split('`').nth(1).unwrap()).collect();
+    let mut settings = on("node1");
+    settings.excluded.auto = false;
+    settings.excluded.listed = ["10.244.0.0/16".parse().unwrap()].into();
+    let desired = make(&usual(), &settings);
+    let rules = &desired.kernel.families[&Family::V4].routes.rules;
+    let rules: Vec<String> = rules.iter().map(Rule::to_string).collect();
+    assert_eq!(rules, documented);
+}
+
+#[test]
 fn the_routes_are_a_block_that_unmarked_packets_pass_and_marked_ones_cannot_leave() {
     let desired = make(&usual(), &on("node1"));
     let routes = &desired.kernel.families[&Family::V4].routes;
