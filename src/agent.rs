@@ -25,10 +25,8 @@ use crate::report::{Report, events};
 use crate::settings::Settings;
 use crate::state::{Observed, Step};
 
-/// Pauses after failed passes.
 const BACKOFF: Backoff = Backoff::new(Duration::from_millis(500), Duration::from_secs(30));
 
-/// The agent's state between passes.
 #[derive(Debug)]
 struct Agent<'a, K> {
     settings: &'a Settings,

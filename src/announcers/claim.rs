@@ -19,7 +19,6 @@ pub(super) struct Claim {
     pub(super) is_doubled: bool,
 }
 
-/// Remembers what was claimed.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Announcer {
     /// The present claims, one of each source that says something.
@@ -34,7 +33,6 @@ pub(super) struct Announcer {
     adopted: Option<(NodeName, Instant)>,
 }
 
-/// What comes of the claims.
 #[derive(Debug)]
 pub(super) struct Judgement {
     pub(super) announcer: Option<NodeName>,

@@ -19,22 +19,17 @@ use crate::lan::Heard;
 use crate::names::{NodeName, ObjectKey};
 pub use crate::settings::AnnouncerSource as Source;
 
-/// Everything that speaks for an announcer.
 #[derive(Clone, Copy, Debug)]
 pub struct Sources<'a> {
     /// Labelled Services: whose VIPs matter.
     pub services: &'a BTreeMap<ObjectKey, Service>,
-    /// MetalLB's objects.
     pub statuses: &'a BTreeMap<ObjectKey, L2Status>,
-    /// What was heard on the LAN.
     pub heard: &'a BTreeMap<IpAddr, Heard>,
-    /// The nodes.
     pub nodes: &'a BTreeMap<NodeName, Node>,
     /// The API server does not answer: objects may be old.
     pub away: bool,
 }
 
-/// What comes of it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Resolved {
     /// The node that pods of each VIP leave through: its announcer, or the one before while that is not programmed.
@@ -53,7 +48,6 @@ pub struct Resolved {
     pub ends: Option<Instant>,
 }
 
-/// Remembers what was known of each VIP.
 #[derive(Clone, Debug)]
 pub struct Announcers {
     own: NodeName,
@@ -88,7 +82,6 @@ impl Announcers {
         known.announcer.adopt(node, now);
     }
 
-    /// The announcers at the time `now`.
     pub fn resolve(&mut self, sources: Sources<'_>, now: Instant) -> Resolved {
         let mut users: BTreeMap<IpAddr, Vec<&ObjectKey>> = BTreeMap::new();
         for (key, service) in sources.services {

@@ -55,7 +55,6 @@ impl Cluster {
         self.changed.notified().await;
     }
 
-    /// The state of every watch.
     #[must_use]
     pub fn watches(&self) -> BTreeMap<Watch, WatchState> {
         self.index().watches()
@@ -75,7 +74,6 @@ impl Cluster {
         (!missing.is_empty()).then(|| missing.join("; "))
     }
 
-    /// The facts as they are now.
     #[must_use]
     pub fn facts(&self) -> Snapshot {
         self.index().snapshot()
@@ -95,7 +93,6 @@ impl Cluster {
     }
 }
 
-/// Starts all watches.
 pub fn start(client: Client, settings: &Settings, cluster: &Arc<Cluster>, tasks: &mut Tasks) {
     let (node, metallb) = (&settings.node_name, &settings.metallb_namespace);
     let all = watcher::Config::default;
@@ -213,49 +210,36 @@ impl Reflectors<'_> {
         F: PartialEq + Clone + 'static,
     {
         let read = move |object: &O| (key(object), fact(object));
-        let task = follow(watch, api, config, self.cluster.clone(), facts, read);
-        self.tasks.spawn(format!("watch of {watch}"), task);
-    }
-}
-
-async fn follow<O, K, F>(
-    watch: Watch,
-    api: Api<O>,
-    config: watcher::Config,
-    cluster: Arc<Cluster>,
-    facts: fn(&mut Index) -> &mut Facts<K, F>,
-    read: impl Fn(&O) -> (K, Result<Option<F>, String>) + Send + Sync,
-) where
-    O: Resource + Clone + DeserializeOwned + fmt::Debug + Send + 'static,
-    K: Ord + fmt::Debug,
-    F: PartialEq + Clone,
-{
-    let mut events = watcher::watcher(api, config).boxed();
-    let mut backoff = BACKOFF;
-    while let Some(event) = events.next().await {
-        let (is_news, pause) = match event {
-            Ok(event) => {
-                if !matches!(event, watcher::Event::Init) {
-                    backoff.reset();
-                }
-                (cluster.index().take(watch, event, facts, &read), None)
-            }
-            Err(error) => {
-                let failure = describe(watch, &error);
-                let pause = match failure {
-                    Failure::Expired => None,
-                    Failure::NotServed => Some(NOT_SERVED_PAUSE),
-                    Failure::Away(_) | Failure::Refused(_) => Some(backoff.pause()),
+        let cluster = self.cluster.clone();
+        self.tasks.spawn(format!("watch of {watch}"), async move {
+            let mut events = watcher::watcher(api, config).boxed();
+            let mut backoff = BACKOFF;
+            while let Some(event) = events.next().await {
+                let (is_news, pause) = match event {
+                    Ok(event) => {
+                        if !matches!(event, watcher::Event::Init) {
+                            backoff.reset();
+                        }
+                        (cluster.index().take(watch, event, facts, &read), None)
+                    }
+                    Err(error) => {
+                        let failure = describe(watch, &error);
+                        let pause = match failure {
+                            Failure::Expired => None,
+                            Failure::NotServed => Some(NOT_SERVED_PAUSE),
+                            Failure::Away(_) | Failure::Refused(_) => Some(backoff.pause()),
+                        };
+                        (cluster.index().fail(watch, &failure), pause)
+                    }
                 };
-                (cluster.index().fail(watch, &failure), pause)
+                if is_news {
+                    cluster.changed.notify_one();
+                }
+                if let Some(pause) = pause {
+                    tokio::time::sleep(pause).await;
+                }
             }
-        };
-        if is_news {
-            cluster.changed.notify_one();
-        }
-        if let Some(pause) = pause {
-            tokio::time::sleep(pause).await;
-        }
+        });
     }
 }
 

@@ -80,13 +80,10 @@ async fn with(
     Ok(is_clean)
 }
 
-/// Why the cleanup was given up.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The kernel could not be read.
     #[error("cannot read what is there")]
     Kernel(#[from] kernel::Error),
-    /// The output could not be written.
     #[error("cannot write")]
     Write(#[from] io::Error),
 }

@@ -20,16 +20,12 @@ use crate::state::{Family, NextHop, PodState, TableId};
 /// How long to wait for the API server.
 const PATIENCE: Duration = Duration::from_secs(15);
 
-/// Why there is no plan.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The cluster could not be read.
     #[error("no answer within {seconds} s: {0}", seconds = PATIENCE.as_secs())]
     NotSynced(String),
-    /// The kernel could not be read.
     #[error("cannot read this node's kernel")]
     Kernel(#[from] kernel::Error),
-    /// The plan could not be written down.
     #[error("cannot write the plan as {0}: {1}")]
     Format(&'static str, String),
 }
@@ -111,7 +107,6 @@ pub async fn run(
 }
 
 impl Shown {
-    /// What a plan of a view says.
     #[must_use]
     pub fn of(desired: &Desired, view: &View, settings: &Settings) -> Shown {
         let mut services = Vec::new();
@@ -230,7 +225,6 @@ impl fmt::Display for Shown {
     }
 }
 
-/// Lines with aligned columns.
 fn columns<const N: usize>(rows: &[[String; N]]) -> String {
     let mut widths = [0; N];
     for row in rows {

@@ -39,7 +39,6 @@ impl Egress<'_> {
         slots.get(self.hop()?.via)
     }
 
-    /// What becomes of its Service.
     pub(super) fn verdict(&self) -> Verdict {
         match &self.gateway {
             Ok(gateway) => Verdict::Active {
@@ -52,7 +51,6 @@ impl Egress<'_> {
     }
 }
 
-/// The way out of one Service in one family.
 pub(super) fn egress<'a>(
     family: Family,
     service: &'a Service,

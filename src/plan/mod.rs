@@ -26,7 +26,6 @@ use crate::state::{Family, FamilyState, FirewallState, KernelState, NextHop, Pod
 /// What this node must be, and why.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Desired {
-    /// The kernel state to reach.
     pub kernel: KernelState,
     /// The slots behind it, for the next plan.
     pub slots: Slots,

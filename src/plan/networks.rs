@@ -31,7 +31,6 @@ const PRIVATE: [&str; 5] = [
     "fc00::/7",
 ];
 
-/// The excluded destinations of one family.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Excluded {
     /// Merged into as few networks as possible.
@@ -130,7 +129,6 @@ pub(super) fn local_pods(family: Family, view: &View, settings: &Settings) -> BT
     IpNet::aggregate(&nets).into_iter().collect()
 }
 
-/// The addresses of this node's pods.
 pub(super) fn own_addresses(family: Family, view: &View) -> impl Iterator<Item = IpAddr> {
     let addresses = view.pods.values().flat_map(|pod| &pod.addresses).copied();
     addresses.filter(move |address| Family::of(*address) == family)

@@ -24,7 +24,6 @@ const REJECT_REST: u32 = 98;
 /// The target of `goto`: the end of our block.
 const END: u32 = 99;
 
-/// Rules and tables.
 pub(super) fn routes(
     family: Family,
     settings: &Settings,

@@ -18,13 +18,11 @@ use crate::state::{Family, KernelState, Mark, TableId};
 pub struct Slot(u32);
 
 impl Slot {
-    /// The routing table of this slot.
     #[must_use]
     pub fn table(self, settings: &Settings) -> TableId {
         TableId(settings.table_offset.saturating_add(self.0))
     }
 
-    /// The mark of this slot.
     #[must_use]
     pub fn mark(self, mask: FwMask) -> Mark {
         mask.mark(self.0)
@@ -117,13 +115,11 @@ impl Slots {
         }
     }
 
-    /// The slot of a gateway.
     #[must_use]
     pub fn get(&self, gateway: IpAddr) -> Option<Slot> {
         self.gateways.get(&gateway).copied()
     }
 
-    /// Gateways and their slots.
     pub fn iter(&self) -> impl Iterator<Item = (IpAddr, Slot)> {
         self.gateways
             .iter()

@@ -11,12 +11,7 @@ use crate::names::{NodeName, ObjectKey};
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Verdict {
     /// Its pods leave with the VIP.
-    Active {
-        /// The source address of its pods.
-        vip: IpAddr,
-        /// The node that they leave through.
-        gateway: NodeName,
-    },
+    Active { vip: IpAddr, gateway: NodeName },
     /// Its pods do not leave.
     Blocked(Blocked),
     /// Its pods would not leave, but its annotation lets them out as without MetalEG.
@@ -26,25 +21,18 @@ pub enum Verdict {
 /// Why pods of a Service do not leave.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Blocked {
-    /// MetalLB has not assigned an address of this family.
     #[error("MetalLB has not assigned an address of this family")]
     NoVip,
-    /// The ingress is a host name.
     #[error("the ingress is the host name {0}, not an address")]
     HostnameIngress(String),
-    /// Nobody announces the VIP.
     #[error("no node announces the VIP (MetalLB does only while an endpoint is ready)")]
     NoAnnouncer,
-    /// The announcer is not a node of the cluster.
     #[error("announced by {0}, which is not a node of the cluster")]
     UnknownGateway(NodeName),
-    /// The announcer has no InternalIP of this family.
     #[error("announced by {0}, which has no InternalIP of this family")]
     GatewayWithoutAddress(NodeName),
-    /// The agent of the announcer has not programmed it since it was booted.
     #[error("announced by {0}, which no agent has programmed since it was booted")]
     GatewayNotProgrammed(NodeName),
-    /// No interface of this node has a network that holds the gateway's address.
     #[error("announced by {0}, whose address {1} is in no network of this node's interfaces")]
     GatewayOffLink(NodeName, IpAddr),
 }
@@ -52,13 +40,10 @@ pub enum Blocked {
 /// What is left out.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Subject {
-    /// A Service.
     Service(ObjectKey),
     /// The annotation of a Service that says what happens without a gateway.
     OnNoGateway(ObjectKey),
-    /// An address of an EndpointSlice.
     Endpoint {
-        /// The slice.
         slice: ObjectKey,
         /// The address as it is written there.
         address: String,
@@ -68,19 +53,14 @@ pub enum Subject {
 /// Why something is left out.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Ignored {
-    /// A Service that is not of type LoadBalancer has no VIP.
     #[error("not of type LoadBalancer")]
     NotLoadBalancer,
-    /// An annotation with a value that means nothing.
     #[error("`{0}` is neither reject nor node-address")]
     UnknownValue(String),
-    /// Not an IP address.
     #[error("not an IP address")]
     NotAnAddress,
-    /// Loopback, link-local, multicast or unspecified: no pod has such an address.
     #[error("loopback, link-local, multicast or unspecified: no pod's address")]
     NotAPodAddress,
-    /// Address of a node: a hostNetwork pod is the node itself.
     #[error("address of node {0}: a hostNetwork pod leaves as its node")]
     NodeAddress(NodeName),
     /// Nobody may capture what is not a pod of the Service's own namespace with a hand-made slice.
@@ -89,7 +69,6 @@ pub enum Ignored {
     /// The address is that of another pod, which a hand-made slice, or one that is late, must not capture.
     #[error("address of another Pod, {0}")]
     AnotherPod(ObjectKey),
-    /// An older Service has this pod.
     #[error("belongs to Service {0}, which is older")]
     OwnedBy(ObjectKey),
 }
@@ -151,7 +130,6 @@ impl fmt::Display for Subject {
     }
 }
 
-/// What an endpoint of a hand-made slice stands for.
 fn target(target: &Target) -> String {
     match target {
         Target::Pod(pod) => format!("Pod {pod} of another namespace"),
