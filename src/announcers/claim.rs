@@ -47,10 +47,7 @@ pub(super) struct Judgement {
 impl Source {
     /// Whether a claim holds for as long as it is there, as an object does; else from the moment when it is heard.
     fn is_standing(self) -> bool {
-        match self {
-            Source::Status => true,
-            Source::Lan => false,
-        }
+        matches!(self, Source::Status)
     }
 }
 
@@ -65,11 +62,8 @@ impl Announcer {
     /// Judges what the sources say now. Of two claims of the same moment the later in the list counts.
     pub(super) fn judge(&mut self, claims: Vec<Claim>, now: Instant, grace: Duration) -> Judgement {
         self.note(claims, now);
-        let (standing, heard): (Vec<_>, Vec<_>) = self
-            .claims
-            .iter()
-            .partition(|claim| claim.source.is_standing());
-        let (is_standing, is_heard) = (!standing.is_empty(), !heard.is_empty());
+        let is_standing = self.claims.iter().any(|c| c.source.is_standing());
+        let is_heard = self.claims.iter().any(|c| !c.source.is_standing());
         // What is heard counts from when it was heard, and no longer than for the grace period.
         let mut ends = None;
         if let Some(evidence) = self.evidence.filter(|_| !is_standing) {
@@ -121,11 +115,8 @@ impl Announcer {
     fn note(&mut self, claims: Vec<Claim>, now: Instant) {
         let before = std::mem::replace(&mut self.claims, claims);
         for old in before.iter().filter(|old| old.source.is_standing()) {
-            match self
-                .claims
-                .iter_mut()
-                .find(|claim| claim.source == old.source)
-            {
+            let mut present = self.claims.iter_mut();
+            match present.find(|claim| claim.source == old.source) {
                 Some(same) if same.node == old.node => same.at = old.at,
                 Some(_) => {}
                 None => self.evidence = Some(now),

@@ -60,6 +60,13 @@ impl Cluster {
         self.index().watches()
     }
 
+    /// Waits until every watch has delivered its first list. Cancel-safe.
+    pub async fn synced(&self) {
+        while self.not_synced().is_some() {
+            self.changed().await;
+        }
+    }
+
     /// The watches that have not delivered their first list, with the reasons; `None` when all have.
     #[must_use]
     pub fn not_synced(&self) -> Option<String> {

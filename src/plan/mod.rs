@@ -14,7 +14,7 @@ mod verdict;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
-use crate::cluster::{Service, View};
+use crate::cluster::{OnNoGateway, Service, View};
 use crate::names::{NodeName, ObjectKey};
 use crate::plan::egress::Egress;
 use crate::plan::pods::Lookup;
@@ -50,7 +50,15 @@ pub fn plan(
 ) -> Desired {
     let mut desired = Desired::default();
     for (key, service) in &view.services {
-        desired.ignored.extend(verdict::ignored(key, service));
+        if !service.load_balancer {
+            let subject = Subject::Service(key.clone());
+            desired.ignored.insert(subject, Ignored::NotLoadBalancer);
+        }
+        if let OnNoGateway::Unknown(value) = &service.on_no_gateway {
+            let subject = Subject::OnNoGateway(key.clone());
+            let reason = Ignored::UnknownValue(value.clone());
+            desired.ignored.insert(subject, reason);
+        }
     }
     let lookup = Lookup::of(view, settings);
     for &family in families {
@@ -68,7 +76,7 @@ fn plan_family(
     desired: &mut Desired,
 ) {
     let services = by_age(family, view);
-    let pods = pods::egress_pods(family, &services, lookup, settings, &mut desired.ignored);
+    let pods = pods::egress_pods(family, &services, lookup, &mut desired.ignored);
     let egress: BTreeMap<&ObjectKey, Egress<'_>> = services
         .iter()
         .map(|(key, service)| (*key, egress::egress(family, service, view, settings)))
@@ -91,20 +99,18 @@ fn plan_family(
         let egress = egress.get(pod.service);
         if let Some(egress) = egress.filter(|egress| !egress.is_released()) {
             if let Some(slot) = egress.slot(&slots).filter(|_| pod.local) {
-                routes
-                    .rules
-                    .extend(routes::of_pod(*address, slot, settings));
+                let rule = routes::of_pod(*address, slot, settings);
+                routes.rules.extend(rule);
             }
             states.insert(*address, pods::state(pod, egress, &slots, settings));
         }
     }
     if settings.strict_start {
-        let ordinary = PodState {
-            ordinary: true,
-            ..PodState::default()
-        };
         for address in networks::own_addresses(family, view) {
-            states.entry(address).or_insert_with(|| ordinary.clone());
+            states.entry(address).or_insert_with(|| PodState {
+                ordinary: true,
+                ..PodState::default()
+            });
         }
     }
     for (key, egress) in &egress {
@@ -133,12 +139,12 @@ fn plan_family(
 #[must_use]
 pub fn owners<'a>(
     view: &'a View,
-    settings: &Settings,
+    settings: &'a Settings,
 ) -> BTreeMap<IpAddr, (&'a ObjectKey, Option<&'a NodeName>)> {
     let lookup = Lookup::of(view, settings);
     let pods = Family::ALL.into_iter().flat_map(|family| {
         let services = by_age(family, view);
-        pods::egress_pods(family, &services, &lookup, settings, &mut BTreeMap::new())
+        pods::egress_pods(family, &services, &lookup, &mut BTreeMap::new())
     });
     pods.map(|(address, pod)| (address, (pod.service, pod.node)))
         .collect()

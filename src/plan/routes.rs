@@ -62,13 +62,11 @@ pub(super) fn routes(
         if !slot.overflows(settings.mask) {
             state.rules.insert(to_gateway(slot, settings));
         }
-        state.tables.insert(
-            slot.table(settings),
-            Table {
-                fallback: true,
-                gateway: Some((*hop).clone()),
-            },
-        );
+        let table = Table {
+            fallback: true,
+            gateway: Some((*hop).clone()),
+        };
+        state.tables.insert(slot.table(settings), table);
     }
     state
 }

@@ -53,11 +53,9 @@ impl Slots {
         let mut gateways = BTreeMap::new();
         for state in observed.families.values() {
             for (table, content) in &state.routes.tables {
-                let Some(gateway) = &content.gateway else {
-                    continue;
-                };
                 let number = table.0.checked_sub(settings.table_offset);
-                if let Some(number) = number.filter(|number| *number > 0) {
+                let number = number.filter(|number| *number > 0);
+                if let (Some(number), Some(gateway)) = (number, &content.gateway) {
                     gateways.entry(gateway.via).or_insert(Slot(number));
                 }
             }
@@ -84,17 +82,12 @@ impl Slots {
             let table = slot.table(settings);
             !KERNEL_TABLES.contains(&table.0) && !self.occupied.contains(&(family, table))
         };
-        let held: BTreeMap<IpAddr, Slot> = self
-            .gateways
-            .iter()
-            .filter(|(gateway, _)| Family::of(**gateway) == family)
-            .map(|(gateway, slot)| (*gateway, *slot))
+        let slots = self.iter();
+        let held: BTreeMap<IpAddr, Slot> = slots
+            .filter(|(gateway, _)| Family::of(*gateway) == family)
             .collect();
-        let mut gateways: BTreeMap<IpAddr, Slot> = held
-            .iter()
-            .filter(|(gateway, slot)| needed.contains(gateway) && is_free(slot))
-            .map(|(gateway, slot)| (*gateway, *slot))
-            .collect();
+        let mut gateways = held.clone();
+        gateways.retain(|gateway, slot| needed.contains(gateway) && is_free(slot));
         let kept: BTreeSet<Slot> = gateways.values().copied().collect();
         let had: BTreeSet<Slot> = held.values().copied().collect();
         let own_marks = || (1..settings.mask.slots()).map(Slot);
@@ -103,11 +96,10 @@ impl Slots {
         let just_freed = own_marks().filter(|slot| had.contains(slot) && !kept.contains(slot));
         let beyond = overflow().filter(|slot| !had.contains(slot));
         let free = untouched.chain(just_freed).chain(beyond).filter(is_free);
-        let new: Vec<IpAddr> = needed
+        let new = needed
             .iter()
-            .filter(|gateway| !gateways.contains_key(gateway))
-            .copied()
-            .collect();
+            .filter(|gateway| !gateways.contains_key(gateway));
+        let new: Vec<IpAddr> = new.copied().collect();
         gateways.extend(new.into_iter().zip(free));
         Slots {
             gateways,
@@ -121,9 +113,7 @@ impl Slots {
     }
 
     pub fn iter(&self) -> impl Iterator<Item = (IpAddr, Slot)> {
-        self.gateways
-            .iter()
-            .map(|(gateway, slot)| (*gateway, *slot))
+        self.gateways.iter().map(|(via, slot)| (*via, *slot))
     }
 
     /// Adds the slots of another family.

@@ -4,22 +4,25 @@
 use std::fmt;
 use std::net::IpAddr;
 
-use crate::cluster::{ON_NO_GATEWAY_ANNOTATION, OnNoGateway, Service, Target};
+use crate::cluster::{ON_NO_GATEWAY_ANNOTATION, Target};
 use crate::names::{NodeName, ObjectKey};
 
 /// What becomes of a Service in one family.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, strum::Display)]
 pub enum Verdict {
     /// Its pods leave with the VIP.
+    #[strum(to_string = "active: {vip} through {gateway}")]
     Active { vip: IpAddr, gateway: NodeName },
     /// Its pods do not leave.
+    #[strum(to_string = "blocked: {0}")]
     Blocked(Blocked),
     /// Its pods would not leave, but its annotation lets them out as without MetalEG.
+    #[strum(to_string = "let out with the node's address: {0}")]
     Released(Blocked),
 }
 
 /// Why pods of a Service do not leave.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error, strum::IntoStaticStr)]
 pub enum Blocked {
     #[error("MetalLB has not assigned an address of this family")]
     NoVip,
@@ -73,46 +76,11 @@ pub enum Ignored {
     OwnedBy(ObjectKey),
 }
 
-/// What of a Service itself is left out, and why.
-pub(super) fn ignored(
-    key: &ObjectKey,
-    service: &Service,
-) -> impl Iterator<Item = (Subject, Ignored)> {
-    let kind =
-        (!service.load_balancer).then(|| (Subject::Service(key.clone()), Ignored::NotLoadBalancer));
-    let annotation = match &service.on_no_gateway {
-        OnNoGateway::Unknown(value) => {
-            let reason = Ignored::UnknownValue(value.clone());
-            Some((Subject::OnNoGateway(key.clone()), reason))
-        }
-        OnNoGateway::Reject | OnNoGateway::NodeAddress => None,
-    };
-    kind.into_iter().chain(annotation)
-}
-
-impl fmt::Display for Verdict {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Verdict::Active { vip, gateway } => write!(f, "active: {vip} through {gateway}"),
-            Verdict::Blocked(reason) => write!(f, "blocked: {reason}"),
-            Verdict::Released(reason) => write!(f, "let out with the node's address: {reason}"),
-        }
-    }
-}
-
 impl Blocked {
     /// One word for metrics.
     #[must_use]
     pub fn label(&self) -> &'static str {
-        match self {
-            Blocked::NoVip => "NoVip",
-            Blocked::HostnameIngress(_) => "HostnameIngress",
-            Blocked::NoAnnouncer => "NoAnnouncer",
-            Blocked::UnknownGateway(_) => "UnknownGateway",
-            Blocked::GatewayWithoutAddress(_) => "GatewayWithoutAddress",
-            Blocked::GatewayNotProgrammed(_) => "GatewayNotProgrammed",
-            Blocked::GatewayOffLink(..) => "GatewayOffLink",
-        }
+        self.into()
     }
 }
 
