@@ -83,16 +83,13 @@ impl Announcer {
 
         let differing = self.differing();
         let is_undisputed = differing.is_none() && !is_doubled;
-        let reported_at = self.disagree_since(differing.is_some(), now) + DISAGREEMENT;
-        let (disagreement, waits) = match differing {
-            Some(both) if now >= reported_at => (Some(both), None),
-            Some(_) => (None, Some(reported_at)),
-            None => (None, None),
-        };
+        self.disagree = differing.as_ref().map(|_| self.disagree.unwrap_or(now));
+        let reported_at = self.disagree.map(|since| since + DISAGREEMENT);
+        let waits = reported_at.filter(|at| now < *at);
         Judgement {
             announcer,
             is_settled: is_standing && is_undisputed && is_as_adopted,
-            disagreement,
+            disagreement: differing.filter(|_| waits.is_none()),
             ends: ends.into_iter().chain(waits).min(),
         }
     }
@@ -102,13 +99,6 @@ impl Announcer {
         let (first, others) = self.claims.split_first()?;
         let other = others.iter().find(|other| other.node != first.node)?;
         Some([first, other].map(|claim| (claim.source, claim.node.clone())))
-    }
-
-    /// Since when the claims disagree, if they do.
-    fn disagree_since(&mut self, they_do: bool, now: Instant) -> Instant {
-        let since = self.disagree.unwrap_or(now);
-        self.disagree = they_do.then_some(since);
-        since
     }
 
     /// Replaces the claims by the present ones, and follows the newest.

@@ -100,6 +100,7 @@ impl Announcers {
         resolved
     }
 
+    /// Adds to `resolved` what comes of one VIP.
     fn resolve_one(
         &mut self,
         vip: IpAddr,
@@ -127,8 +128,8 @@ impl Announcers {
         resolved.disagreements.extend(disagreement);
         let mut ends: Vec<Instant> = resolved.ends.into_iter().chain(judgement.ends).collect();
         if let Some(announcer) = announcer {
-            let held = &mut known.gateway;
-            let (gateway, until) = held.hold(&announcer, own, sources.nodes, now, grace);
+            let memory = &mut known.gateway;
+            let (gateway, until) = memory.hold(&announcer, own, sources.nodes, now, grace);
             if until.is_some() && !facts(&gateway).is_some_and(Node::is_programmed) {
                 resolved.still_programmed.insert(gateway.clone());
             }

@@ -133,6 +133,7 @@ impl Service {
         for ip in ingress.iter().filter_map(|i| i.ip.as_ref()?.parse().ok()) {
             vips.entry(Family::of(ip)).or_insert(ip);
         }
+        let families = spec.ip_families.iter().flatten();
         let family = |family: &String| match family.as_str() {
             "IPv4" => Some(Family::V4),
             "IPv6" => Some(Family::V6),
@@ -144,12 +145,7 @@ impl Service {
             uid: object.uid().unwrap_or_default(),
             created: created.map_or(i64::MAX, |time| time.0.as_second()),
             load_balancer: spec.type_.as_deref() == Some("LoadBalancer"),
-            families: spec
-                .ip_families
-                .iter()
-                .flatten()
-                .filter_map(family)
-                .collect(),
+            families: families.filter_map(family).collect(),
             vips,
             hostname: ingress.into_iter().find_map(|i| i.hostname),
             on_no_gateway: match on_no_gateway.map(String::as_str) {
@@ -211,8 +207,8 @@ fn target(reference: Option<&core::ObjectReference>, own_namespace: &str) -> Tar
     if kind != "Pod" {
         return Target::Other(format!("{kind} {name}"));
     }
-    let namespace = reference.namespace.as_deref().unwrap_or(own_namespace);
-    let namespace = namespace.to_owned();
+    let namespace = reference.namespace.as_deref();
+    let namespace = namespace.unwrap_or(own_namespace).to_owned();
     Target::Pod(ObjectKey { namespace, name })
 }
 

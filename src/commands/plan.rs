@@ -211,10 +211,8 @@ fn columns<const N: usize>(header: [&str; N], rows: impl Iterator<Item = [String
     let mut text = String::new();
     for line in &lines {
         let cells = widths.iter().zip(line);
-        let line: String = cells
-            .map(|(width, cell)| format!("{cell:width$}  "))
-            .collect();
-        text = text + line.trim_end() + "\n";
+        let cells = cells.map(|(width, cell)| format!("{cell:width$}  "));
+        text = text + cells.collect::<String>().trim_end() + "\n";
     }
     text
 }
