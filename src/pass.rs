@@ -39,7 +39,6 @@ pub struct Pass {
 }
 
 impl Memory {
-    #[must_use]
     pub fn new(settings: &Settings) -> Memory {
         Memory {
             announcers: Announcers::new(settings.node_name.clone(), settings.grace),
@@ -48,7 +47,6 @@ impl Memory {
         }
     }
 
-    #[must_use]
     pub fn last(&self) -> Option<&Desired> {
         self.last.as_ref()
     }

@@ -65,7 +65,6 @@ struct Known {
 
 impl Announcers {
     /// Knows none yet. `own` is the node of this agent, which programs it.
-    #[must_use]
     pub fn new(own: NodeName, grace: Duration) -> Announcers {
         Announcers {
             own,

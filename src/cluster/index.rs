@@ -249,7 +249,6 @@ impl Index {
 }
 
 /// The nodes, with the pod networks that Cilium gives them, and the boots in which their agents have programmed them.
-#[must_use]
 pub fn merged<'a>(
     nodes: &BTreeMap<NodeName, Node>,
     cilium: &BTreeMap<String, BTreeSet<IpNet>>,

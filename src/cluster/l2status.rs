@@ -8,7 +8,6 @@ use kube::core::{ApiResource, DynamicObject, GroupVersionKind};
 
 use crate::names::{NodeName, ObjectKey};
 
-#[must_use]
 pub fn resource() -> ApiResource {
     let kind = GroupVersionKind::gvk("metallb.io", "v1beta1", "ServiceL2Status");
     ApiResource::from_gvk_with_plural(&kind, "servicel2statuses")
@@ -25,7 +24,6 @@ pub struct L2Status {
 
 impl L2Status {
     /// The claim of an object; `None` while a speaker has created it but not yet filled it.
-    #[must_use]
     pub fn of(object: &DynamicObject) -> Option<L2Status> {
         let label = |name: &str| object.labels().get(name).filter(|v| !v.is_empty()).cloned();
         let status = |name: &str| {

@@ -30,13 +30,11 @@ impl BootId {
     }
 }
 
-#[must_use]
 pub fn name(node: &NodeName) -> String {
     format!("metaleg-{node}")
 }
 
 /// The node that holds a Lease, and the boot in which its agent has programmed it.
-#[must_use]
 pub fn programmed(lease: &coordination::Lease) -> Option<(NodeName, BootId)> {
     let node = NodeName(lease.spec.as_ref()?.holder_identity.clone()?);
     let boot = lease.annotations().get(BOOT_ANNOTATION)?.clone();

@@ -123,7 +123,6 @@ pub struct View {
 }
 
 impl Service {
-    #[must_use]
     pub fn of(object: &core::Service) -> Service {
         let spec = object.spec.clone().unwrap_or_default();
         let status = object.status.clone().unwrap_or_default();
@@ -158,7 +157,6 @@ impl Service {
     }
 
     /// Whether a pod of the same namespace belongs to it.
-    #[must_use]
     pub fn selects(&self, pod: &Pod) -> bool {
         let has = |(key, value): (&String, &String)| pod.labels.get(key) == Some(value);
         !self.selector.is_empty() && self.selector.iter().all(has)
@@ -168,7 +166,6 @@ impl Service {
 impl Pod {
     /// The facts of a Pod object; `None` while it has no address, when it has its node's, and when it has ended and
     /// its address may be another pod's.
-    #[must_use]
     pub fn of(object: &core::Pod) -> Option<Pod> {
         let on_host = object.spec.as_ref()?.host_network.unwrap_or_default();
         let status = object.status.as_ref()?;
@@ -182,7 +179,6 @@ impl Pod {
 
 impl EndpointSlice {
     /// The facts of an EndpointSlice object; `None` when it belongs to no Service.
-    #[must_use]
     pub fn of(object: &discovery::EndpointSlice) -> Option<EndpointSlice> {
         let namespace = object.namespace()?;
         let name = object.labels().get("kubernetes.io/service-name")?.clone();
@@ -214,7 +210,6 @@ fn target(reference: Option<&core::ObjectReference>, own_namespace: &str) -> Tar
 
 impl Node {
     /// The facts of a Node object; addresses and networks that do not parse are left out.
-    #[must_use]
     pub fn of(object: &core::Node) -> Node {
         let (spec, status) = (object.spec.iter(), object.status.as_ref());
         let cidrs = spec.flat_map(|s| s.pod_cidrs.iter().flatten().chain(&s.pod_cidr));
@@ -233,19 +228,16 @@ impl Node {
     }
 
     /// Whether its agent has programmed it since it was booted: only then may pods of other nodes be routed there.
-    #[must_use]
     pub fn is_programmed(&self) -> bool {
         self.programmed.is_some() && (self.boot.is_none() || self.boot == self.programmed)
     }
 
-    #[must_use]
     pub fn address(&self, family: Family) -> Option<IpAddr> {
         let mut addresses = self.addresses.iter().copied();
         addresses.find(|address| Family::of(*address) == family)
     }
 }
 
-#[must_use]
 pub fn service_cidrs(object: &networking::ServiceCIDR) -> BTreeSet<IpNet> {
     networks(object.spec.iter().flat_map(|spec| &spec.cidrs).flatten())
 }

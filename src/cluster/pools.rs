@@ -6,20 +6,17 @@ use ipnet::IpNet;
 use k8s_openapi::serde_json::Value;
 use kube::core::{ApiResource, DynamicObject, GroupVersionKind};
 
-#[must_use]
 pub fn calico_pools() -> ApiResource {
     let kind = GroupVersionKind::gvk("crd.projectcalico.org", "v1", "IPPool");
     ApiResource::from_gvk_with_plural(&kind, "ippools")
 }
 
-#[must_use]
 pub fn cilium_nodes() -> ApiResource {
     let kind = GroupVersionKind::gvk("cilium.io", "v2", "CiliumNode");
     ApiResource::from_gvk_with_plural(&kind, "ciliumnodes")
 }
 
 /// The pod networks that such an object names; what does not parse is left out.
-#[must_use]
 pub fn networks(object: &DynamicObject) -> BTreeSet<IpNet> {
     let spec = &object.data["spec"];
     let ipam = &spec["ipam"];

@@ -51,7 +51,6 @@ impl Cluster {
         self.changed.notified().await;
     }
 
-    #[must_use]
     pub fn watches(&self) -> BTreeMap<Watch, WatchState> {
         self.index().watches()
     }
@@ -64,7 +63,6 @@ impl Cluster {
     }
 
     /// The watches that have not delivered their first list, with the reasons; `None` when all have.
-    #[must_use]
     pub fn not_synced(&self) -> Option<String> {
         let watches = self.watches().into_iter();
         let missing: Vec<String> = watches
@@ -77,7 +75,6 @@ impl Cluster {
         (!missing.is_empty()).then(|| missing.join("; "))
     }
 
-    #[must_use]
     pub fn facts(&self) -> Snapshot {
         self.index().snapshot()
     }

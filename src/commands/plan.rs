@@ -100,7 +100,6 @@ pub async fn run(
 }
 
 impl Shown {
-    #[must_use]
     pub fn of(desired: &Desired, view: &View, settings: &Settings) -> Shown {
         let mut services = Vec::new();
         for (service, verdicts) in &desired.services {

@@ -11,7 +11,6 @@ use crate::names::NodeName;
 use crate::state::KernelState;
 
 /// The gateways that pods of each VIP are routed to in the kernel, as nodes.
-#[must_use]
 pub fn gateways(
     observed: &KernelState,
     nodes: &BTreeMap<NodeName, Node>,

@@ -41,7 +41,6 @@ pub struct Desired {
 ///
 /// `families` are those that the kernel has; `slots` are those in use, of the plan before or adopted from the
 /// kernel.
-#[must_use]
 pub fn plan(
     view: &View,
     settings: &Settings,
@@ -136,7 +135,6 @@ fn plan_family(
 }
 
 /// The Service that has each pod, and the node that its slice names.
-#[must_use]
 pub fn owners<'a>(
     view: &'a View,
     settings: &'a Settings,

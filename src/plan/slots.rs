@@ -18,18 +18,15 @@ use crate::state::{Family, KernelState, Mark, TableId};
 pub struct Slot(u32);
 
 impl Slot {
-    #[must_use]
     pub fn table(self, settings: &Settings) -> TableId {
         TableId(settings.table_offset.saturating_add(self.0))
     }
 
-    #[must_use]
     pub fn mark(self, mask: FwMask) -> Mark {
         mask.mark(self.0)
     }
 
     /// Whether others share its mark.
-    #[must_use]
     pub fn overflows(self, mask: FwMask) -> bool {
         self.0 >= mask.slots()
     }
@@ -48,7 +45,6 @@ pub struct Slots {
 
 impl Slots {
     /// The slots that an earlier run of the agent left in the kernel.
-    #[must_use]
     pub fn adopt(observed: &KernelState, settings: &Settings) -> Slots {
         let mut gateways = BTreeMap::new();
         for state in observed.families.values() {
@@ -76,7 +72,6 @@ impl Slots {
     /// The slots for the gateways that are `needed` in one family: a gateway keeps the slot that it has, a new
     /// one gets the lowest that nobody has or had just now, so that no table changes hands while packets are
     /// still marked for its former gateway.
-    #[must_use]
     pub fn assign(&self, family: Family, needed: &BTreeSet<IpAddr>, settings: &Settings) -> Slots {
         let is_free = |slot: &Slot| {
             let table = slot.table(settings);
@@ -107,7 +102,6 @@ impl Slots {
         }
     }
 
-    #[must_use]
     pub fn get(&self, gateway: IpAddr) -> Option<Slot> {
         self.gateways.get(&gateway).copied()
     }

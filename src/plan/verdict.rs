@@ -78,7 +78,6 @@ pub enum Ignored {
 
 impl Blocked {
     /// One word for metrics.
-    #[must_use]
     pub fn label(&self) -> &'static str {
         self.into()
     }
