@@ -16,7 +16,7 @@ use crate::backoff::Backoff;
 use crate::cluster::watch::Cluster;
 use crate::diff::diff;
 use crate::error::chain;
-use crate::kernel::{self, Kernel, StepError};
+use crate::kernel::{Kernel, StepError};
 use crate::lan::Lan;
 use crate::pass::{Memory, Pass};
 use crate::plan::Desired;
@@ -25,10 +25,8 @@ use crate::report::{Report, events};
 use crate::settings::Settings;
 use crate::state::{Observed, Step};
 
-/// Pauses after failed passes.
 const BACKOFF: Backoff = Backoff::new(Duration::from_millis(500), Duration::from_secs(30));
 
-/// The agent's state between passes.
 #[derive(Debug)]
 struct Agent<'a, K> {
     settings: &'a Settings,
@@ -56,11 +54,9 @@ pub async fn run<K: Kernel, T>(
     let mut shutdown = pin!(shutdown);
     // Nothing is changed before every watch has its first list: what is missing from half a view would be
     // removed from the kernel.
-    while cluster.not_synced().is_some() {
-        tokio::select! {
-            why = &mut shutdown => return why,
-            () = cluster.changed() => {}
-        }
+    tokio::select! {
+        why = &mut shutdown => return why,
+        () = cluster.synced() => {}
     }
     let mut agent = Agent {
         settings,
@@ -139,7 +135,12 @@ impl<K: Kernel> Agent<'_, K> {
     ) -> Result<Option<Instant>, String> {
         let mut confirmed = match self.confirmed.take() {
             Some(confirmed) => confirmed,
-            None => self.observe().await.map_err(|error| chain(&error))?,
+            None => {
+                let observed = self.kernel.observe().await;
+                let observed = observed.map_err(|error| chain(&error))?;
+                self.log.collisions(observed.collisions.clone());
+                observed
+            }
         };
         let heard = self.lan.map(Lan::heard).unwrap_or_default();
         let (facts, now) = (self.cluster.facts(), started.into_std());
@@ -171,12 +172,6 @@ impl<K: Kernel> Agent<'_, K> {
         }
         self.confirmed = Some(confirmed);
         Ok(pass.changes_at.map(Instant::from_std))
-    }
-
-    async fn observe(&mut self) -> Result<Observed, kernel::Error> {
-        let observed = self.kernel.observe().await?;
-        self.log.collisions(observed.collisions.clone());
-        Ok(observed)
     }
 
     /// Tells the LAN listener what is wanted, and publishes what is new.

@@ -5,7 +5,6 @@
 use std::hash::{BuildHasher, RandomState};
 use std::time::Duration;
 
-/// The pause after the next failure.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Backoff {
     shortest: Duration,
@@ -14,7 +13,6 @@ pub(crate) struct Backoff {
 }
 
 impl Backoff {
-    /// Starts with at most `shortest`.
     pub(crate) const fn new(shortest: Duration, longest: Duration) -> Backoff {
         Backoff {
             shortest,
@@ -23,7 +21,6 @@ impl Backoff {
         }
     }
 
-    /// The pause after one more failure.
     pub(crate) fn pause(&mut self) -> Duration {
         // The keys of the standard library's hash maps are random.
         let random = RandomState::new().hash_one(());

@@ -5,7 +5,6 @@ use std::fmt;
 
 use ipnet::IpNet;
 
-/// Name of a Kubernetes node.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct NodeName(pub String);
 
@@ -15,12 +14,9 @@ impl fmt::Display for NodeName {
     }
 }
 
-/// Namespace and name of an object.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ObjectKey {
-    /// The namespace.
     pub namespace: String,
-    /// The name within it.
     pub name: String,
 }
 
@@ -33,8 +29,6 @@ impl fmt::Display for ObjectKey {
 /// An interface of this node with the networks that are directly reachable on it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Interface {
-    /// Its name.
     pub name: String,
-    /// Connected networks.
     pub nets: BTreeSet<IpNet>,
 }

@@ -23,16 +23,12 @@ pub struct Memory {
     announcers: Announcers,
     /// VIPs that this node may not have been the gateway of meanwhile, since the last pass that worked.
     interrupted: BTreeSet<IpAddr>,
-    /// The plan of the last pass; none at a start.
     last: Option<Desired>,
 }
 
-/// What a pass is to do.
 #[derive(Debug)]
 pub struct Pass {
-    /// What the plan was made of.
     pub view: View,
-    /// The plan.
     pub desired: Desired,
     /// What to listen for on the LAN.
     pub wanted: Wanted,
@@ -43,8 +39,6 @@ pub struct Pass {
 }
 
 impl Memory {
-    /// Of an agent that has just been started.
-    #[must_use]
     pub fn new(settings: &Settings) -> Memory {
         Memory {
             announcers: Announcers::new(settings.node_name.clone(), settings.grace),
@@ -53,8 +47,6 @@ impl Memory {
         }
     }
 
-    /// The plan of the last pass; none at a start.
-    #[must_use]
     pub fn last(&self) -> Option<&Desired> {
         self.last.as_ref()
     }

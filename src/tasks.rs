@@ -13,22 +13,17 @@ pub struct Tasks {
     names: BTreeMap<Id, String>,
 }
 
-/// Why the program cannot go on.
 #[derive(Debug, thiserror::Error)]
 pub enum TaskError {
-    /// It came to an end by itself.
     #[error("the task `{0}` has ended")]
     Ended(String),
-    /// It panicked.
     #[error("the task `{0}` has failed")]
     Failed(String, #[source] JoinError),
-    /// Nobody could stop the program.
     #[error("cannot wait for SIGTERM and SIGINT")]
     Signal(#[source] std::io::Error),
 }
 
 impl Tasks {
-    /// Starts a task.
     pub fn spawn(
         &mut self,
         name: impl Into<String>,

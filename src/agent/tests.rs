@@ -5,6 +5,7 @@ use tokio::sync::{Notify, watch};
 use super::*;
 use crate::cluster::Node;
 use crate::cluster::leases::BootId;
+use crate::kernel;
 use crate::names::NodeName;
 use crate::state::{Family, FamilyState, FirewallStep, KernelState, Skeleton};
 

@@ -19,7 +19,6 @@ pub(super) struct Claim {
     pub(super) is_doubled: bool,
 }
 
-/// Remembers what was claimed.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Announcer {
     /// The present claims, one of each source that says something.
@@ -34,7 +33,6 @@ pub(super) struct Announcer {
     adopted: Option<(NodeName, Instant)>,
 }
 
-/// What comes of the claims.
 #[derive(Debug)]
 pub(super) struct Judgement {
     pub(super) announcer: Option<NodeName>,
@@ -49,10 +47,7 @@ pub(super) struct Judgement {
 impl Source {
     /// Whether a claim holds for as long as it is there, as an object does; else from the moment when it is heard.
     fn is_standing(self) -> bool {
-        match self {
-            Source::Status => true,
-            Source::Lan => false,
-        }
+        matches!(self, Source::Status)
     }
 }
 
@@ -67,11 +62,8 @@ impl Announcer {
     /// Judges what the sources say now. Of two claims of the same moment the later in the list counts.
     pub(super) fn judge(&mut self, claims: Vec<Claim>, now: Instant, grace: Duration) -> Judgement {
         self.note(claims, now);
-        let (standing, heard): (Vec<_>, Vec<_>) = self
-            .claims
-            .iter()
-            .partition(|claim| claim.source.is_standing());
-        let (is_standing, is_heard) = (!standing.is_empty(), !heard.is_empty());
+        let is_standing = self.claims.iter().any(|c| c.source.is_standing());
+        let is_heard = self.claims.iter().any(|c| !c.source.is_standing());
         // What is heard counts from when it was heard, and no longer than for the grace period.
         let mut ends = None;
         if let Some(evidence) = self.evidence.filter(|_| !is_standing) {
@@ -91,16 +83,13 @@ impl Announcer {
 
         let differing = self.differing();
         let is_undisputed = differing.is_none() && !is_doubled;
-        let reported_at = self.disagree_since(differing.is_some(), now) + DISAGREEMENT;
-        let (disagreement, waits) = match differing {
-            Some(both) if now >= reported_at => (Some(both), None),
-            Some(_) => (None, Some(reported_at)),
-            None => (None, None),
-        };
+        self.disagree = differing.as_ref().map(|_| self.disagree.unwrap_or(now));
+        let reported_at = self.disagree.map(|since| since + DISAGREEMENT);
+        let waits = reported_at.filter(|at| now < *at);
         Judgement {
             announcer,
             is_settled: is_standing && is_undisputed && is_as_adopted,
-            disagreement,
+            disagreement: differing.filter(|_| waits.is_none()),
             ends: ends.into_iter().chain(waits).min(),
         }
     }
@@ -112,22 +101,12 @@ impl Announcer {
         Some([first, other].map(|claim| (claim.source, claim.node.clone())))
     }
 
-    /// Since when the claims disagree, if they do.
-    fn disagree_since(&mut self, they_do: bool, now: Instant) -> Instant {
-        let since = self.disagree.unwrap_or(now);
-        self.disagree = they_do.then_some(since);
-        since
-    }
-
     /// Replaces the claims by the present ones, and follows the newest.
     fn note(&mut self, claims: Vec<Claim>, now: Instant) {
         let before = std::mem::replace(&mut self.claims, claims);
         for old in before.iter().filter(|old| old.source.is_standing()) {
-            match self
-                .claims
-                .iter_mut()
-                .find(|claim| claim.source == old.source)
-            {
+            let mut present = self.claims.iter_mut();
+            match present.find(|claim| claim.source == old.source) {
                 Some(same) if same.node == old.node => same.at = old.at,
                 Some(_) => {}
                 None => self.evidence = Some(now),

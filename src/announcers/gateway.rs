@@ -7,7 +7,6 @@ use crate::cluster::Node;
 use crate::cluster::leases::BootId;
 use crate::names::NodeName;
 
-/// Remembers the gateway of one VIP.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Gateway {
     /// The last announcer that was programmed, and in which boot.
@@ -17,7 +16,6 @@ pub(super) struct Gateway {
 }
 
 impl Gateway {
-    /// Takes over the gateway that was found in the kernel.
     pub(super) fn adopt(&mut self, node: NodeName) {
         self.last.get_or_insert((node, None));
     }

@@ -19,22 +19,17 @@ use crate::lan::Heard;
 use crate::names::{NodeName, ObjectKey};
 pub use crate::settings::AnnouncerSource as Source;
 
-/// Everything that speaks for an announcer.
 #[derive(Clone, Copy, Debug)]
 pub struct Sources<'a> {
     /// Labelled Services: whose VIPs matter.
     pub services: &'a BTreeMap<ObjectKey, Service>,
-    /// MetalLB's objects.
     pub statuses: &'a BTreeMap<ObjectKey, L2Status>,
-    /// What was heard on the LAN.
     pub heard: &'a BTreeMap<IpAddr, Heard>,
-    /// The nodes.
     pub nodes: &'a BTreeMap<NodeName, Node>,
     /// The API server does not answer: objects may be old.
     pub away: bool,
 }
 
-/// What comes of it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Resolved {
     /// The node that pods of each VIP leave through: its announcer, or the one before while that is not programmed.
@@ -53,7 +48,6 @@ pub struct Resolved {
     pub ends: Option<Instant>,
 }
 
-/// Remembers what was known of each VIP.
 #[derive(Clone, Debug)]
 pub struct Announcers {
     own: NodeName,
@@ -71,7 +65,6 @@ struct Known {
 
 impl Announcers {
     /// Knows none yet. `own` is the node of this agent, which programs it.
-    #[must_use]
     pub fn new(own: NodeName, grace: Duration) -> Announcers {
         Announcers {
             own,
@@ -88,35 +81,62 @@ impl Announcers {
         known.announcer.adopt(node, now);
     }
 
-    /// The announcers at the time `now`.
     pub fn resolve(&mut self, sources: Sources<'_>, now: Instant) -> Resolved {
-        let mut users: BTreeMap<IpAddr, Vec<&ObjectKey>> = BTreeMap::new();
-        for (key, service) in sources.services {
-            for vip in service.vips.values() {
-                users.entry(*vip).or_default().push(key);
+        let vips = sources.services.values().flat_map(|s| s.vips.values());
+        let mut statuses: BTreeMap<IpAddr, Vec<&L2Status>> =
+            vips.map(|vip| (*vip, Vec::new())).collect();
+        for status in sources.statuses.values() {
+            let service = sources.services.get(&status.service);
+            for vip in service.into_iter().flat_map(|s| s.vips.values()) {
+                statuses.entry(*vip).or_default().push(status);
             }
         }
-        let mut of_service: BTreeMap<&ObjectKey, Vec<&L2Status>> = BTreeMap::new();
-        for status in sources.statuses.values() {
-            of_service.entry(&status.service).or_default().push(status);
-        }
-        self.known.retain(|vip, _| users.contains_key(vip));
+        self.known.retain(|vip, _| statuses.contains_key(vip));
         let mut resolved = Resolved::default();
-        for (vip, services) in users {
-            let statuses = services
-                .into_iter()
-                .flat_map(|service| of_service.get(service).into_iter().flatten());
-            let statuses: Vec<&L2Status> = statuses.copied().collect();
-            let known = self.known.entry(vip).or_default();
-            known.resolve(
-                vip,
-                &statuses,
-                sources,
-                (&self.own, now, self.grace),
-                &mut resolved,
-            );
+        for (vip, statuses) in statuses {
+            self.resolve_one(vip, &statuses, sources, now, &mut resolved);
         }
         resolved
+    }
+
+    /// Adds to `resolved` what comes of one VIP.
+    fn resolve_one(
+        &mut self,
+        vip: IpAddr,
+        statuses: &[&L2Status],
+        sources: Sources<'_>,
+        now: Instant,
+        resolved: &mut Resolved,
+    ) {
+        let (own, grace) = (&self.own, self.grace);
+        let known = self.known.entry(vip).or_default();
+        let facts = |node: &NodeName| sources.nodes.get(node);
+        let heard = sources.heard.get(&vip);
+        let others = heard.map_or(known.others, |heard| heard.others);
+        if std::mem::replace(&mut known.others, others) != others {
+            resolved.interrupted.insert(vip);
+        }
+        let claims = claims(statuses, heard, now);
+        let judgement = known.announcer.judge(claims, now, grace);
+        let announcer = judgement.announcer;
+        let is_ready = |node: &NodeName| facts(node).is_some_and(|node| node.ready);
+        if !judgement.is_settled || sources.away || !announcer.as_ref().is_some_and(is_ready) {
+            resolved.unsettled.insert(vip);
+        }
+        let disagreement = judgement.disagreement.map(|both| (vip, both));
+        resolved.disagreements.extend(disagreement);
+        let mut ends: Vec<Instant> = resolved.ends.into_iter().chain(judgement.ends).collect();
+        if let Some(announcer) = announcer {
+            let memory = &mut known.gateway;
+            let (gateway, until) = memory.hold(&announcer, own, sources.nodes, now, grace);
+            if until.is_some() && !facts(&gateway).is_some_and(Node::is_programmed) {
+                resolved.still_programmed.insert(gateway.clone());
+            }
+            ends.extend(until);
+            resolved.announcers.insert(vip, gateway);
+            resolved.claimed.insert(vip, announcer);
+        }
+        resolved.ends = ends.into_iter().min();
     }
 }
 
@@ -137,47 +157,6 @@ fn claims(statuses: &[&L2Status], heard: Option<&Heard>, now: Instant) -> Vec<Cl
         is_doubled: false,
     });
     status.into_iter().chain(heard).collect()
-}
-
-impl Known {
-    fn resolve(
-        &mut self,
-        vip: IpAddr,
-        statuses: &[&L2Status],
-        sources: Sources<'_>,
-        (own, now, grace): (&NodeName, Instant, Duration),
-        resolved: &mut Resolved,
-    ) {
-        let facts = |node: &NodeName| sources.nodes.get(node);
-        let heard = sources.heard.get(&vip);
-        let others = heard.map_or(self.others, |heard| heard.others);
-        if std::mem::replace(&mut self.others, others) != others {
-            resolved.interrupted.insert(vip);
-        }
-        let judgement = self
-            .announcer
-            .judge(claims(statuses, heard, now), now, grace);
-        let announcer = judgement.announcer;
-        let is_ready = |node: &NodeName| facts(node).is_some_and(|node| node.ready);
-        if !judgement.is_settled || sources.away || !announcer.as_ref().is_some_and(is_ready) {
-            resolved.unsettled.insert(vip);
-        }
-        let disagreement = judgement.disagreement.map(|both| (vip, both));
-        resolved.disagreements.extend(disagreement);
-        resolved.ends = resolved.ends.into_iter().chain(judgement.ends).min();
-        let Some(announcer) = announcer else {
-            return;
-        };
-        let (gateway, ends) = self
-            .gateway
-            .hold(&announcer, own, sources.nodes, now, grace);
-        if ends.is_some() && !facts(&gateway).is_some_and(Node::is_programmed) {
-            resolved.still_programmed.insert(gateway.clone());
-        }
-        resolved.ends = resolved.ends.into_iter().chain(ends).min();
-        resolved.announcers.insert(vip, gateway);
-        resolved.claimed.insert(vip, announcer);
-    }
 }
 
 #[cfg(test)]

@@ -10,7 +10,6 @@ use tower::ServiceBuilder;
 
 /// TCP keepalive: how long a connection is silent before the first probe.
 const KEEPALIVE_IDLE: Duration = Duration::from_secs(10);
-/// Time between two probes.
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(5);
 /// The connection fails after this many unanswered probes.
 const KEEPALIVE_PROBES: u32 = 3;
@@ -31,13 +30,10 @@ pub async fn connect() -> Result<(Client, String), ConnectError> {
     Ok((client(config)?, server))
 }
 
-/// Why there is no client.
 #[derive(Debug, thiserror::Error)]
 pub enum ConnectError {
-    /// Nothing says where the API server is.
     #[error("no way to the API server: neither a ServiceAccount of a pod nor a kubeconfig is here")]
     NoConfig(#[from] kube::config::InferConfigError),
-    /// What says so makes no sense.
     #[error("cannot make a client of the API server")]
     BadConfig(#[from] kube::Error),
 }

@@ -7,6 +7,7 @@ use std::fmt;
 
 use ipnet::IpNet;
 use kube::runtime::watcher::Event;
+use strum::{Display, VariantArray};
 use tracing::{info, warn};
 
 use crate::cluster::l2status::L2Status;
@@ -14,45 +15,22 @@ use crate::cluster::leases::BootId;
 use crate::cluster::{EndpointSlice, Node, Pod, Service, View};
 use crate::names::{NodeName, ObjectKey};
 
-/// Each kind of object that is watched, with the name that metrics and probes give it.
-macro_rules! watches {
-    ($($(#[$doc:meta])* $watch:ident = $name:literal,)+) => {
-        /// One kind of object that is watched.
-        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-        pub enum Watch { $($(#[$doc])* $watch,)+ }
-
-        impl Watch {
-            /// All of them.
-            pub const ALL: &[Watch] = &[$(Watch::$watch),+];
-        }
-
-        impl fmt::Display for Watch {
-            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str(match self { $(Watch::$watch => $name),+ })
-            }
-        }
-    };
-}
-
-watches! {
-    /// Labelled Services.
-    Services = "Services",
-    /// Their EndpointSlices.
-    EndpointSlices = "EndpointSlices",
-    /// Nodes.
-    Nodes = "Nodes",
-    /// Pods of this node.
-    Pods = "Pods",
-    /// MetalLB's ServiceL2Statuses.
-    ServiceL2Statuses = "ServiceL2Statuses",
-    /// Leases of the nodes' agents.
-    Leases = "Leases",
-    /// ServiceCIDRs, where they are served.
-    ServiceCidrs = "ServiceCIDRs",
-    /// Calico's IPPools, where Calico is.
-    IpPools = "IPPools",
-    /// Cilium's CiliumNodes, where Cilium is.
-    CiliumNodes = "CiliumNodes",
+/// One kind of object that is watched, with the name that metrics and probes give it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Display, VariantArray)]
+pub enum Watch {
+    Services,
+    EndpointSlices,
+    Nodes,
+    /// Those of this node.
+    Pods,
+    ServiceL2Statuses,
+    /// Those of the nodes' agents.
+    Leases,
+    #[strum(serialize = "ServiceCIDRs")]
+    ServiceCidrs,
+    #[strum(serialize = "IPPools")]
+    IpPools,
+    CiliumNodes,
 }
 
 impl Watch {
@@ -65,18 +43,15 @@ impl Watch {
     }
 }
 
-/// How far a watch has come.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct WatchState {
     /// The first list is complete.
     pub synced: bool,
     /// Why it fails at the moment.
     pub failure: Option<String>,
-    /// How often it failed.
     pub failures: u64,
 }
 
-/// Why a watch fails.
 #[derive(Debug)]
 pub(super) enum Failure {
     /// No answer at all.
@@ -89,7 +64,6 @@ pub(super) enum Failure {
     Refused(String),
 }
 
-/// The facts of one kind.
 #[derive(Debug)]
 pub(super) struct Facts<K, F> {
     current: BTreeMap<K, F>,
@@ -154,7 +128,6 @@ impl<K: Ord + fmt::Debug, F: PartialEq + Clone> Facts<K, F> {
     }
 }
 
-/// Everything that the watches have delivered.
 #[derive(Debug, Default)]
 pub(super) struct Index {
     pub(super) services: Facts<ObjectKey, Service>,
@@ -172,7 +145,6 @@ pub(super) struct Index {
     away: bool,
 }
 
-/// The facts at one moment.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Snapshot {
     /// Without announcers and interfaces: a pass finds them elsewhere.
@@ -239,13 +211,11 @@ impl Index {
         is_news
     }
 
-    /// The state of every watch.
     pub(super) fn watches(&self) -> BTreeMap<Watch, WatchState> {
         let state = |watch| self.watches.get(watch).cloned().unwrap_or_default();
-        Watch::ALL.iter().map(|w| (*w, state(w))).collect()
+        Watch::VARIANTS.iter().map(|w| (*w, state(w))).collect()
     }
 
-    /// The facts as they are now.
     pub(super) fn snapshot(&self) -> Snapshot {
         let all = |facts: &Facts<String, BTreeSet<IpNet>>| -> BTreeSet<IpNet> {
             facts.current.values().flatten().copied().collect()
@@ -272,14 +242,13 @@ impl Index {
     /// As if every watch had delivered an empty list.
     #[cfg(test)]
     pub(super) fn pretend_synced(&mut self) {
-        for watch in Watch::ALL {
+        for watch in Watch::VARIANTS {
             self.watches.entry(*watch).or_default().synced = true;
         }
     }
 }
 
 /// The nodes, with the pod networks that Cilium gives them, and the boots in which their agents have programmed them.
-#[must_use]
 pub fn merged<'a>(
     nodes: &BTreeMap<NodeName, Node>,
     cilium: &BTreeMap<String, BTreeSet<IpNet>>,

@@ -3,21 +3,18 @@
 //! The label of such an object is right where label and `status.node` disagree: a speaker of MetalLB 0.15 that
 //! takes over after a crash rewrites the label, but cannot rewrite `status.node`, which is immutable.
 
+use kube::ResourceExt;
 use kube::core::{ApiResource, DynamicObject, GroupVersionKind};
 
 use crate::names::{NodeName, ObjectKey};
 
-/// The resource that MetalLB's speakers write.
-#[must_use]
 pub fn resource() -> ApiResource {
     let kind = GroupVersionKind::gvk("metallb.io", "v1beta1", "ServiceL2Status");
     ApiResource::from_gvk_with_plural(&kind, "servicel2statuses")
 }
 
-/// What one ServiceL2Status object says.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct L2Status {
-    /// The Service.
     pub service: ObjectKey,
     /// The node that announces its VIPs.
     pub node: NodeName,
@@ -27,27 +24,21 @@ pub struct L2Status {
 
 impl L2Status {
     /// The claim of an object; `None` while a speaker has created it but not yet filled it.
-    #[must_use]
     pub fn of(object: &DynamicObject) -> Option<L2Status> {
-        let labels = object.metadata.labels.as_ref();
-        let label = |name: &str| labels?.get(name).filter(|v| !v.is_empty()).cloned();
+        let label = |name: &str| object.labels().get(name).filter(|v| !v.is_empty()).cloned();
         let status = |name: &str| {
             let value = object.data.get("status")?.get(name)?.as_str()?;
             (!value.is_empty()).then(|| value.to_owned())
         };
+        let either = |name: &str, field: &str| label(name).or_else(|| status(field));
+        let version = object.resource_version();
         Some(L2Status {
             service: ObjectKey {
-                namespace: label("metallb.io/service-namespace")
-                    .or_else(|| status("serviceNamespace"))?,
-                name: label("metallb.io/service-name").or_else(|| status("serviceName"))?,
+                namespace: either("metallb.io/service-namespace", "serviceNamespace")?,
+                name: either("metallb.io/service-name", "serviceName")?,
             },
-            node: NodeName(label("metallb.io/node").or_else(|| status("node"))?),
-            version: object
-                .metadata
-                .resource_version
-                .as_deref()
-                .and_then(|version| version.parse().ok())
-                .unwrap_or_default(),
+            node: NodeName(either("metallb.io/node", "node")?),
+            version: version.and_then(|v| v.parse().ok()).unwrap_or_default(),
         })
     }
 }

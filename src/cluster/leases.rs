@@ -10,11 +10,8 @@ use kube::ResourceExt;
 
 use crate::names::NodeName;
 
-/// Label of our Leases.
 pub const LEASE_LABEL: &str = "app.kubernetes.io/name";
-/// Value of [`LEASE_LABEL`].
 pub const LEASE_VALUE: &str = "metaleg";
-/// Annotation that holds the boot.
 pub const BOOT_ANNOTATION: &str = "metaleg.de/boot-id";
 
 /// Identifies one boot of a node: `/proc/sys/kernel/random/boot_id`, which a kubelet reports as
@@ -33,14 +30,11 @@ impl BootId {
     }
 }
 
-/// The name of a node's Lease.
-#[must_use]
 pub fn name(node: &NodeName) -> String {
     format!("metaleg-{node}")
 }
 
 /// The node that holds a Lease, and the boot in which its agent has programmed it.
-#[must_use]
 pub fn programmed(lease: &coordination::Lease) -> Option<(NodeName, BootId)> {
     let node = NodeName(lease.spec.as_ref()?.holder_identity.clone()?);
     let boot = lease.annotations().get(BOOT_ANNOTATION)?.clone();

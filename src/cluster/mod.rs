@@ -17,6 +17,7 @@ use ipnet::IpNet;
 use k8s_openapi::api::core::v1 as core;
 use k8s_openapi::api::discovery::v1 as discovery;
 use k8s_openapi::api::networking::v1 as networking;
+use kube::ResourceExt;
 
 use crate::cluster::leases::BootId;
 use crate::names::{Interface, NodeName, ObjectKey};
@@ -24,7 +25,6 @@ use crate::state::Family;
 
 /// Label that opts a Service in, when its value is [`EGRESS_VALUE`].
 pub const EGRESS_LABEL: &str = "metaleg.de/rewriteSrcIP";
-/// The one value of [`EGRESS_LABEL`] that counts.
 pub const EGRESS_VALUE: &str = "true";
 
 /// Annotation that says what pods of a Service do while it has no gateway.
@@ -33,7 +33,6 @@ pub const ON_NO_GATEWAY_ANNOTATION: &str = "metaleg.de/on-no-gateway";
 /// What pods of a Service do while it has no gateway.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum OnNoGateway {
-    /// They are rejected.
     #[default]
     Reject,
     /// They leave with the node's address, as without MetalEG: a pod may have to call out before MetalLB announces its VIP.
@@ -49,15 +48,12 @@ pub struct Service {
     pub uid: String,
     /// Creation time in seconds since the epoch: of two Services that claim a pod, the older one has it.
     pub created: i64,
-    /// Whether its type is LoadBalancer.
     pub load_balancer: bool,
     /// The families that it serves: in others its pods are left alone.
     pub families: BTreeSet<Family>,
-    /// Its VIP, for each family that has one.
     pub vips: BTreeMap<Family, IpAddr>,
     /// Its ingress is a host name, which is no source address.
     pub hostname: Option<String>,
-    /// What its pods do while it has no gateway.
     pub on_no_gateway: OnNoGateway,
     /// The labels of its pods; empty where its EndpointSlices are made by hand.
     pub selector: BTreeMap<String, String>,
@@ -66,27 +62,22 @@ pub struct Service {
 /// What an endpoint says it stands for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Target {
-    /// A pod.
     Pod(ObjectKey),
     /// Anything else, or nothing: the text names it.
     Other(String),
 }
 
-/// One endpoint of an EndpointSlice.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Endpoint {
     /// Its addresses as written: the plan judges them.
     pub addresses: Vec<String>,
-    /// The node that it runs on.
     pub node: Option<NodeName>,
-    /// What it stands for.
     pub target: Target,
 }
 
 /// An EndpointSlice of a labelled Service.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct EndpointSlice {
-    /// The Service that it belongs to.
     pub service: ObjectKey,
     /// Its endpoints: ready, not ready and terminating alike, for a starting or draining pod sends too.
     pub endpoints: Vec<Endpoint>,
@@ -95,20 +86,15 @@ pub struct EndpointSlice {
 /// A pod of this node that has an address and a network of its own.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Pod {
-    /// What Services select it by.
     pub labels: BTreeMap<String, String>,
-    /// Its addresses.
     pub addresses: BTreeSet<IpAddr>,
 }
 
-/// A node of the cluster.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Node {
     /// Its InternalIPs, in the order of the object.
     pub addresses: Vec<IpAddr>,
-    /// The networks of its pods.
     pub pod_cidrs: BTreeSet<IpNet>,
-    /// Its condition `Ready` is `True`.
     pub ready: bool,
     /// Its UID: the Lease of its agent is owned by it.
     pub uid: String,
@@ -123,11 +109,9 @@ pub struct Node {
 pub struct View {
     /// Labelled Services.
     pub services: BTreeMap<ObjectKey, Service>,
-    /// Their EndpointSlices.
     pub slices: BTreeMap<ObjectKey, EndpointSlice>,
     /// The pods of this node.
     pub pods: BTreeMap<ObjectKey, Pod>,
-    /// All nodes.
     pub nodes: BTreeMap<NodeName, Node>,
     /// The node that pods of each VIP leave through, as [`crate::announcers`] finds it.
     pub announcers: BTreeMap<IpAddr, NodeName>,
@@ -135,55 +119,44 @@ pub struct View {
     pub service_cidrs: BTreeSet<IpNet>,
     /// Pod networks that the CNI plugin keeps in objects of its own.
     pub pod_pools: BTreeSet<IpNet>,
-    /// The interfaces of this node.
     pub interfaces: Vec<Interface>,
 }
 
 impl Service {
-    /// The facts of a Service object.
-    #[must_use]
     pub fn of(object: &core::Service) -> Service {
-        let spec = object.spec.as_ref();
-        let status = || object.status.as_ref()?.load_balancer.as_ref();
-        let ingress = status().and_then(|status| status.ingress.as_deref());
+        let spec = object.spec.clone().unwrap_or_default();
+        let status = object.status.clone().unwrap_or_default();
+        let ingress = status.load_balancer.unwrap_or_default().ingress;
         let ingress = ingress.unwrap_or_default();
         let mut vips = BTreeMap::new();
         for ip in ingress.iter().filter_map(|i| i.ip.as_ref()?.parse().ok()) {
             vips.entry(Family::of(ip)).or_insert(ip);
         }
-        let families = spec.and_then(|spec| spec.ip_families.as_deref());
+        let families = spec.ip_families.iter().flatten();
         let family = |family: &String| match family.as_str() {
             "IPv4" => Some(Family::V4),
             "IPv6" => Some(Family::V6),
             _ => None,
         };
-        let annotations = object.metadata.annotations.as_ref();
-        let on_no_gateway = annotations.and_then(|all| all.get(ON_NO_GATEWAY_ANNOTATION));
-        let created = object.metadata.creation_timestamp.as_ref();
+        let created = object.creation_timestamp();
+        let on_no_gateway = object.annotations().get(ON_NO_GATEWAY_ANNOTATION);
         Service {
-            uid: object.metadata.uid.clone().unwrap_or_default(),
+            uid: object.uid().unwrap_or_default(),
             created: created.map_or(i64::MAX, |time| time.0.as_second()),
-            load_balancer: spec.and_then(|s| s.type_.as_deref()) == Some("LoadBalancer"),
-            families: families
-                .unwrap_or_default()
-                .iter()
-                .filter_map(family)
-                .collect(),
+            load_balancer: spec.type_.as_deref() == Some("LoadBalancer"),
+            families: families.filter_map(family).collect(),
             vips,
-            hostname: ingress.iter().find_map(|i| i.hostname.clone()),
+            hostname: ingress.into_iter().find_map(|i| i.hostname),
             on_no_gateway: match on_no_gateway.map(String::as_str) {
                 None | Some("reject") => OnNoGateway::Reject,
                 Some("node-address") => OnNoGateway::NodeAddress,
                 Some(other) => OnNoGateway::Unknown(other.to_owned()),
             },
-            selector: spec.and_then(|s| s.selector.clone()).unwrap_or_default(),
+            selector: spec.selector.unwrap_or_default(),
         }
     }
-}
 
-impl Service {
     /// Whether a pod of the same namespace belongs to it.
-    #[must_use]
     pub fn selects(&self, pod: &Pod) -> bool {
         let has = |(key, value): (&String, &String)| pod.labels.get(key) == Some(value);
         !self.selector.is_empty() && self.selector.iter().all(has)
@@ -193,35 +166,29 @@ impl Service {
 impl Pod {
     /// The facts of a Pod object; `None` while it has no address, when it has its node's, and when it has ended and
     /// its address may be another pod's.
-    #[must_use]
     pub fn of(object: &core::Pod) -> Option<Pod> {
         let on_host = object.spec.as_ref()?.host_network.unwrap_or_default();
         let status = object.status.as_ref()?;
         let has_ended = matches!(status.phase.as_deref(), Some("Succeeded" | "Failed"));
-        let ips = status.pod_ips.as_deref().unwrap_or_default();
-        let addresses: BTreeSet<IpAddr> = ips.iter().filter_map(|ip| ip.ip.parse().ok()).collect();
-        (!on_host && !has_ended && !addresses.is_empty()).then(|| Pod {
-            labels: object.metadata.labels.clone().unwrap_or_default(),
-            addresses,
-        })
+        let ips = status.pod_ips.iter().flatten();
+        let addresses: BTreeSet<IpAddr> = ips.filter_map(|ip| ip.ip.parse().ok()).collect();
+        let labels = object.labels().clone();
+        (!on_host && !has_ended && !addresses.is_empty()).then_some(Pod { labels, addresses })
     }
 }
 
 impl EndpointSlice {
     /// The facts of an EndpointSlice object; `None` when it belongs to no Service.
-    #[must_use]
     pub fn of(object: &discovery::EndpointSlice) -> Option<EndpointSlice> {
-        let namespace = object.metadata.namespace.clone()?;
-        let labels = object.metadata.labels.as_ref()?;
-        let name = labels.get("kubernetes.io/service-name")?.clone();
-        let endpoints = object.endpoints.as_deref().unwrap_or_default();
+        let namespace = object.namespace()?;
+        let name = object.labels().get("kubernetes.io/service-name")?.clone();
         let endpoint = |endpoint: &discovery::Endpoint| Endpoint {
             addresses: endpoint.addresses.clone(),
             node: endpoint.node_name.clone().map(NodeName),
             target: target(endpoint.target_ref.as_ref(), &namespace),
         };
         Some(EndpointSlice {
-            endpoints: endpoints.iter().map(endpoint).collect(),
+            endpoints: object.endpoints.iter().flatten().map(endpoint).collect(),
             service: ObjectKey { namespace, name },
         })
     }
@@ -233,65 +200,50 @@ fn target(reference: Option<&core::ObjectReference>, own_namespace: &str) -> Tar
     };
     let kind = reference.kind.as_deref().unwrap_or_default();
     let name = reference.name.clone().unwrap_or_default();
-    if kind == "Pod" {
-        let namespace = reference.namespace.as_deref().unwrap_or(own_namespace);
-        Target::Pod(ObjectKey {
-            namespace: namespace.to_owned(),
-            name,
-        })
-    } else {
-        Target::Other(format!("{kind} {name}"))
+    if kind != "Pod" {
+        return Target::Other(format!("{kind} {name}"));
     }
+    let namespace = reference.namespace.as_deref();
+    let namespace = namespace.unwrap_or(own_namespace).to_owned();
+    Target::Pod(ObjectKey { namespace, name })
 }
 
 impl Node {
     /// The facts of a Node object; addresses and networks that do not parse are left out.
-    #[must_use]
     pub fn of(object: &core::Node) -> Node {
-        let (spec, status) = (object.spec.as_ref(), object.status.as_ref());
-        let addresses = status.and_then(|status| status.addresses.as_deref());
-        let addresses = addresses.unwrap_or_default().iter();
+        let (spec, status) = (object.spec.iter(), object.status.as_ref());
+        let cidrs = spec.flat_map(|s| s.pod_cidrs.iter().flatten().chain(&s.pod_cidr));
+        let addresses = status.iter().flat_map(|s| &s.addresses).flatten();
         let internal = addresses.filter(|address| address.type_ == "InternalIP");
-        let pod_cidrs = spec.and_then(|spec| spec.pod_cidrs.as_deref());
-        let pod_cidrs = pod_cidrs.unwrap_or_default().iter();
-        let pod_cidrs = pod_cidrs.chain(spec.and_then(|spec| spec.pod_cidr.as_ref()));
-        let conditions = status.and_then(|status| status.conditions.as_deref());
-        let is_ready = |c: &core::NodeCondition| c.type_ == "Ready" && c.status == "True";
-        let boot = status.and_then(|status| Some(status.node_info.as_ref()?.boot_id.clone()));
+        let mut conditions = status.iter().flat_map(|s| &s.conditions).flatten();
+        let boot = status.and_then(|s| Some(s.node_info.as_ref()?.boot_id.clone()));
         Node {
             addresses: internal.filter_map(|a| a.address.parse().ok()).collect(),
-            pod_cidrs: networks(pod_cidrs),
-            ready: conditions.unwrap_or_default().iter().any(is_ready),
-            uid: object.metadata.uid.clone().unwrap_or_default(),
+            pod_cidrs: networks(cidrs),
+            ready: conditions.any(|c| c.type_ == "Ready" && c.status == "True"),
+            uid: object.uid().unwrap_or_default(),
             boot: boot.filter(|boot| !boot.is_empty()).map(BootId),
             programmed: None,
         }
     }
 
     /// Whether its agent has programmed it since it was booted: only then may pods of other nodes be routed there.
-    #[must_use]
     pub fn is_programmed(&self) -> bool {
         self.programmed.is_some() && (self.boot.is_none() || self.boot == self.programmed)
     }
 
-    /// The node's address in a family.
-    #[must_use]
     pub fn address(&self, family: Family) -> Option<IpAddr> {
         let mut addresses = self.addresses.iter().copied();
         addresses.find(|address| Family::of(*address) == family)
     }
 }
 
-/// The networks of a ServiceCIDR object.
-#[must_use]
 pub fn service_cidrs(object: &networking::ServiceCIDR) -> BTreeSet<IpNet> {
-    let cidrs = || object.spec.as_ref()?.cidrs.as_deref();
-    networks(cidrs().unwrap_or_default())
+    networks(object.spec.iter().flat_map(|spec| &spec.cidrs).flatten())
 }
 
-/// The networks that parse.
-fn networks<'a>(texts: impl IntoIterator<Item = &'a String>) -> BTreeSet<IpNet> {
-    let nets = texts.into_iter().filter_map(|text| text.parse().ok());
+fn networks(texts: impl Iterator<Item = impl AsRef<str>>) -> BTreeSet<IpNet> {
+    let nets = texts.filter_map(|text| text.as_ref().parse().ok());
     nets.map(|net: IpNet| net.trunc()).collect()
 }
 

@@ -6,38 +6,27 @@ use ipnet::IpNet;
 use k8s_openapi::serde_json::Value;
 use kube::core::{ApiResource, DynamicObject, GroupVersionKind};
 
-/// Calico's pools.
-#[must_use]
 pub fn calico_pools() -> ApiResource {
     let kind = GroupVersionKind::gvk("crd.projectcalico.org", "v1", "IPPool");
     ApiResource::from_gvk_with_plural(&kind, "ippools")
 }
 
-/// Cilium's nodes.
-#[must_use]
 pub fn cilium_nodes() -> ApiResource {
     let kind = GroupVersionKind::gvk("cilium.io", "v2", "CiliumNode");
     ApiResource::from_gvk_with_plural(&kind, "ciliumnodes")
 }
 
 /// The pod networks that such an object names; what does not parse is left out.
-#[must_use]
 pub fn networks(object: &DynamicObject) -> BTreeSet<IpNet> {
     let spec = &object.data["spec"];
     let ipam = &spec["ipam"];
-    let texts = |value: &Value| -> Vec<String> {
-        let list = value.as_array().map(Vec::as_slice).unwrap_or_default();
-        list.iter()
-            .filter_map(|v| Some(v.as_str()?.to_owned()))
-            .collect()
-    };
-    let cidr = spec["cidr"].as_str().map(str::to_owned);
-    let mut found: Vec<String> = cidr.into_iter().collect();
-    found.extend(texts(&ipam["podCIDRs"]));
-    for pool in ipam["pools"]["allocated"].as_array().into_iter().flatten() {
-        found.extend(texts(&pool["cidrs"]));
-    }
-    super::networks(&found)
+    let pools = items(&ipam["pools"]["allocated"]).flat_map(|pool| items(&pool["cidrs"]));
+    let nets = items(&ipam["podCIDRs"]).chain(pools).chain([&spec["cidr"]]);
+    super::networks(nets.filter_map(Value::as_str))
+}
+
+fn items(value: &Value) -> impl Iterator<Item = &Value> {
+    value.as_array().into_iter().flatten()
 }
 
 #[cfg(test)]

@@ -10,11 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use futures::StreamExt;
-use k8s_openapi::api::coordination::v1 as coordination;
-use k8s_openapi::api::core::v1 as core;
-use k8s_openapi::api::discovery::v1 as discovery;
-use k8s_openapi::api::networking::v1 as networking;
-use kube::core::{DeserializeGuard, DynamicObject, Resource, ResourceExt};
+use kube::core::{DeserializeGuard, Resource, ResourceExt};
 use kube::runtime::watcher;
 use kube::{Api, Client};
 use serde::de::DeserializeOwned;
@@ -55,14 +51,18 @@ impl Cluster {
         self.changed.notified().await;
     }
 
-    /// The state of every watch.
-    #[must_use]
     pub fn watches(&self) -> BTreeMap<Watch, WatchState> {
         self.index().watches()
     }
 
+    /// Waits until every watch has delivered its first list. Cancel-safe.
+    pub async fn synced(&self) {
+        while self.not_synced().is_some() {
+            self.changed().await;
+        }
+    }
+
     /// The watches that have not delivered their first list, with the reasons; `None` when all have.
-    #[must_use]
     pub fn not_synced(&self) -> Option<String> {
         let watches = self.watches().into_iter();
         let missing: Vec<String> = watches
@@ -75,8 +75,6 @@ impl Cluster {
         (!missing.is_empty()).then(|| missing.join("; "))
     }
 
-    /// The facts as they are now.
-    #[must_use]
     pub fn facts(&self) -> Snapshot {
         self.index().snapshot()
     }
@@ -95,7 +93,6 @@ impl Cluster {
     }
 }
 
-/// Starts all watches.
 pub fn start(client: Client, settings: &Settings, cluster: &Arc<Cluster>, tasks: &mut Tasks) {
     let (node, metallb) = (&settings.node_name, &settings.metallb_namespace);
     let all = watcher::Config::default;
@@ -103,75 +100,75 @@ pub fn start(client: Client, settings: &Settings, cluster: &Arc<Cluster>, tasks:
     let mut reflectors = Reflectors { cluster, tasks };
     reflectors.follow(
         Watch::Services,
-        Api::<DeserializeGuard<core::Service>>::all(client.clone()),
+        Api::all(client.clone()),
         labelled(),
         |index| &mut index.services,
         key,
-        guarded(|service| Some(Service::of(service))),
+        |service| Some(Service::of(service)),
     );
     reflectors.follow(
         Watch::EndpointSlices,
-        Api::<DeserializeGuard<discovery::EndpointSlice>>::all(client.clone()),
+        Api::all(client.clone()),
         labelled(),
         |index| &mut index.slices,
         key,
-        guarded(EndpointSlice::of),
+        EndpointSlice::of,
     );
     reflectors.follow(
         Watch::Nodes,
-        Api::<DeserializeGuard<core::Node>>::all(client.clone()),
+        Api::all(client.clone()),
         all(),
         |index| &mut index.nodes,
         |node| NodeName(node.name_any()),
-        guarded(|node| Some(Node::of(node))),
+        |node| Some(Node::of(node)),
     );
     reflectors.follow(
         Watch::Pods,
-        Api::<DeserializeGuard<core::Pod>>::all(client.clone()),
+        Api::all(client.clone()),
         all().fields(&format!("spec.nodeName={node}")),
         |index| &mut index.pods,
         key,
-        guarded(Pod::of),
+        Pod::of,
     );
     reflectors.follow(
         Watch::ServiceL2Statuses,
-        Api::<DynamicObject>::namespaced_with(client.clone(), metallb, &l2status::resource()),
+        Api::namespaced_with(client.clone(), metallb, &l2status::resource()),
         all(),
         |index| &mut index.statuses,
         key,
-        |status| Ok(L2Status::of(status)),
+        L2Status::of,
     );
     reflectors.follow(
         Watch::Leases,
-        Api::<DeserializeGuard<coordination::Lease>>::namespaced(client.clone(), metallb),
+        Api::namespaced(client.clone(), metallb),
         all().labels(&format!("{LEASE_LABEL}={LEASE_VALUE}")),
         |index| &mut index.leases,
         key,
-        guarded(leases::programmed),
+        leases::programmed,
     );
     reflectors.follow(
         Watch::ServiceCidrs,
-        Api::<DeserializeGuard<networking::ServiceCIDR>>::all(client.clone()),
+        Api::all(client.clone()),
         all(),
         |index| &mut index.service_cidrs,
         ResourceExt::name_any,
-        guarded(|cidr| Some(service_cidrs(cidr))),
+        |cidr| Some(service_cidrs(cidr)),
     );
     reflectors.follow(
         Watch::IpPools,
-        Api::<DynamicObject>::all_with(client.clone(), &pools::calico_pools()),
+        Api::all_with(client.clone(), &pools::calico_pools()),
         all(),
         |index| &mut index.ip_pools,
         ResourceExt::name_any,
-        |pool| Ok(Some(pools::networks(pool))),
+        |pool| Some(pools::networks(pool)),
     );
     reflectors.follow(
         Watch::CiliumNodes,
-        Api::<DynamicObject>::all_with(client, &pools::cilium_nodes()),
+        Api::all_with(client, &pools::cilium_nodes()),
         all(),
         |index| &mut index.cilium_nodes,
         ResourceExt::name_any,
-        |node| Ok(Some(pools::networks(node))),
+        |node| Some(pools::networks(node)),
     );
 }
 
@@ -182,80 +179,61 @@ fn key(object: &impl ResourceExt) -> ObjectKey {
     }
 }
 
-/// An object that does not decode is an error of that object alone.
-fn guarded<O, F>(
-    fact: impl Fn(&O) -> Option<F>,
-) -> impl Fn(&DeserializeGuard<O>) -> Result<Option<F>, String> {
-    move |object| match &object.0 {
-        Ok(object) => Ok(fact(object)),
-        Err(invalid) => Err(invalid.error.clone()),
-    }
-}
-
 struct Reflectors<'a> {
     cluster: &'a Arc<Cluster>,
     tasks: &'a mut Tasks,
 }
 
 impl Reflectors<'_> {
-    /// Starts a watch that keeps the facts of one kind: each object is reduced to its key and its fact.
+    /// Starts a watch that keeps the facts of one kind: each object is reduced to its key and its fact. An object that
+    /// does not decode is an error of that object alone.
     fn follow<O, K, F>(
         &mut self,
         watch: Watch,
-        api: Api<O>,
+        api: Api<DeserializeGuard<O>>,
         config: watcher::Config,
         facts: fn(&mut Index) -> &mut Facts<K, F>,
-        key: impl Fn(&O) -> K + Send + Sync + 'static,
-        fact: impl Fn(&O) -> Result<Option<F>, String> + Send + Sync + 'static,
+        key: impl Fn(&DeserializeGuard<O>) -> K + Send + Sync + 'static,
+        fact: impl Fn(&O) -> Option<F> + Send + Sync + 'static,
     ) where
         O: Resource + Clone + DeserializeOwned + fmt::Debug + Send + 'static,
         K: Ord + fmt::Debug + 'static,
         F: PartialEq + Clone + 'static,
     {
-        let read = move |object: &O| (key(object), fact(object));
-        let task = follow(watch, api, config, self.cluster.clone(), facts, read);
-        self.tasks.spawn(format!("watch of {watch}"), task);
-    }
-}
-
-async fn follow<O, K, F>(
-    watch: Watch,
-    api: Api<O>,
-    config: watcher::Config,
-    cluster: Arc<Cluster>,
-    facts: fn(&mut Index) -> &mut Facts<K, F>,
-    read: impl Fn(&O) -> (K, Result<Option<F>, String>) + Send + Sync,
-) where
-    O: Resource + Clone + DeserializeOwned + fmt::Debug + Send + 'static,
-    K: Ord + fmt::Debug,
-    F: PartialEq + Clone,
-{
-    let mut events = watcher::watcher(api, config).boxed();
-    let mut backoff = BACKOFF;
-    while let Some(event) = events.next().await {
-        let (is_news, pause) = match event {
-            Ok(event) => {
-                if !matches!(event, watcher::Event::Init) {
-                    backoff.reset();
-                }
-                (cluster.index().take(watch, event, facts, &read), None)
-            }
-            Err(error) => {
-                let failure = describe(watch, &error);
-                let pause = match failure {
-                    Failure::Expired => None,
-                    Failure::NotServed => Some(NOT_SERVED_PAUSE),
-                    Failure::Away(_) | Failure::Refused(_) => Some(backoff.pause()),
-                };
-                (cluster.index().fail(watch, &failure), pause)
-            }
+        let read = move |object: &DeserializeGuard<O>| {
+            let fact = object.0.as_ref().map(&fact);
+            (key(object), fact.map_err(|invalid| invalid.error.clone()))
         };
-        if is_news {
-            cluster.changed.notify_one();
-        }
-        if let Some(pause) = pause {
-            tokio::time::sleep(pause).await;
-        }
+        let cluster = self.cluster.clone();
+        self.tasks.spawn(format!("watch of {watch}"), async move {
+            let mut events = watcher::watcher(api, config).boxed();
+            let mut backoff = BACKOFF;
+            while let Some(event) = events.next().await {
+                let (is_news, pause) = match event {
+                    Ok(event) => {
+                        if !matches!(event, watcher::Event::Init) {
+                            backoff.reset();
+                        }
+                        (cluster.index().take(watch, event, facts, &read), None)
+                    }
+                    Err(error) => {
+                        let failure = describe(watch, &error);
+                        let pause = match failure {
+                            Failure::Expired => None,
+                            Failure::NotServed => Some(NOT_SERVED_PAUSE),
+                            Failure::Away(_) | Failure::Refused(_) => Some(backoff.pause()),
+                        };
+                        (cluster.index().fail(watch, &failure), pause)
+                    }
+                };
+                if is_news {
+                    cluster.changed.notify_one();
+                }
+                if let Some(pause) = pause {
+                    tokio::time::sleep(pause).await;
+                }
+            }
+        });
     }
 }
 

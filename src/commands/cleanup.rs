@@ -33,14 +33,11 @@ pub async fn run(settings: &Settings, out: &mut impl Write) -> Result<bool, Erro
             }
         }
     }
-    if is_clean {
-        writeln!(out, "nothing of MetalEG is left on this node")?;
-    } else {
-        writeln!(
-            out,
-            "hint: is an agent still running here? stop it, and try again"
-        )?;
-    }
+    let outcome = match is_clean {
+        true => "nothing of MetalEG is left on this node",
+        false => "hint: is an agent still running here? stop it, and try again",
+    };
+    writeln!(out, "{outcome}")?;
     Ok(is_clean)
 }
 
@@ -55,17 +52,13 @@ async fn with(
     let steps = diff(&observed, &nothing(&observed, is_last));
     let failed = kernel.apply(&steps).await;
     let done = |step: &&Step| !failed.iter().any(|failure| failure.step == **step);
-    let done = steps.iter().filter(done);
-    for step in done.filter(|step| is_shown(step)) {
+    for step in steps.iter().filter(done).filter(|step| is_shown(step)) {
         writeln!(out, "done: {step}")?;
     }
     let pods: BTreeSet<_> = steps.iter().filter_map(Step::pod).collect();
-    if !pods.is_empty() {
-        let count = pods.len();
-        writeln!(
-            out,
-            "done: let go {count} pods; their connections start anew"
-        )?;
+    match pods.len() {
+        0 => {}
+        n => writeln!(out, "done: let go {n} pods; their connections start anew")?,
     }
     for failure in &failed {
         writeln!(out, "failed: {}", chain(failure))?;
@@ -80,13 +73,10 @@ async fn with(
     Ok(is_clean)
 }
 
-/// Why the cleanup was given up.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The kernel could not be read.
     #[error("cannot read what is there")]
     Kernel(#[from] kernel::Error),
-    /// The output could not be written.
     #[error("cannot write")]
     Write(#[from] io::Error),
 }
@@ -94,24 +84,19 @@ pub enum Error {
 /// Nothing of ours; what other backends left stays until `is_last`.
 fn nothing(observed: &KernelState, is_last: bool) -> KernelState {
     let families = observed.families.keys();
-    let remnants = if is_last {
-        BTreeSet::new()
-    } else {
-        observed.remnants.clone()
-    };
+    let remnants = (!is_last).then(|| observed.remnants.clone());
     KernelState {
-        families: families
-            .map(|family| (*family, FamilyState::default()))
-            .collect(),
-        remnants,
+        families: families.map(|f| (*f, FamilyState::default())).collect(),
+        remnants: remnants.unwrap_or_default(),
         doubt: false,
     }
 }
 
 /// Pods and networks go by the thousand: pods are counted, networks go with the firewall.
 fn is_shown(step: &Step) -> bool {
-    match step {
-        Step::Route(_) | Step::RemoveRemnant(_) | Step::Firewall(FirewallStep::Remove(_)) => true,
-        Step::Firewall(_) | Step::Connection(_) => false,
-    }
+    use Step::{Firewall, RemoveRemnant, Route};
+    matches!(
+        step,
+        Route(_) | RemoveRemnant(_) | Firewall(FirewallStep::Remove(_))
+    )
 }

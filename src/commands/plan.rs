@@ -1,10 +1,11 @@
 //! Shows what this node would be made into, and why: the pass that an agent would begin with now, without a change.
 
 use std::collections::BTreeMap;
-use std::fmt::{self, Write as _};
+use std::fmt;
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
+use ipnet::IpNet;
 use serde::Serialize;
 
 use crate::cli::PlanFormat;
@@ -20,23 +21,18 @@ use crate::state::{Family, NextHop, PodState, TableId};
 /// How long to wait for the API server.
 const PATIENCE: Duration = Duration::from_secs(15);
 
-/// Why there is no plan.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The cluster could not be read.
     #[error("no answer within {seconds} s: {0}", seconds = PATIENCE.as_secs())]
     NotSynced(String),
-    /// The kernel could not be read.
     #[error("cannot read this node's kernel")]
     Kernel(#[from] kernel::Error),
-    /// The plan could not be written down.
     #[error("cannot write the plan as {0}: {1}")]
     Format(&'static str, String),
 }
 
 /// What a plan says, for people and programs.
 #[derive(Debug, Serialize)]
-#[serde(rename_all = "camelCase")]
 pub struct Shown {
     node: String,
     services: Vec<ShownService>,
@@ -46,7 +42,6 @@ pub struct Shown {
 }
 
 #[derive(Debug, Serialize)]
-#[serde(rename_all = "camelCase")]
 struct ShownService {
     service: String,
     family: String,
@@ -60,7 +55,6 @@ struct ShownService {
 }
 
 #[derive(Debug, Serialize)]
-#[serde(rename_all = "camelCase")]
 struct ShownPod {
     address: IpAddr,
     service: String,
@@ -70,7 +64,6 @@ struct ShownPod {
 }
 
 #[derive(Debug, Serialize)]
-#[serde(rename_all = "camelCase")]
 struct ShownIgnored {
     subject: String,
     reason: String,
@@ -86,12 +79,8 @@ pub async fn run(
     kernel: &mut impl Kernel,
     format: PlanFormat,
 ) -> Result<String, Error> {
-    let synced = async {
-        while cluster.not_synced().is_some() {
-            cluster.changed().await;
-        }
-    };
-    if tokio::time::timeout(PATIENCE, synced).await.is_err() {
+    let synced = tokio::time::timeout(PATIENCE, cluster.synced());
+    if synced.await.is_err() {
         let missing = cluster.not_synced().unwrap_or_default();
         return Err(Error::NotSynced(missing));
     }
@@ -111,8 +100,6 @@ pub async fn run(
 }
 
 impl Shown {
-    /// What a plan of a view says.
-    #[must_use]
     pub fn of(desired: &Desired, view: &View, settings: &Settings) -> Shown {
         let mut services = Vec::new();
         for (service, verdicts) in &desired.services {
@@ -122,7 +109,9 @@ impl Shown {
         }
         let owners = plan::owners(view, settings);
         let mut pods = Vec::new();
+        let mut excluded = Vec::new();
         for state in desired.kernel.families.values() {
+            excluded.extend(state.firewall.excluded.iter().map(IpNet::to_string));
             let hops = state.next_hops();
             for (address, pod) in state.firewall.pods.iter().filter(|(_, pod)| pod.egress) {
                 let owner = owners.get(address);
@@ -134,29 +123,24 @@ impl Shown {
                 });
             }
         }
-        let ignored = desired
-            .ignored
-            .iter()
-            .map(|(subject, reason)| ShownIgnored {
-                subject: subject.to_string(),
-                reason: reason.to_string(),
-            });
-        let families = desired.kernel.families.values();
+        let ignored = desired.ignored.iter();
+        let ignored = ignored.map(|(subject, reason)| ShownIgnored {
+            subject: subject.to_string(),
+            reason: reason.to_string(),
+        });
         Shown {
             node: settings.node_name.to_string(),
             services,
             pods,
             ignored: ignored.collect(),
-            excluded: families
-                .flat_map(|family| family.firewall.excluded.iter().map(ToString::to_string))
-                .collect(),
+            excluded,
         }
     }
 }
 
 impl ShownService {
     fn of(service: &ObjectKey, family: Family, verdict: &Verdict) -> ShownService {
-        let (word, vip, gateway, reason) = match verdict {
+        let (verdict, vip, gateway, reason) = match verdict {
             Verdict::Active { vip, gateway } => ("Active", Some(*vip), Some(gateway), None),
             Verdict::Blocked(reason) => ("Blocked", None, None, Some(reason)),
             Verdict::Released(reason) => ("Released", None, None, Some(reason)),
@@ -164,7 +148,7 @@ impl ShownService {
         ShownService {
             service: service.to_string(),
             family: family.to_string(),
-            verdict: word,
+            verdict,
             vip,
             gateway: gateway.map(ToString::to_string),
             reason: reason.map(ToString::to_string),
@@ -174,78 +158,60 @@ impl ShownService {
 
 /// What this node does with a pod's packets to outside.
 fn here(pod: &PodState, hop: Option<(TableId, &NextHop)>) -> String {
-    if pod.blocked {
-        return "rejected".to_owned();
-    }
-    let vip = pod
-        .vips
-        .first()
-        .map(ToString::to_string)
-        .unwrap_or_default();
-    let Some(mark) = pod.mark else {
-        return match pod.gateway_here {
-            true => format!("translated to {vip}: this node is the gateway"),
-            false => format!("translated to {vip}, should it pass here"),
-        };
-    };
-    match hop {
-        Some((table, hop)) => {
+    let vip = pod.vips.first().map(IpAddr::to_string).unwrap_or_default();
+    match (pod.mark, hop) {
+        _ if pod.blocked => "rejected".to_owned(),
+        (None, _) if pod.gateway_here => format!("translated to {vip}: this node is the gateway"),
+        (None, _) => format!("translated to {vip}, should it pass here"),
+        (Some(mark), Some((table, hop))) => {
             format!("routed to {hop} (mark {mark}, table {table}), {vip} there")
         }
-        None => format!("marked {mark}"),
+        (Some(mark), None) => format!("marked {mark}"),
     }
 }
 
 impl fmt::Display for Shown {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mut services = vec![["SERVICE", "FAMILY", "VERDICT"].map(str::to_owned)];
-        services.extend(self.services.iter().map(|s| {
-            let mut verdict = s.verdict.to_owned();
-            // Writing into a String cannot fail.
-            let _ = match (&s.vip, &s.gateway, &s.reason) {
-                (Some(vip), Some(gateway), _) => write!(verdict, ": {vip} through {gateway}"),
-                (_, _, Some(reason)) => write!(verdict, ": {reason}"),
-                _ => Ok(()),
+        let services = self.services.iter().map(|s| {
+            let why = match (&s.vip, &s.gateway, &s.reason) {
+                (Some(vip), Some(gateway), _) => format!("{vip} through {gateway}"),
+                (_, _, reason) => reason.clone().unwrap_or_default(),
             };
+            let verdict = format!("{}: {why}", s.verdict);
             [s.service.clone(), s.family.clone(), verdict]
-        }));
-        let mut pods = vec![["POD", "SERVICE", "NODE", "HERE"].map(str::to_owned)];
-        pods.extend(self.pods.iter().map(|pod| {
+        });
+        let pods = self.pods.iter().map(|pod| {
+            let node = pod.node.clone().unwrap_or_default();
             [
                 pod.address.to_string(),
                 pod.service.clone(),
-                pod.node.clone().unwrap_or_default(),
+                node,
                 pod.here.clone(),
             ]
-        }));
+        });
         writeln!(f, "What {} would be made into:\n", self.node)?;
-        write!(f, "{}\n{}", columns(&services), columns(&pods))?;
+        writeln!(f, "{}", columns(["SERVICE", "FAMILY", "VERDICT"], services))?;
+        write!(f, "{}", columns(["POD", "SERVICE", "NODE", "HERE"], pods))?;
         if !self.ignored.is_empty() {
-            let mut ignored = vec![["IGNORED", "WHY"].map(str::to_owned)];
-            let row = |i: &ShownIgnored| [i.subject.clone(), i.reason.clone()];
-            ignored.extend(self.ignored.iter().map(row));
-            write!(f, "\n{}", columns(&ignored))?;
+            let ignored = self.ignored.iter();
+            let ignored = ignored.map(|i| [i.subject.clone(), i.reason.clone()]);
+            write!(f, "\n{}", columns(["IGNORED", "WHY"], ignored))?;
         }
         writeln!(f, "\nNot egress: {}", self.excluded.join(", "))
     }
 }
 
-/// Lines with aligned columns.
-fn columns<const N: usize>(rows: &[[String; N]]) -> String {
-    let mut widths = [0; N];
-    for row in rows {
-        for (width, cell) in widths.iter_mut().zip(row) {
-            *width = cell.chars().count().max(*width);
-        }
-    }
+/// Lines with aligned columns, the header first.
+fn columns<const N: usize>(header: [&str; N], rows: impl Iterator<Item = [String; N]>) -> String {
+    let mut lines = vec![header.map(str::to_owned)];
+    lines.extend(rows);
+    let width = |column: usize| lines.iter().map(|line| line[column].chars().count()).max();
+    let widths: [usize; N] = std::array::from_fn(|column| width(column).unwrap_or_default());
     let mut text = String::new();
-    for row in rows {
-        let mut line = String::new();
-        for (width, cell) in widths.iter().zip(row) {
-            let _ = write!(line, "{cell:width$}  ");
-        }
-        text += line.trim_end();
-        text.push('\n');
+    for line in &lines {
+        let cells = widths.iter().zip(line);
+        let cells = cells.map(|(width, cell)| format!("{cell:width$}  "));
+        text = text + cells.collect::<String>().trim_end() + "\n";
     }
     text
 }

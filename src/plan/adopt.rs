@@ -11,7 +11,6 @@ use crate::names::NodeName;
 use crate::state::KernelState;
 
 /// The gateways that pods of each VIP are routed to in the kernel, as nodes.
-#[must_use]
 pub fn gateways(
     observed: &KernelState,
     nodes: &BTreeMap<NodeName, Node>,
@@ -21,15 +20,12 @@ pub fn gateways(
     for state in observed.families.values() {
         let hops = state.next_hops();
         for (pod, facts) in &state.firewall.pods {
-            let node = || match facts.gateway_here {
+            let node = match facts.gateway_here {
                 true => Some(own),
-                false => node_of(hops.of(*pod)?.1.via, nodes),
+                false => hops.of(*pod).and_then(|(_, hop)| node_of(hop.via, nodes)),
             };
-            let vip = facts.vips.first();
-            if let Some(vip) = vip.filter(|vip| !gateways.contains_key(*vip))
-                && let Some(node) = node()
-            {
-                gateways.insert(*vip, node.clone());
+            if let (Some(vip), Some(node)) = (facts.vips.first(), node) {
+                gateways.entry(*vip).or_insert_with(|| node.clone());
             }
         }
     }

@@ -39,7 +39,6 @@ impl Egress<'_> {
         slots.get(self.hop()?.via)
     }
 
-    /// What becomes of its Service.
     pub(super) fn verdict(&self) -> Verdict {
         match &self.gateway {
             Ok(gateway) => Verdict::Active {
@@ -52,7 +51,6 @@ impl Egress<'_> {
     }
 }
 
-/// The way out of one Service in one family.
 pub(super) fn egress<'a>(
     family: Family,
     service: &'a Service,
@@ -73,10 +71,8 @@ pub(super) fn egress<'a>(
 
 fn gateway<'a>(vip: IpAddr, view: &'a View, settings: &Settings) -> Result<Gateway<'a>, Blocked> {
     let announcer = view.announcers.get(&vip).ok_or(Blocked::NoAnnouncer)?;
-    let (node, facts) = view
-        .nodes
-        .get_key_value(announcer)
-        .ok_or_else(|| Blocked::UnknownGateway(announcer.clone()))?;
+    let found = view.nodes.get_key_value(announcer);
+    let (node, facts) = found.ok_or_else(|| Blocked::UnknownGateway(announcer.clone()))?;
     if *node == settings.node_name {
         let hop = None;
         return Ok(Gateway { vip, node, hop });
@@ -86,13 +82,9 @@ fn gateway<'a>(vip: IpAddr, view: &'a View, settings: &Settings) -> Result<Gatew
     }
     let via = facts.address(Family::of(vip));
     let via = via.ok_or_else(|| Blocked::GatewayWithoutAddress(node.clone()))?;
-    let is_usable = |name: &String| {
-        settings
-            .lan_interface
-            .as_ref()
-            .is_none_or(|lan| lan == name)
-    };
-    let mut interfaces = view.interfaces.iter().filter(|link| is_usable(&link.name));
+    let lan = settings.lan_interface.as_ref();
+    let interfaces = view.interfaces.iter();
+    let mut interfaces = interfaces.filter(|link| lan.is_none_or(|lan| *lan == link.name));
     let on_link = interfaces.find(|link| link.nets.iter().any(|net| net.contains(&via)));
     let dev = on_link.ok_or_else(|| Blocked::GatewayOffLink(node.clone(), via))?;
     let dev = dev.name.clone();

@@ -14,7 +14,7 @@ mod verdict;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
-use crate::cluster::{Service, View};
+use crate::cluster::{OnNoGateway, Service, View};
 use crate::names::{NodeName, ObjectKey};
 use crate::plan::egress::Egress;
 use crate::plan::pods::Lookup;
@@ -26,7 +26,6 @@ use crate::state::{Family, FamilyState, FirewallState, KernelState, NextHop, Pod
 /// What this node must be, and why.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Desired {
-    /// The kernel state to reach.
     pub kernel: KernelState,
     /// The slots behind it, for the next plan.
     pub slots: Slots,
@@ -42,7 +41,6 @@ pub struct Desired {
 ///
 /// `families` are those that the kernel has; `slots` are those in use, of the plan before or adopted from the
 /// kernel.
-#[must_use]
 pub fn plan(
     view: &View,
     settings: &Settings,
@@ -51,7 +49,15 @@ pub fn plan(
 ) -> Desired {
     let mut desired = Desired::default();
     for (key, service) in &view.services {
-        desired.ignored.extend(verdict::ignored(key, service));
+        if !service.load_balancer {
+            let subject = Subject::Service(key.clone());
+            desired.ignored.insert(subject, Ignored::NotLoadBalancer);
+        }
+        if let OnNoGateway::Unknown(value) = &service.on_no_gateway {
+            let subject = Subject::OnNoGateway(key.clone());
+            let reason = Ignored::UnknownValue(value.clone());
+            desired.ignored.insert(subject, reason);
+        }
     }
     let lookup = Lookup::of(view, settings);
     for &family in families {
@@ -69,7 +75,7 @@ fn plan_family(
     desired: &mut Desired,
 ) {
     let services = by_age(family, view);
-    let pods = pods::egress_pods(family, &services, lookup, settings, &mut desired.ignored);
+    let pods = pods::egress_pods(family, &services, lookup, &mut desired.ignored);
     let egress: BTreeMap<&ObjectKey, Egress<'_>> = services
         .iter()
         .map(|(key, service)| (*key, egress::egress(family, service, view, settings)))
@@ -92,20 +98,18 @@ fn plan_family(
         let egress = egress.get(pod.service);
         if let Some(egress) = egress.filter(|egress| !egress.is_released()) {
             if let Some(slot) = egress.slot(&slots).filter(|_| pod.local) {
-                routes
-                    .rules
-                    .extend(routes::of_pod(*address, slot, settings));
+                let rule = routes::of_pod(*address, slot, settings);
+                routes.rules.extend(rule);
             }
             states.insert(*address, pods::state(pod, egress, &slots, settings));
         }
     }
     if settings.strict_start {
-        let ordinary = PodState {
-            ordinary: true,
-            ..PodState::default()
-        };
         for address in networks::own_addresses(family, view) {
-            states.entry(address).or_insert_with(|| ordinary.clone());
+            states.entry(address).or_insert_with(|| PodState {
+                ordinary: true,
+                ..PodState::default()
+            });
         }
     }
     for (key, egress) in &egress {
@@ -131,15 +135,14 @@ fn plan_family(
 }
 
 /// The Service that has each pod, and the node that its slice names.
-#[must_use]
 pub fn owners<'a>(
     view: &'a View,
-    settings: &Settings,
+    settings: &'a Settings,
 ) -> BTreeMap<IpAddr, (&'a ObjectKey, Option<&'a NodeName>)> {
     let lookup = Lookup::of(view, settings);
     let pods = Family::ALL.into_iter().flat_map(|family| {
         let services = by_age(family, view);
-        pods::egress_pods(family, &services, &lookup, settings, &mut BTreeMap::new())
+        pods::egress_pods(family, &services, &lookup, &mut BTreeMap::new())
     });
     pods.map(|(address, pod)| (address, (pod.service, pod.node)))
         .collect()

@@ -31,10 +31,8 @@ const PRIVATE: [&str; 5] = [
     "fc00::/7",
 ];
 
-/// The excluded destinations of one family.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Excluded {
-    /// Merged into as few networks as possible.
     pub(super) nets: BTreeSet<IpNet>,
     /// A pod outside every known pod network: the reason why all private networks are excluded.
     pub(super) unknown_network_of: Option<IpAddr>,
@@ -52,68 +50,60 @@ pub(super) fn excluded(
     let mut nets: Vec<IpNet> = wanted.listed.iter().copied().collect();
     let mut unknown_network_of = None;
     if wanted.auto {
-        let pod_cidrs: Vec<IpNet> = view
-            .nodes
-            .values()
-            .flat_map(|node| node.pod_cidrs.iter().copied())
-            .chain(view.pod_pools.iter().copied())
-            .collect();
-        unknown_network_of = pods
-            .into_iter()
-            .find(|pod| !pod_cidrs.iter().any(|cidr| cidr.contains(pod)));
+        let nodes = view.nodes.values();
+        let pod_cidrs = nodes.flat_map(|node| &node.pod_cidrs);
+        let pod_cidrs: Vec<IpNet> = pod_cidrs.chain(&view.pod_pools).copied().collect();
+        let is_unknown = |pod: &IpAddr| !pod_cidrs.iter().any(|cidr| cidr.contains(pod));
+        unknown_network_of = pods.into_iter().find(is_unknown);
         if unknown_network_of.is_some() {
             nets.extend(constant(&PRIVATE));
         }
         nets.extend(pod_cidrs);
         nets.extend(constant(&LOCAL));
         nets.extend(view.service_cidrs.iter().copied());
-        let addresses = view.nodes.values().flat_map(|node| node.addresses.iter());
+        let addresses = view.nodes.values().flat_map(|node| &node.addresses);
         nets.extend(addresses.map(|address| IpNet::from(*address)));
     }
-    nets.retain(|net| Family::of_net(*net) == family);
     Excluded {
-        nets: IpNet::aggregate(&nets).into_iter().collect(),
+        nets: merged(family, nets.iter()),
         unknown_network_of,
     }
+}
+
+/// The networks of one family, in as few as possible. Adjacent ones are merged, as the kernel merges them: else each would
+/// be found changed when it is read back.
+fn merged<'a>(family: Family, nets: impl Iterator<Item = &'a IpNet>) -> BTreeSet<IpNet> {
+    let nets = nets.filter(|net| Family::of_net(**net) == family).copied();
+    let nets: Vec<IpNet> = nets.collect();
+    IpNet::aggregate(&nets).into_iter().collect()
 }
 
 fn constant(nets: &'static [&'static str]) -> impl Iterator<Item = IpNet> {
     nets.iter().filter_map(|net| net.parse().ok())
 }
 
-/// The pod networks of the other nodes, unless this node may be their router. Adjacent networks are merged, as the
-/// kernel merges them: else each would be found changed when it is read back.
+/// The pod networks of the other nodes, unless this node may be their router.
 pub(super) fn remote_pods(family: Family, view: &View, settings: &Settings) -> BTreeSet<IpNet> {
-    if !pods_are_where_their_nodes_say(family, view, settings) {
+    if !settings.guard_transit || !pods_are_where_their_nodes_say(family, view, settings) {
         return BTreeSet::new();
     }
-    let others = view
-        .nodes
-        .iter()
-        .filter(|(name, _)| settings.guard_transit && **name != settings.node_name);
-    let nets: Vec<IpNet> = others
-        .flat_map(|(_, node)| node.pod_cidrs.iter().copied())
-        .filter(|cidr| Family::of_net(*cidr) == family)
-        .collect();
-    IpNet::aggregate(&nets).into_iter().collect()
+    let nodes = view.nodes.iter();
+    let others = nodes.filter(|(name, _)| **name != settings.node_name);
+    merged(family, others.flat_map(|(_, node)| &node.pod_cidrs))
 }
 
 /// Whether pods have addresses of their nodes' podCIDRs. Where a CNI plugin has pools of its own, as Calico does, podCIDRs
 /// mean nothing: a pod of this node may have an address from another node's podCIDR.
 fn pods_are_where_their_nodes_say(family: Family, view: &View, settings: &Settings) -> bool {
-    let own_nets = view
-        .nodes
-        .get(&settings.node_name)
-        .map(|node| &node.pod_cidrs);
-    let is_own =
-        |pod: IpAddr| own_nets.is_some_and(|nets| nets.iter().any(|net| net.contains(&pod)));
+    let own = view.nodes.get(&settings.node_name);
+    let is_own = |pod| {
+        let mut nets = own.into_iter().flat_map(|node| &node.pod_cidrs);
+        nets.any(|net| net.contains(&pod))
+    };
     let mut pods = own_addresses(family, view).peekable();
-    let has_pools = view
-        .pod_pools
-        .iter()
-        .any(|net| Family::of_net(*net) == family);
+    let mut pools = view.pod_pools.iter();
     match pods.peek() {
-        None => !has_pools,
+        None => !pools.any(|net| Family::of_net(*net) == family),
         Some(_) => pods.all(is_own),
     }
 }
@@ -125,12 +115,9 @@ pub(super) fn local_pods(family: Family, view: &View, settings: &Settings) -> BT
     }
     let own = view.nodes.get(&settings.node_name);
     let nets = own.into_iter().flat_map(|node| &node.pod_cidrs);
-    let nets = nets.chain(&view.pod_pools).copied();
-    let nets: Vec<IpNet> = nets.filter(|net| Family::of_net(*net) == family).collect();
-    IpNet::aggregate(&nets).into_iter().collect()
+    merged(family, nets.chain(&view.pod_pools))
 }
 
-/// The addresses of this node's pods.
 pub(super) fn own_addresses(family: Family, view: &View) -> impl Iterator<Item = IpAddr> {
     let addresses = view.pods.values().flat_map(|pod| &pod.addresses).copied();
     addresses.filter(move |address| Family::of(*address) == family)

@@ -23,6 +23,7 @@ pub(super) struct EgressPod<'a> {
 
 /// The facts of a view that claims are checked against, indexed.
 pub(super) struct Lookup<'a> {
+    settings: &'a Settings,
     node_addresses: BTreeMap<IpAddr, &'a NodeName>,
     own_node: Option<&'a Node>,
     endpoints: BTreeMap<&'a ObjectKey, Vec<(&'a ObjectKey, &'a Endpoint)>>,
@@ -32,9 +33,10 @@ pub(super) struct Lookup<'a> {
 }
 
 impl<'a> Lookup<'a> {
-    pub(super) fn of(view: &'a View, settings: &Settings) -> Lookup<'a> {
+    pub(super) fn of(view: &'a View, settings: &'a Settings) -> Lookup<'a> {
         let nodes = view.nodes.iter();
         let mut lookup = Lookup {
+            settings,
             node_addresses: nodes
                 .flat_map(|(name, node)| node.addresses.iter().map(move |a| (*a, name)))
                 .collect(),
@@ -48,8 +50,7 @@ impl<'a> Lookup<'a> {
             endpoints.extend(slice.endpoints.iter().map(|endpoint| (key, endpoint)));
         }
         for (key, pod) in &view.pods {
-            let of_namespace = lookup.own_pods.entry(&key.namespace).or_default();
-            of_namespace.push(pod);
+            lookup.own_pods.entry(&key.namespace).or_default().push(pod);
             for address in &pod.addresses {
                 lookup.holders.entry(*address).or_default().insert(key);
             }
@@ -70,20 +71,17 @@ pub(super) fn egress_pods<'a>(
     family: Family,
     services: &[(&'a ObjectKey, &Service)],
     lookup: &Lookup<'a>,
-    settings: &Settings,
     ignored: &mut BTreeMap<Subject, Ignored>,
 ) -> BTreeMap<IpAddr, EgressPod<'a>> {
     let mut claims: BTreeMap<IpAddr, Vec<Claim<'a>>> = BTreeMap::new();
     for (key, service) in services {
-        for (address, claim) in claims_of(family, key, service, lookup, settings, ignored) {
+        for (address, claim) in claims_of(family, key, service, lookup, ignored) {
             claims.entry(address).or_default().push(claim);
         }
     }
-    let owned = |(address, claims): (IpAddr, Vec<Claim<'a>>)| {
-        let pod = owner(&claims, ignored)?;
-        Some((address, pod))
-    };
-    claims.into_iter().filter_map(owned).collect()
+    let claims = claims.into_iter();
+    let owned = claims.filter_map(|(address, all)| Some((address, owner(&all, ignored)?)));
+    owned.collect()
 }
 
 /// What one Service claims in one family; endpoints that make no sense are ignored with a reason.
@@ -92,7 +90,6 @@ fn claims_of<'a>(
     key: &'a ObjectKey,
     service: &Service,
     lookup: &Lookup<'a>,
-    settings: &Settings,
     ignored: &mut BTreeMap<Subject, Ignored>,
 ) -> BTreeMap<IpAddr, Claim<'a>> {
     let new = || Claim {
@@ -109,7 +106,7 @@ fn claims_of<'a>(
             match pod_address(written, endpoint, key, lookup) {
                 Ok(address) if Family::of(address) == family => {
                     let claim = claims.entry(address).or_insert_with(new);
-                    claim.pod.local |= is_local(address, endpoint, lookup, settings);
+                    claim.pod.local |= is_local(address, endpoint, lookup);
                     claim.pod.node = endpoint.node.as_ref();
                     claim.written.push((*slice, written));
                 }
@@ -121,8 +118,8 @@ fn claims_of<'a>(
         }
     }
     // A pod sends as soon as it has an address; slices name it 100 to 200 ms later.
-    let of_namespace = lookup.own_pods.get(key.namespace.as_str());
-    let pods = of_namespace.into_iter().flatten();
+    let pods = lookup.own_pods.get(key.namespace.as_str());
+    let pods = pods.into_iter().flatten();
     let selected = pods.filter(|pod| service.selects(pod));
     for address in selected.flat_map(|pod| &pod.addresses) {
         if Family::of(*address) == family && !lookup.node_addresses.contains_key(address) {
@@ -185,17 +182,12 @@ fn pod_address(
     }
 }
 
-fn is_local(
-    address: IpAddr,
-    endpoint: &Endpoint,
-    lookup: &Lookup<'_>,
-    settings: &Settings,
-) -> bool {
-    if !settings.filter_endpoints_for_node {
+fn is_local(address: IpAddr, endpoint: &Endpoint, lookup: &Lookup<'_>) -> bool {
+    if !lookup.settings.filter_endpoints_for_node {
         return true;
     }
     match &endpoint.node {
-        Some(node) => *node == settings.node_name,
+        Some(node) => *node == lookup.settings.node_name,
         None => {
             let mut nets = lookup.own_node.iter().flat_map(|node| &node.pod_cidrs);
             nets.any(|cidr| cidr.contains(&address))

@@ -24,7 +24,6 @@ const REJECT_REST: u32 = 98;
 /// The target of `goto`: the end of our block.
 const END: u32 = 99;
 
-/// Rules and tables.
 pub(super) fn routes(
     family: Family,
     settings: &Settings,
@@ -63,13 +62,11 @@ pub(super) fn routes(
         if !slot.overflows(settings.mask) {
             state.rules.insert(to_gateway(slot, settings));
         }
-        state.tables.insert(
-            slot.table(settings),
-            Table {
-                fallback: true,
-                gateway: Some((*hop).clone()),
-            },
-        );
+        let table = Table {
+            fallback: true,
+            gateway: Some((*hop).clone()),
+        };
+        state.tables.insert(slot.table(settings), table);
     }
     state
 }

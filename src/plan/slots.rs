@@ -18,20 +18,15 @@ use crate::state::{Family, KernelState, Mark, TableId};
 pub struct Slot(u32);
 
 impl Slot {
-    /// The routing table of this slot.
-    #[must_use]
     pub fn table(self, settings: &Settings) -> TableId {
         TableId(settings.table_offset.saturating_add(self.0))
     }
 
-    /// The mark of this slot.
-    #[must_use]
     pub fn mark(self, mask: FwMask) -> Mark {
         mask.mark(self.0)
     }
 
     /// Whether others share its mark.
-    #[must_use]
     pub fn overflows(self, mask: FwMask) -> bool {
         self.0 >= mask.slots()
     }
@@ -50,16 +45,13 @@ pub struct Slots {
 
 impl Slots {
     /// The slots that an earlier run of the agent left in the kernel.
-    #[must_use]
     pub fn adopt(observed: &KernelState, settings: &Settings) -> Slots {
         let mut gateways = BTreeMap::new();
         for state in observed.families.values() {
             for (table, content) in &state.routes.tables {
-                let Some(gateway) = &content.gateway else {
-                    continue;
-                };
                 let number = table.0.checked_sub(settings.table_offset);
-                if let Some(number) = number.filter(|number| *number > 0) {
+                let number = number.filter(|number| *number > 0);
+                if let (Some(number), Some(gateway)) = (number, &content.gateway) {
                     gateways.entry(gateway.via).or_insert(Slot(number));
                 }
             }
@@ -80,23 +72,17 @@ impl Slots {
     /// The slots for the gateways that are `needed` in one family: a gateway keeps the slot that it has, a new
     /// one gets the lowest that nobody has or had just now, so that no table changes hands while packets are
     /// still marked for its former gateway.
-    #[must_use]
     pub fn assign(&self, family: Family, needed: &BTreeSet<IpAddr>, settings: &Settings) -> Slots {
         let is_free = |slot: &Slot| {
             let table = slot.table(settings);
             !KERNEL_TABLES.contains(&table.0) && !self.occupied.contains(&(family, table))
         };
-        let held: BTreeMap<IpAddr, Slot> = self
-            .gateways
-            .iter()
-            .filter(|(gateway, _)| Family::of(**gateway) == family)
-            .map(|(gateway, slot)| (*gateway, *slot))
+        let slots = self.iter();
+        let held: BTreeMap<IpAddr, Slot> = slots
+            .filter(|(gateway, _)| Family::of(*gateway) == family)
             .collect();
-        let mut gateways: BTreeMap<IpAddr, Slot> = held
-            .iter()
-            .filter(|(gateway, slot)| needed.contains(gateway) && is_free(slot))
-            .map(|(gateway, slot)| (*gateway, *slot))
-            .collect();
+        let mut gateways = held.clone();
+        gateways.retain(|gateway, slot| needed.contains(gateway) && is_free(slot));
         let kept: BTreeSet<Slot> = gateways.values().copied().collect();
         let had: BTreeSet<Slot> = held.values().copied().collect();
         let own_marks = || (1..settings.mask.slots()).map(Slot);
@@ -105,11 +91,10 @@ impl Slots {
         let just_freed = own_marks().filter(|slot| had.contains(slot) && !kept.contains(slot));
         let beyond = overflow().filter(|slot| !had.contains(slot));
         let free = untouched.chain(just_freed).chain(beyond).filter(is_free);
-        let new: Vec<IpAddr> = needed
+        let new = needed
             .iter()
-            .filter(|gateway| !gateways.contains_key(gateway))
-            .copied()
-            .collect();
+            .filter(|gateway| !gateways.contains_key(gateway));
+        let new: Vec<IpAddr> = new.copied().collect();
         gateways.extend(new.into_iter().zip(free));
         Slots {
             gateways,
@@ -117,17 +102,12 @@ impl Slots {
         }
     }
 
-    /// The slot of a gateway.
-    #[must_use]
     pub fn get(&self, gateway: IpAddr) -> Option<Slot> {
         self.gateways.get(&gateway).copied()
     }
 
-    /// Gateways and their slots.
     pub fn iter(&self) -> impl Iterator<Item = (IpAddr, Slot)> {
-        self.gateways
-            .iter()
-            .map(|(gateway, slot)| (*gateway, *slot))
+        self.gateways.iter().map(|(via, slot)| (*via, *slot))
     }
 
     /// Adds the slots of another family.
