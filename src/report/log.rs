@@ -44,7 +44,6 @@ pub struct Log {
 /// Something that an operator should know of a VIP.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Notice {
-    /// The VIP.
     pub vip: IpAddr,
     /// One word.
     pub reason: &'static str,
