@@ -202,7 +202,7 @@ fn firewall(
             // Pods are let go one step after the other, as always: with everything gone at once, connections
             // would go on with the pod's own address.
             for (address, state) in &from.pods {
-                diff_pod(*address, state, &PodState::default(), doubt, steps);
+                pod(*address, state, &PodState::default(), doubt, steps);
             }
             steps.add(Phase::OldSkeletons, FirewallStep::Remove(family));
         }
@@ -241,11 +241,11 @@ fn firewall(
         let new = to.pods.get(address).unwrap_or(&none);
         // A run that died may have unmarked a pod and not come to forget its connections.
         let leaves = doubt && old.egress && !new.egress;
-        diff_pod(*address, old, new, leaves, steps);
+        pod(*address, old, new, leaves, steps);
     }
 }
 
-fn diff_pod(pod: IpAddr, from: &PodState, to: &PodState, must_forget: bool, steps: &mut Steps) {
+fn pod(pod: IpAddr, from: &PodState, to: &PodState, must_forget: bool, steps: &mut Steps) {
     let becomes_gateway = to.gateway_here && (!from.gateway_here || from.interrupted);
     for set in PodSet::ALL {
         let (add, remove) = match set {

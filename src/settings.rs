@@ -18,6 +18,10 @@ use tracing_subscriber::EnvFilter;
 use crate::names::NodeName;
 pub use crate::settings::mask::FwMask;
 
+/// The number of gateways has no limit of ours; the offset must leave table numbers for this many, the most nodes that
+/// Kubernetes supports.
+const MOST_TABLES: u32 = 5_000;
+
 /// A setting as operators see it.
 #[derive(Clone, Copy, Debug)]
 pub struct Definition {
@@ -228,10 +232,6 @@ struct Value {
     text: String,
 }
 
-/// The number of gateways has no limit of ours; the offset must leave table numbers for this many, the most nodes that
-/// Kubernetes supports.
-const MOST_TABLES: u32 = 5_000;
-
 impl Value {
     fn bad(&self, what: impl fmt::Display) -> BadSetting {
         BadSetting(format!("{}={}: {what}", self.name, self.text))
@@ -274,9 +274,8 @@ impl Value {
                     let address = || part.parse::<IpAddr>().map(IpNet::from);
                     let net: Result<IpNet, _> = part.parse().or_else(|_| address());
                     let what = format!("`{part}` is neither `auto` nor a CIDR such as 10.0.0.0/8");
-                    excluded
-                        .listed
-                        .insert(self.checked(net.ok(), &what)?.trunc());
+                    let net = self.checked(net.ok(), &what)?;
+                    excluded.listed.insert(net.trunc());
                 }
             }
         }

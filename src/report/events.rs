@@ -98,8 +98,7 @@ fn of_verdict(
             Some(Verdict::Blocked(_) | Verdict::Released(_)) => (false, "Active"),
             _ => return None,
         },
-        Verdict::Blocked(reason) => (true, reason.label()),
-        Verdict::Released(reason) => (true, reason.label()),
+        Verdict::Blocked(reason) | Verdict::Released(reason) => (true, reason.label()),
     };
     Some(ServiceEvent {
         service: service.clone(),
@@ -111,13 +110,11 @@ fn of_verdict(
 
 /// Whether other nodes may come to another verdict.
 fn is_of_the_node(verdict: &Verdict) -> bool {
+    use Blocked::{GatewayNotProgrammed, GatewayOffLink};
     let (Verdict::Blocked(reason) | Verdict::Released(reason)) = verdict else {
         return false;
     };
-    matches!(
-        reason,
-        Blocked::GatewayOffLink(..) | Blocked::GatewayNotProgrammed(_)
-    )
+    matches!(reason, GatewayOffLink(..) | GatewayNotProgrammed(_))
 }
 
 fn service_of<'a>(subject: &'a Subject, view: &'a View) -> Option<&'a ObjectKey> {
