@@ -2,8 +2,10 @@
 
 use std::ffi::OsString;
 
+use clap::builder::{PossibleValuesParser, TypedValueParser as _};
 use clap::error::ErrorKind;
 use clap::{Arg, Command};
+use strum::{EnumString, VariantNames};
 
 use crate::settings::{BadSetting, DEFINITIONS, Settings};
 
@@ -12,13 +14,11 @@ const CLEANUP: &str = "cleanup";
 const OUTPUT: &str = "output";
 
 /// How a plan is shown.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, EnumString, PartialEq, Eq, VariantNames)]
+#[strum(serialize_all = "lowercase")]
 pub enum PlanFormat {
-    /// For people.
     Table,
-    /// For programs.
     Json,
-    /// For both.
     Yaml,
 }
 
@@ -50,31 +50,20 @@ pub enum CliError {
 /// [`CliError::Bad`] for an unknown argument, and for the first setting that makes no sense.
 pub fn load(args: impl IntoIterator<Item = OsString>) -> Result<(Action, Settings), CliError> {
     let matches = command().try_get_matches_from(args).map_err(|error| {
-        if matches!(
-            error.kind(),
-            ErrorKind::DisplayHelp | ErrorKind::DisplayVersion
-        ) {
-            CliError::Asked(error.to_string())
-        } else {
-            let text = error.to_string();
-            let line = text.lines().next().unwrap_or_default();
-            CliError::Bad(format!(
-                "{} (see --help)",
-                line.trim_start_matches("error: ")
-            ))
+        let text = error.to_string();
+        if let ErrorKind::DisplayHelp | ErrorKind::DisplayVersion = error.kind() {
+            return CliError::Asked(text);
         }
+        let line = text.lines().next().unwrap_or_default();
+        let line = line.trim_start_matches("error: ");
+        CliError::Bad(format!("{line} (see --help)"))
     })?;
     let (action, matches) = match matches.subcommand() {
         None => (Action::Run, &matches),
         Some((CLEANUP, given)) => (Action::Cleanup, given),
         Some((_, given)) => {
-            let format = given.get_one::<String>(OUTPUT).map(String::as_str);
-            let format = match format {
-                Some("json") => PlanFormat::Json,
-                Some("yaml") => PlanFormat::Yaml,
-                _ => PlanFormat::Table,
-            };
-            (Action::Plan(format), given)
+            let format = given.get_one(OUTPUT).copied();
+            (Action::Plan(format.unwrap_or(PlanFormat::Table)), given)
         }
     };
     let settings = Settings::parse(|name| {
@@ -91,10 +80,9 @@ pub fn load(args: impl IntoIterator<Item = OsString>) -> Result<(Action, Setting
 
 fn command() -> Command {
     let args = DEFINITIONS.iter().map(|definition| {
-        let help = if definition.default.is_empty() {
-            definition.help.to_owned()
-        } else {
-            format!("{} [default: {}]", definition.help, definition.default)
+        let help = match definition.default {
+            "" => definition.help.to_owned(),
+            default => format!("{} [default: {default}]", definition.help),
         };
         Arg::new(definition.name)
             .long(definition.flag())
@@ -105,10 +93,11 @@ fn command() -> Command {
             .global(true)
             .help(help)
     });
+    let formats = PossibleValuesParser::new(PlanFormat::VARIANTS);
     let output = Arg::new(OUTPUT)
         .short('o')
         .long("output")
-        .value_parser(["table", "json", "yaml"])
+        .value_parser(formats.try_map(|format| format.parse::<PlanFormat>()))
         .default_value("table")
         .help("How the plan is shown");
     Command::new("metaleg-agent")

@@ -10,7 +10,7 @@ use ipnet::IpNet;
 
 use crate::state::{
     ConnectionStep, Family, FamilyState, FirewallState, FirewallStep, KernelState, NetSet, PodSet,
-    PodState, RouteState, RouteStep, RuleAction, Skeleton, Step, Table,
+    PodState, RouteState, RouteStep, Rule, RuleAction, Skeleton, Step, Table,
 };
 
 /// When a step has its turn. The order of the variants is the order of the steps; between two steps of one
@@ -86,24 +86,15 @@ pub fn diff(observed: &KernelState, desired: &KernelState) -> Vec<Step> {
         let from = observed.families.get(&family).unwrap_or(&nothing);
         let to = desired.families.get(&family).unwrap_or(&nothing);
         routes(family, &from.routes, &to.routes, &mut steps);
-        firewall(
-            family,
-            &from.firewall,
-            &to.firewall,
-            observed.doubt,
-            &mut steps,
-        );
+        let (old, new) = (&from.firewall, &to.firewall);
+        firewall(family, old, new, observed.doubt, &mut steps);
         // What was opened to a destination that is egress again has the source that others gave it.
-        wrong_sources |= becomes_egress(&from.firewall, &to.firewall);
-        newly_excluded(&from.firewall, &to.firewall, &mut steps);
-        let before = from.next_hops();
-        let is_rerouted = |(pod, hop)| Some(hop) != before.of(pod).map(|(_, old)| old);
-        rerouted.extend(
-            to.next_hops()
-                .pods()
-                .filter(|p| is_rerouted(*p))
-                .map(|(pod, _)| pod),
-        );
+        wrong_sources |= becomes_egress(old, new);
+        newly_excluded(old, new, &mut steps);
+        let (before, after) = (from.next_hops(), to.next_hops());
+        let is_rerouted = |pod, hop| before.of(pod).is_none_or(|(_, old)| old != hop);
+        let pods = after.pods().filter(|(pod, hop)| is_rerouted(*pod, *hop));
+        rerouted.extend(pods.map(|(pod, _)| pod));
     }
     if wrong_sources {
         steps.add(Phase::Connections, forget_wrong_sources(desired));
@@ -162,23 +153,19 @@ fn challenges(rerouted: BTreeSet<IpAddr>, desired: &KernelState, steps: &mut Ste
 }
 
 fn routes(family: Family, from: &RouteState, to: &RouteState, steps: &mut Steps) {
+    let phases = |rule: &Rule| match rule.action {
+        RuleAction::Nop => (Phase::RuleTargets, Phase::OldRuleTargets),
+        RuleAction::Lookup(_) => (Phase::LookupRules, Phase::OldLookupRules),
+        RuleAction::Goto(_) if rule.to.is_some() => {
+            (Phase::ExclusionRules, Phase::OldExclusionRules)
+        }
+        RuleAction::Unreachable | RuleAction::Goto(_) => (Phase::OtherRules, Phase::OldOtherRules),
+    };
     for rule in to.rules.difference(&from.rules) {
-        let phase = match rule.action {
-            RuleAction::Nop => Phase::RuleTargets,
-            RuleAction::Lookup(_) => Phase::LookupRules,
-            RuleAction::Goto(_) if rule.to.is_some() => Phase::ExclusionRules,
-            RuleAction::Unreachable | RuleAction::Goto(_) => Phase::OtherRules,
-        };
-        steps.add(phase, RouteStep::AddRule(family, *rule));
+        steps.add(phases(rule).0, RouteStep::AddRule(family, *rule));
     }
     for rule in from.rules.difference(&to.rules) {
-        let phase = match rule.action {
-            RuleAction::Nop => Phase::OldRuleTargets,
-            RuleAction::Lookup(_) => Phase::OldLookupRules,
-            RuleAction::Goto(_) if rule.to.is_some() => Phase::OldExclusionRules,
-            RuleAction::Unreachable | RuleAction::Goto(_) => Phase::OldOtherRules,
-        };
-        steps.add(phase, RouteStep::RemoveRule(family, *rule));
+        steps.add(phases(rule).1, RouteStep::RemoveRule(family, *rule));
     }
     let none = Table::default();
     let ids: BTreeSet<_> = from.tables.keys().chain(to.tables.keys()).collect();
@@ -195,10 +182,8 @@ fn routes(family: Family, from: &RouteState, to: &RouteState, steps: &mut Steps)
                 steps.add(Phase::Gateways, RouteStep::SetGateway(*id, hop.clone()));
             }
             (Some(hop), None) => {
-                steps.add(
-                    Phase::OldGateways,
-                    RouteStep::RemoveGateway(*id, hop.clone()),
-                );
+                let step = RouteStep::RemoveGateway(*id, hop.clone());
+                steps.add(Phase::OldGateways, step);
             }
             (_, Some(_)) | (None, None) => {}
         }
@@ -228,10 +213,8 @@ fn firewall(
         // Keeps the translations that are in use: they are removed in their turn.
         present.extend(from.pods.values().flat_map(|pod| pod.vips.iter().copied()));
         present.extend(to.vips.iter().copied());
-        steps.add(
-            Phase::Skeletons,
-            FirewallStep::Install(family, present.clone()),
-        );
+        let step = FirewallStep::Install(family, present.clone());
+        steps.add(Phase::Skeletons, step);
     }
     for vip in to.vips.difference(&present) {
         steps.add(Phase::Vips, FirewallStep::AddVip(*vip));
@@ -262,8 +245,7 @@ fn firewall(
     }
 }
 
-fn pod(address: IpAddr, from: &PodState, to: &PodState, must_forget: bool, steps: &mut Steps) {
-    let pod = address;
+fn pod(pod: IpAddr, from: &PodState, to: &PodState, must_forget: bool, steps: &mut Steps) {
     let becomes_gateway = to.gateway_here && (!from.gateway_here || from.interrupted);
     for set in PodSet::ALL {
         let (add, remove) = match set {
@@ -281,18 +263,13 @@ fn pod(address: IpAddr, from: &PodState, to: &PodState, must_forget: bool, steps
             (true, true) | (false, false) => {}
         }
     }
-    for vip in to.vips.difference(&from.vips) {
-        steps.add(
-            Phase::Translations,
-            FirewallStep::Translate { pod, vip: *vip },
-        );
+    for &vip in to.vips.difference(&from.vips) {
+        let step = FirewallStep::Translate { pod, vip };
+        steps.add(Phase::Translations, step);
     }
-    for vip in from.vips.difference(&to.vips) {
-        let vip = *vip;
-        steps.add(
-            Phase::OldTranslations,
-            FirewallStep::Untranslate { pod, vip },
-        );
+    for &vip in from.vips.difference(&to.vips) {
+        let step = FirewallStep::Untranslate { pod, vip };
+        steps.add(Phase::OldTranslations, step);
     }
     match (from.mark, to.mark) {
         (old, Some(mark)) if old != Some(mark) => {
@@ -308,10 +285,9 @@ fn pod(address: IpAddr, from: &PodState, to: &PodState, must_forget: bool, steps
     let loses_another_nodes_pod = from.gateway_here && !to.gateway_here && to.mark.is_none();
     if must_forget || (uses_this_node && changed) || loses_another_nodes_pod {
         steps.add(Phase::Connections, ConnectionStep::Forget(pod));
-    } else if let (true, Some(source)) = (becomes_gateway, to.vips.first()) {
+    } else if let (true, Some(&source)) = (becomes_gateway, to.vips.first()) {
         // Entries of a node that becomes gateway again have outdated TCP windows. Deleting them heals connections on
         // which the pod sends next, not those on which only the server does: so windows are not looked at from now on.
-        let source = *source;
         steps.add(Phase::Connections, ConnectionStep::Resume { pod, source });
     }
 }
@@ -324,10 +300,8 @@ fn newly_excluded(from: &FirewallState, to: &FirewallState, steps: &mut Steps) {
     let pods = from.pods.iter().filter(|(_, pod)| pod.egress);
     let pods: BTreeSet<IpAddr> = pods.map(|(address, _)| *address).collect();
     if !pods.is_empty() && !nets.is_empty() {
-        steps.add(
-            Phase::Connections,
-            ConnectionStep::ForgetNewlyExcluded { pods, nets },
-        );
+        let step = ConnectionStep::ForgetNewlyExcluded { pods, nets };
+        steps.add(Phase::Connections, step);
     }
 }
 

@@ -3,9 +3,11 @@
 //! Pure: the time comes in as a value.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fmt;
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
+
+use derive_more::Display;
+use strum::IntoStaticStr;
 
 use crate::ethernet::{Claim, Mac};
 use crate::names::NodeName;
@@ -28,9 +30,7 @@ const MOST_WAITING: usize = 64;
 pub struct Wanted {
     /// The interface on which VIPs are announced.
     pub interface: Option<String>,
-    /// This node.
     pub own: Option<NodeName>,
-    /// The nodes' addresses.
     pub nodes: BTreeMap<IpAddr, NodeName>,
     /// The VIPs, and the announcer that the agent believes each to have.
     pub vips: BTreeMap<IpAddr, Option<NodeName>>,
@@ -43,7 +43,6 @@ pub struct Wanted {
 /// The last claim to a VIP that came from a node.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Heard {
-    /// The node that announces it.
     pub node: NodeName,
     /// When it was heard last.
     pub at: Instant,
@@ -72,11 +71,11 @@ impl Heard {
 }
 
 /// What an operator should know of the LAN.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Debug, Display, IntoStaticStr, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Anomaly {
-    /// A VIP is claimed by a link-layer address that no node has.
+    #[display("{_1}, which is no node's, claims VIP {_0} on the LAN: not believed")]
     UnknownSender(IpAddr, Mac),
-    /// Two nodes claim a VIP by turns.
+    #[display("{_1} and {_2} claim VIP {_0} on the LAN by turns: following whoever was heard last")]
     DuplicateAnnouncer(IpAddr, NodeName, NodeName),
 }
 
@@ -87,32 +86,13 @@ impl Anomaly {
     /// One word for metrics.
     #[must_use]
     pub fn kind(&self) -> &'static str {
-        match self {
-            Anomaly::UnknownSender(..) => "UnknownSender",
-            Anomaly::DuplicateAnnouncer(..) => "DuplicateAnnouncer",
-        }
+        self.into()
     }
 
-    /// The VIP that it is about.
     #[must_use]
     pub fn vip(&self) -> IpAddr {
         match self {
             Anomaly::UnknownSender(vip, _) | Anomaly::DuplicateAnnouncer(vip, ..) => *vip,
-        }
-    }
-}
-
-impl fmt::Display for Anomaly {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Anomaly::UnknownSender(vip, mac) => write!(
-                f,
-                "{mac}, which is no node's, claims VIP {vip} on the LAN: not believed"
-            ),
-            Anomaly::DuplicateAnnouncer(vip, one, other) => write!(
-                f,
-                "{one} and {other} claim VIP {vip} on the LAN by turns: following whoever was heard last"
-            ),
         }
     }
 }
@@ -123,13 +103,14 @@ pub(crate) struct Hearing {
     wanted: Wanted,
     /// Nodes by link-layer address, from the neighbour table and from answers to our questions.
     nodes: BTreeMap<Mac, NodeName>,
-    heard: BTreeMap<IpAddr, Heard>,
+    pub(super) heard: BTreeMap<IpAddr, Heard>,
     asked: BTreeMap<IpAddr, Instant>,
     /// Claims of senders that are not known yet, and when they came.
     waiting: Vec<(Claim, Instant)>,
-    anomalies: BTreeSet<Anomaly>,
+    /// Of wanted VIPs.
+    pub(super) anomalies: BTreeSet<Anomaly>,
     /// How often each kind was met, also for VIPs that are no longer wanted.
-    counts: BTreeMap<&'static str, u64>,
+    pub(super) anomaly_counts: BTreeMap<&'static str, u64>,
 }
 
 impl Hearing {
@@ -171,9 +152,8 @@ impl Hearing {
         match self.nodes.get(&claim.mac).cloned() {
             Some(node) => self.accept(claim.address, node, now),
             None => {
-                if self.waiting.len() < MOST_WAITING
-                    && !self.waiting.iter().any(|(w, _)| *w == claim)
-                {
+                let is_new = !self.waiting.iter().any(|(other, _)| *other == claim);
+                if is_new && self.waiting.len() < MOST_WAITING {
                     self.waiting.push((claim, now));
                 }
                 false
@@ -235,21 +215,6 @@ impl Hearing {
         questions
     }
 
-    /// Who announces what.
-    pub(crate) fn heard(&self) -> &BTreeMap<IpAddr, Heard> {
-        &self.heard
-    }
-
-    /// Anomalies of wanted VIPs.
-    pub(crate) fn anomalies(&self) -> &BTreeSet<Anomaly> {
-        &self.anomalies
-    }
-
-    /// How often each kind of anomaly was met.
-    pub(crate) fn anomaly_counts(&self) -> &BTreeMap<&'static str, u64> {
-        &self.counts
-    }
-
     fn accept(&mut self, vip: IpAddr, node: NodeName, now: Instant) -> bool {
         let Some(heard) = self.heard.get_mut(&vip) else {
             self.heard.insert(vip, Heard::new(node, now));
@@ -299,7 +264,7 @@ impl Hearing {
 
     /// Counts an anomaly; returns whether it is new.
     fn meet(&mut self, anomaly: Anomaly) -> bool {
-        *self.counts.entry(anomaly.kind()).or_default() += 1;
+        *self.anomaly_counts.entry(anomaly.kind()).or_default() += 1;
         self.anomalies.insert(anomaly)
     }
 }
@@ -354,10 +319,7 @@ mod tests {
     }
 
     fn announcer(hearing: &Hearing, vip: &str) -> Option<NodeName> {
-        hearing
-            .heard()
-            .get(&ip(vip))
-            .map(|heard| heard.node.clone())
+        hearing.heard.get(&ip(vip)).map(|heard| heard.node.clone())
     }
 
     #[test]
@@ -388,8 +350,8 @@ mod tests {
         assert!(hearing.neighbours(&[], OWN, later), "it is news");
         assert_eq!(announcer(&hearing, "192.0.2.200"), Some(name(2)));
         let stranger = Anomaly::UnknownSender(ip("192.0.2.200"), mac(66));
-        assert_eq!(hearing.anomalies(), &[stranger].into());
-        assert_eq!(hearing.anomaly_counts(), &[("UnknownSender", 1)].into());
+        assert_eq!(hearing.anomalies, [stranger].into());
+        assert_eq!(hearing.anomaly_counts, [("UnknownSender", 1)].into());
         assert!(!hearing.is_waiting());
     }
 
@@ -416,7 +378,7 @@ mod tests {
         assert_eq!(announcer(&hearing, "192.0.2.200"), Some(name(2)));
         assert!(hearing.claim(claim("192.0.2.200", 3), now + PACE));
         assert_eq!(announcer(&hearing, "192.0.2.200"), Some(name(3)));
-        assert!(hearing.anomalies().is_empty(), "that was a move");
+        assert!(hearing.anomalies.is_empty(), "that was a move");
     }
 
     #[test]
@@ -438,11 +400,8 @@ mod tests {
             assert!(hearing.claim(claim("192.0.2.200", by), now + turn * PACE));
         }
         let contested = Anomaly::DuplicateAnnouncer(ip("192.0.2.200"), name(3), name(2));
-        assert_eq!(hearing.anomalies(), &[contested].into());
-        assert_eq!(
-            hearing.anomaly_counts(),
-            &[("DuplicateAnnouncer", 1)].into()
-        );
+        assert_eq!(hearing.anomalies, [contested].into());
+        assert_eq!(hearing.anomaly_counts, [("DuplicateAnnouncer", 1)].into());
     }
 
     #[test]

@@ -70,19 +70,19 @@ impl Lan {
     /// Who announces what, as heard.
     #[must_use]
     pub fn heard(&self) -> BTreeMap<IpAddr, Heard> {
-        self.shared.hearing().heard().clone()
+        self.shared.hearing().heard.clone()
     }
 
     /// Anomalies of wanted VIPs.
     #[must_use]
     pub fn anomalies(&self) -> BTreeSet<Anomaly> {
-        self.shared.hearing().anomalies().clone()
+        self.shared.hearing().anomalies.clone()
     }
 
     /// How often each kind of anomaly was met.
     #[must_use]
     pub fn anomaly_counts(&self) -> BTreeMap<&'static str, u64> {
-        self.shared.hearing().anomaly_counts().clone()
+        self.shared.hearing().anomaly_counts.clone()
     }
 
     /// Waits for news: another announcer, or an anomaly. Cancel-safe.

@@ -93,10 +93,8 @@ impl LanSocket {
 
 fn addresses(interface: &str) -> io::Result<(LinkAddr, Own)> {
     let (mut link, mut v4, mut v6) = (None, None, None);
-    for address in getifaddrs()?.filter(|address| address.interface_name == interface) {
-        let Some(address) = address.address else {
-            continue;
-        };
+    let addresses = getifaddrs()?.filter(|address| address.interface_name == interface);
+    for address in addresses.filter_map(|address| address.address) {
         if let Some(found) = address.as_link_addr() {
             link = Some(*found);
         }
@@ -104,10 +102,9 @@ fn addresses(interface: &str) -> io::Result<(LinkAddr, Own)> {
             v4.get_or_insert(found.ip());
         }
         if let Some(found) = address.as_sockaddr_in6() {
-            let found = found.ip();
             // A global address is preferred, a link-local one will do.
             if v6.is_none_or(|known: Ipv6Addr| known.is_unicast_link_local()) {
-                v6 = Some(found);
+                v6 = Some(found.ip());
             }
         }
     }

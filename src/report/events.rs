@@ -29,9 +29,7 @@ const MOST_TRIES: usize = 5;
 /// An Event about a Service.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ServiceEvent {
-    /// The Service.
     pub service: ObjectKey,
-    /// Its type is `Warning`.
     pub is_warning: bool,
     /// One word.
     pub reason: &'static str,
@@ -75,19 +73,17 @@ pub fn of_changes(changes: &[Change<'_>], view: &View, own: &NodeName) -> Vec<Se
 #[must_use]
 pub fn of_notice(notice: &Notice, view: &View, own: &NodeName) -> Vec<ServiceEvent> {
     let publishers = Publishers::of(view, own);
-    let of_vip = view
-        .services
-        .iter()
-        .filter(|(_, service)| service.vips.values().any(|vip| *vip == notice.vip));
-    of_vip
-        .filter(|(key, _)| publishers.is_ours(key))
-        .map(|(key, _)| ServiceEvent {
-            service: key.clone(),
-            is_warning: true,
-            reason: notice.reason,
-            note: notice.text.clone(),
-        })
-        .collect()
+    let services = view.services.iter().filter(|(key, service)| {
+        let has_vip = service.vips.values().any(|vip| *vip == notice.vip);
+        has_vip && publishers.is_ours(key)
+    });
+    let event = |(key, _): (&ObjectKey, _)| ServiceEvent {
+        service: key.clone(),
+        is_warning: true,
+        reason: notice.reason,
+        note: notice.text.clone(),
+    };
+    services.map(event).collect()
 }
 
 fn of_verdict(
@@ -102,8 +98,7 @@ fn of_verdict(
             Some(Verdict::Blocked(_) | Verdict::Released(_)) => (false, "Active"),
             _ => return None,
         },
-        Verdict::Blocked(reason) => (true, reason.label()),
-        Verdict::Released(reason) => (true, reason.label()),
+        Verdict::Blocked(reason) | Verdict::Released(reason) => (true, reason.label()),
     };
     Some(ServiceEvent {
         service: service.clone(),
@@ -115,13 +110,11 @@ fn of_verdict(
 
 /// Whether other nodes may come to another verdict.
 fn is_of_the_node(verdict: &Verdict) -> bool {
+    use Blocked::{GatewayNotProgrammed, GatewayOffLink};
     let (Verdict::Blocked(reason) | Verdict::Released(reason)) = verdict else {
         return false;
     };
-    matches!(
-        reason,
-        Blocked::GatewayOffLink(..) | Blocked::GatewayNotProgrammed(_)
-    )
+    matches!(reason, GatewayOffLink(..) | GatewayNotProgrammed(_))
 }
 
 fn service_of<'a>(subject: &'a Subject, view: &'a View) -> Option<&'a ObjectKey> {
@@ -156,10 +149,8 @@ impl<'a> Publishers<'a> {
                     publishers.here.push(&slice.service);
                 }
                 for address in endpoint.addresses.iter().filter_map(|a| a.parse().ok()) {
-                    let lowest = publishers
-                        .lowest
-                        .entry(&slice.service)
-                        .or_insert((address, node));
+                    let lowest = publishers.lowest.entry(&slice.service);
+                    let lowest = lowest.or_insert((address, node));
                     *lowest = (*lowest).min((address, node));
                 }
             }
@@ -168,9 +159,8 @@ impl<'a> Publishers<'a> {
     }
 
     fn is_ours(&self, service: &ObjectKey) -> bool {
-        self.lowest
-            .get(service)
-            .is_some_and(|(_, node)| *node == self.own)
+        let lowest = self.lowest.get(service);
+        lowest.is_some_and(|(_, node)| *node == self.own)
     }
 
     fn has_pods_here(&self, service: &ObjectKey) -> bool {

@@ -9,7 +9,6 @@ use axum::routing::get;
 
 use crate::report::Report;
 
-/// The health endpoints.
 pub fn router(report: Arc<Report>) -> Router {
     Router::new()
         .route("/healthz", get(healthz))

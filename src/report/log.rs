@@ -44,7 +44,6 @@ pub struct Log {
 /// Something that an operator should know of a VIP.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Notice {
-    /// The VIP.
     pub vip: IpAddr,
     /// One word.
     pub reason: &'static str,
@@ -68,19 +67,17 @@ impl Log {
         disagreements: &BTreeMap<IpAddr, [(Source, NodeName); 2]>,
     ) -> Vec<Notice> {
         let mut notices = Vec::new();
-        for anomaly in anomalies {
-            if !self.anomalies.contains(&anomaly) {
-                notices.push(Notice {
-                    vip: anomaly.vip(),
-                    reason: match anomaly {
-                        Anomaly::UnknownSender(..) => "StrangeClaim",
-                        Anomaly::DuplicateAnnouncer(..) => "DuplicateAnnouncer",
-                    },
-                    text: anomaly.to_string(),
-                });
-                self.anomalies.insert(anomaly);
-            }
+        for anomaly in anomalies.difference(&self.anomalies) {
+            notices.push(Notice {
+                vip: anomaly.vip(),
+                reason: match anomaly {
+                    Anomaly::UnknownSender(..) => "StrangeClaim",
+                    Anomaly::DuplicateAnnouncer(..) => "DuplicateAnnouncer",
+                },
+                text: anomaly.to_string(),
+            });
         }
+        self.anomalies.extend(anomalies);
         for (vip, both) in disagreements {
             if !self.disagreements.contains(vip) {
                 let [one, other] = both.each_ref().map(|(source, node)| match source {

@@ -1,5 +1,6 @@
 //! `/metrics`: counters of what happened, and gauges that are computed when they are scraped.
 
+use std::fmt::Error;
 use std::sync::Arc;
 
 use axum::Router;
@@ -9,35 +10,31 @@ use axum::response::IntoResponse;
 use axum::routing::get;
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric, text};
-use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::counter::{ConstCounter, Counter};
 use prometheus_client::metrics::family::Family as Labelled;
 use prometheus_client::metrics::gauge::ConstGauge;
+use prometheus_client::metrics::{MetricType, TypedMetric};
 use prometheus_client::registry::{Registry, Unit};
 
 use crate::cluster::index::Watch;
 use crate::kernel::StepError;
 use crate::lan::{Anomaly, Lan};
 use crate::report::Report;
-use crate::state::Step;
+use crate::state::{Family, Step};
 
 type Labels = Vec<(&'static str, &'static str)>;
 
-/// What is counted since the agent started.
+/// What is counted since the agent started; steps by their executor.
 #[derive(Debug, Default)]
 pub struct Counters {
     /// Passes by result: `unchanged`, `changed`, `failed`.
     pub passes: Labelled<Labels, Counter>,
-    /// Steps by executor.
     pub steps: Labelled<Labels, Counter>,
-    /// Steps that failed, by executor.
     pub failed_steps: Labelled<Labels, Counter>,
-    /// Time spent in passes.
     pub pass_seconds: Counter<f64, std::sync::atomic::AtomicU64>,
 }
 
 impl Counters {
-    /// Counts a pass.
     pub fn pass(&self, result: &'static str) {
         let labels = vec![("result", result)];
         self.passes.get_or_create(&labels).inc();
@@ -60,7 +57,6 @@ impl Counters {
     }
 }
 
-/// The metrics endpoint.
 pub fn router(report: Arc<Report>) -> Router {
     Router::new()
         .route("/metrics", get(metrics))
@@ -95,7 +91,8 @@ async fn metrics(State(registry): State<Arc<Registry>>) -> impl IntoResponse {
 struct Scrape(Arc<Report>);
 
 impl Collector for Scrape {
-    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), Error> {
+        let encoder = &mut encoder;
         let (summary, watches) = (self.0.summary(), self.0.cluster.watches());
         let is_ready = usize::from(self.0.not_ready().is_none());
         let help = "Services and endpoints that are ignored";
@@ -106,35 +103,27 @@ impl Collector for Scrape {
             let one = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
             gauge(value).encode(one)?;
         }
+        let by = |family: &Family| ("family", family.to_string());
         let help =
             "Labelled Services by family and verdict: Active, or the reason that blocks them";
         let rows = summary.services.iter().map(|((family, verdict), count)| {
-            let labels = [
-                ("family", family.to_string()),
-                ("verdict", (*verdict).to_owned()),
-            ];
+            let labels = [by(family), ("verdict", (*verdict).to_owned())];
             (labels, gauge(*count))
         });
-        family(&mut encoder, "services", help, MetricType::Gauge, rows)?;
+        labelled(encoder, "services", help, rows)?;
         let help = "Egress pods of the cluster by family";
         let rows = summary.pods.iter();
-        let rows = rows.map(|(family, count)| ([("family", family.to_string())], gauge(*count)));
-        family(&mut encoder, "pods", help, MetricType::Gauge, rows)?;
+        let rows = rows.map(|(family, count)| ([by(family)], gauge(*count)));
+        labelled(encoder, "pods", help, rows)?;
 
         let of = |watch: &Watch| [("watch", watch.to_string())];
         let help = "1 for each watch that has its first list";
         let rows = watches.iter();
         let rows = rows.map(|(watch, state)| (of(watch), gauge(usize::from(state.synced))));
-        family(&mut encoder, "watch_synced", help, MetricType::Gauge, rows)?;
+        labelled(encoder, "watch_synced", help, rows)?;
         let rows = watches.iter();
         let rows = rows.map(|(watch, state)| (of(watch), ConstCounter::new(state.failures)));
-        family(
-            &mut encoder,
-            "watch_failures",
-            "Failures of watches",
-            MetricType::Counter,
-            rows,
-        )?;
+        labelled(encoder, "watch_failures", "Failures of watches", rows)?;
 
         let counts = self.0.lan.as_deref().map(Lan::anomaly_counts);
         let help = "Claims on the LAN that are not believed, or contradict each other, by kind";
@@ -142,22 +131,12 @@ impl Collector for Scrape {
             let count = |kind| counts.get(kind).copied().unwrap_or_default();
             Anomaly::KINDS.map(|kind| ([("kind", kind.to_owned())], ConstCounter::new(count(kind))))
         });
-        let name = "announcement_anomalies";
-        family(&mut encoder, name, help, MetricType::Counter, rows)?;
-        let challenges = &self.0.challenges;
+        labelled(encoder, "announcement_anomalies", help, rows)?;
+        let (sent, failed) = (self.0.challenges.sent(), self.0.challenges.failures());
         let help = "SYNs by which pods are made to send a challenge ACK after their path changed, and rounds that failed";
-        let rows = [
-            ("sent", challenges.sent()),
-            ("failed", challenges.failures()),
-        ];
+        let rows = [("sent", sent), ("failed", failed)];
         let rows = rows.map(|(result, n)| ([("result", result.to_owned())], ConstCounter::new(n)));
-        family(
-            &mut encoder,
-            "challenges",
-            help,
-            MetricType::Counter,
-            rows.into_iter(),
-        )
+        labelled(encoder, "challenges", help, rows)
     }
 }
 
@@ -166,14 +145,13 @@ fn gauge(value: usize) -> ConstGauge<i64> {
 }
 
 /// Metrics of one name that differ by labels.
-fn family<const N: usize>(
+fn labelled<const N: usize, M: EncodeMetric + TypedMetric>(
     encoder: &mut DescriptorEncoder<'_>,
     name: &str,
     help: &str,
-    kind: MetricType,
-    rows: impl Iterator<Item = ([(&'static str, String); N], impl EncodeMetric)>,
-) -> Result<(), std::fmt::Error> {
-    let mut family = encoder.encode_descriptor(name, help, None, kind)?;
+    rows: impl IntoIterator<Item = ([(&'static str, String); N], M)>,
+) -> Result<(), Error> {
+    let mut family = encoder.encode_descriptor(name, help, None, M::TYPE)?;
     for (labels, metric) in rows {
         metric.encode(family.encode_family(&labels)?)?;
     }

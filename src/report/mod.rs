@@ -38,7 +38,6 @@ pub struct Report {
     /// None where announcements are read from objects only.
     lan: Option<Arc<Lan>>,
     challenges: Challenges,
-    /// What is counted.
     pub counters: Counters,
     state: Mutex<State>,
     /// Where Events go, with the UID of the Service.
@@ -63,12 +62,10 @@ pub struct Summary {
     pub services: BTreeMap<(Family, &'static str), usize>,
     /// Egress pods of the cluster by family.
     pub pods: BTreeMap<Family, usize>,
-    /// Services and endpoints that are ignored.
     pub ignored: usize,
 }
 
 impl Summary {
-    /// The numbers of a plan.
     #[must_use]
     pub fn of(desired: &Desired) -> Summary {
         let mut summary = Summary {
@@ -168,17 +165,14 @@ impl Report {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A pass begins.
     pub fn pass_started(&self) {
         self.state().pass_started = Some(Instant::now());
     }
 
-    /// A pass has made a plan.
     pub fn planned(&self, desired: &Desired) {
         self.state().summary = Summary::of(desired);
     }
 
-    /// A pass ends.
     pub fn pass_ended(&self, outcome: Result<(), String>, took: Duration) {
         self.counters.pass_seconds.inc_by(took.as_secs_f64());
         if outcome.is_err() {
@@ -227,18 +221,11 @@ pub async fn serve(
     settings: &Settings,
     tasks: &mut Tasks,
 ) -> Result<(), ListenError> {
-    let (health, metrics) = (settings.health_address, settings.metrics_address);
+    let health = health::router(report.clone());
+    let metrics = metrics::router(report.clone());
     for (setting, address, router) in [
-        (
-            "HEALTH_PROBE_BIND_ADDRESS",
-            health,
-            health::router(report.clone()),
-        ),
-        (
-            "METRICS_BIND_ADDRESS",
-            metrics,
-            metrics::router(report.clone()),
-        ),
+        ("HEALTH_PROBE_BIND_ADDRESS", settings.health_address, health),
+        ("METRICS_BIND_ADDRESS", settings.metrics_address, metrics),
     ] {
         let Some(address) = address else {
             continue;
@@ -253,7 +240,6 @@ pub async fn serve(
     Ok(())
 }
 
-/// An address cannot be bound.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}: cannot listen on {1}")]
 pub struct ListenError(&'static str, SocketAddr, #[source] std::io::Error);

@@ -1,5 +1,3 @@
-//! The bits of the packet mark that are ours.
-
 use crate::state::Mark;
 
 /// More slots gain nothing, and each costs a chain: a node's pods hardly use as many gateways.
@@ -25,7 +23,6 @@ impl FwMask {
         Ok(FwMask(bits))
     }
 
-    /// The mask as a number.
     #[must_use]
     pub fn bits(self) -> u32 {
         self.0

@@ -7,23 +7,23 @@ mod routing;
 mod step;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fmt;
 use std::net::IpAddr;
 
+use derive_more::Display;
 use ipnet::IpNet;
+use strum::{IntoStaticStr, VariantNames};
 
 use crate::names::Interface;
-use strum::{IntoStaticStr, VariantNames};
 
 pub use self::routing::{Mark, NextHop, NextHops, RouteState, Rule, RuleAction, Table, TableId};
 pub use self::step::{ConnectionStep, FirewallStep, RouteStep, Step};
 
 /// An IP address family. Everything is kept for each family by itself: they share no kernel object.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, Display, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Family {
-    /// IPv4.
+    #[display("IPv4")]
     V4,
-    /// IPv6.
+    #[display("IPv6")]
     V6,
 }
 
@@ -31,7 +31,6 @@ impl Family {
     /// Both families, in the order in which they are worked on.
     pub const ALL: [Family; 2] = [Family::V4, Family::V6];
 
-    /// The family of an address.
     #[must_use]
     pub fn of(address: IpAddr) -> Family {
         if address.is_ipv4() {
@@ -41,50 +40,43 @@ impl Family {
         }
     }
 
-    /// The family of a network.
     #[must_use]
     pub fn of_net(net: IpNet) -> Family {
         Family::of(net.addr())
     }
 }
 
-impl fmt::Display for Family {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Family::V4 => "IPv4",
-            Family::V6 => "IPv6",
-        })
-    }
-}
-
 /// Whether the static part of the firewall (chains, jumps, sets) is there.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Skeleton {
-    /// Nothing of ours.
     #[default]
     Absent,
     /// Something is missing or changed; the text says what, for the log.
     Damaged(String),
-    /// All there, in the right order.
     Intact,
 }
 
 /// A set of pods in the kernel: one flag of [`PodState`] each.
-#[derive(Clone, Copy, Debug, IntoStaticStr, PartialEq, Eq, PartialOrd, Ord, VariantNames)]
+#[derive(
+    Clone, Copy, Debug, Display, IntoStaticStr, PartialEq, Eq, PartialOrd, Ord, VariantNames,
+)]
 pub enum PodSet {
     /// Egress pods: their connections pass our NAT, and what escapes it is dropped.
+    #[display("egress pods")]
     Egress,
     /// Pods whose gateway this node is. No rule looks there: a restarted agent knows by it whose connections became
     /// stale while it was away.
+    #[display("pods whose gateway this node is")]
     GatewayHere,
     /// Pods without a way out: rejected.
+    #[display("blocked pods")]
     Blocked,
     /// Pods of this node that are known to be no egress pods; kept only where pods wait for that.
+    #[display("ordinary pods")]
     Ordinary,
 }
 
 impl PodSet {
-    /// All of them.
     pub const ALL: [PodSet; 4] = [
         PodSet::Egress,
         PodSet::GatewayHere,
@@ -93,73 +85,47 @@ impl PodSet {
     ];
 }
 
-impl fmt::Display for PodSet {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            PodSet::Egress => "egress pods",
-            PodSet::GatewayHere => "pods whose gateway this node is",
-            PodSet::Blocked => "blocked pods",
-            PodSet::Ordinary => "ordinary pods",
-        })
-    }
-}
-
 /// A set of networks in the kernel.
-#[derive(Clone, Copy, Debug, IntoStaticStr, PartialEq, Eq, PartialOrd, Ord, VariantNames)]
+#[derive(
+    Clone, Copy, Debug, Display, IntoStaticStr, PartialEq, Eq, PartialOrd, Ord, VariantNames,
+)]
 pub enum NetSet {
-    /// Destinations that are not egress.
+    #[display("excluded destinations")]
     Excluded,
     /// Pod networks of the other nodes: what comes from there to outside must be of an egress pod.
+    #[display("remote pod networks")]
     RemotePods,
     /// Pod networks of this node whose pods wait until they are classified.
+    #[display("local pod networks")]
     LocalPods,
 }
 
 impl NetSet {
-    /// All of them.
     pub const ALL: [NetSet; 3] = [NetSet::Excluded, NetSet::RemotePods, NetSet::LocalPods];
-}
-
-impl fmt::Display for NetSet {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            NetSet::Excluded => "excluded destinations",
-            NetSet::RemotePods => "remote pod networks",
-            NetSet::LocalPods => "local pod networks",
-        })
-    }
 }
 
 /// What this node does with one pod. The flags are independent because a crash can leave any of them.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct PodState {
-    /// In [`PodSet::Egress`].
     pub egress: bool,
     /// The VIPs that it is translated to when it is not marked: one, or two in the middle of a change.
     pub vips: BTreeSet<IpAddr>,
     /// The mark that routes it to its gateway; none where this node is the gateway or the pod is elsewhere.
     pub mark: Option<Mark>,
-    /// In [`PodSet::GatewayHere`].
     pub gateway_here: bool,
     /// The VIP may have been announced elsewhere since the last pass, so conntrack entries here may be stale. Set by the
     /// agent, never read from the kernel: see [`KernelState::interrupt`].
     pub interrupted: bool,
-    /// In [`PodSet::Blocked`].
     pub blocked: bool,
-    /// In [`PodSet::Ordinary`].
     pub ordinary: bool,
 }
 
-/// Firewall of one family.
+/// Firewall of one family; its networks are the sets of [`NetSet`].
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct FirewallState {
-    /// Chains, jumps and static sets.
     pub skeleton: Skeleton,
-    /// [`NetSet::Excluded`].
     pub excluded: BTreeSet<IpNet>,
-    /// [`NetSet::RemotePods`].
     pub remote_pods: BTreeSet<IpNet>,
-    /// [`NetSet::LocalPods`].
     pub local_pods: BTreeSet<IpNet>,
     /// All egress VIPs; each has its translation and is guarded.
     pub vips: BTreeSet<IpAddr>,
@@ -170,31 +136,31 @@ pub struct FirewallState {
 /// Everything of ours in one family.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct FamilyState {
-    /// Rules and tables.
     pub routes: RouteState,
-    /// Chains and sets.
     pub firewall: FirewallState,
 }
 
 /// What does our work in another way: left by a start with another backend, or by an earlier release.
-#[derive(Clone, Copy, Debug, IntoStaticStr, PartialEq, Eq, PartialOrd, Ord, VariantNames)]
+#[derive(
+    Clone, Copy, Debug, Display, IntoStaticStr, PartialEq, Eq, PartialOrd, Ord, VariantNames,
+)]
 pub enum Remnant {
-    /// The table of the nftables backend.
+    #[display("the table of the nftables backend")]
     Nftables,
-    /// Chains of the iptables backend on nf_tables.
+    #[display("the chains of the iptables backend in nf_tables mode")]
     IptablesNft,
-    /// Chains of the iptables backend on ip_tables.
+    #[display("the chains of the iptables backend in legacy mode")]
     IptablesLegacy,
-    /// Sets of the iptables backend.
+    #[display("the sets of the iptables backend")]
     Ipsets,
-    /// Chains, sets, rules and routes of releases before 0.3.
+    /// Chains, sets, rules and routes.
+    #[display("what a release before 0.3 left")]
     EarlierRelease,
 }
 
 /// Everything of ours in a node's kernel. A family that the kernel does not have is absent from the map.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct KernelState {
-    /// By family.
     pub families: BTreeMap<Family, FamilyState>,
     /// What is to go when the families are as wanted.
     pub remnants: BTreeSet<Remnant>,
@@ -206,7 +172,6 @@ pub struct KernelState {
 /// What was read of a node's kernel.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Observed {
-    /// Everything of ours.
     pub state: KernelState,
     /// The interfaces that are up, with the networks that are directly reachable on them.
     pub interfaces: Vec<Interface>,
@@ -216,20 +181,7 @@ pub struct Observed {
     pub collisions: BTreeSet<String>,
 }
 
-impl fmt::Display for Remnant {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Remnant::Nftables => "the table of the nftables backend",
-            Remnant::IptablesNft => "the chains of the iptables backend in nf_tables mode",
-            Remnant::IptablesLegacy => "the chains of the iptables backend in legacy mode",
-            Remnant::Ipsets => "the sets of the iptables backend",
-            Remnant::EarlierRelease => "what a release before 0.3 left",
-        })
-    }
-}
-
 impl PodState {
-    /// Whether the pod is in a set.
     #[must_use]
     pub fn is_in(&self, set: PodSet) -> bool {
         match set {
@@ -256,7 +208,6 @@ impl PodState {
 }
 
 impl FirewallState {
-    /// The members of a set of networks.
     #[must_use]
     pub fn nets(&self, set: NetSet) -> &BTreeSet<IpNet> {
         match set {
@@ -266,7 +217,6 @@ impl FirewallState {
         }
     }
 
-    /// The same, to be changed.
     pub fn nets_mut(&mut self, set: NetSet) -> &mut BTreeSet<IpNet> {
         match set {
             NetSet::Excluded => &mut self.excluded,
@@ -289,14 +239,6 @@ impl FirewallState {
             pod.vips.retain(&keep);
         }
         self.pods.retain(|_, pod| !pod.is_empty());
-    }
-}
-
-impl FamilyState {
-    /// Where marked pods are routed to.
-    #[must_use]
-    pub fn next_hops(&self) -> NextHops<'_> {
-        NextHops::new(self)
     }
 }
 

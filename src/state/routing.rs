@@ -4,45 +4,38 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::IpAddr;
 
+use derive_more::Display;
 use ipnet::IpNet;
 
 use crate::state::FamilyState;
 
 /// A routing table of ours.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, Display, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct TableId(pub u32);
 
-impl fmt::Display for TableId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}", self.0)
-    }
-}
-
 /// A value of the packet mark within a mask: the bits outside the mask belong to others.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, Display, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[display("{value:#x}/{mask:#x}")]
 pub struct Mark {
     /// The bits to set or to compare, all within `mask`.
     pub value: u32,
-    /// The bits that count.
     pub mask: u32,
 }
 
-impl fmt::Display for Mark {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:#x}/{:#x}", self.value, self.mask)
-    }
-}
-
 /// What a routing rule does with a packet that it matches.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, Display, PartialEq, Eq, PartialOrd, Ord)]
 pub enum RuleAction {
     /// Nothing: the target of `Goto` rules.
+    #[display("nop")]
     Nop,
     /// Route by a table; without a match there, go on with the next rule.
+    #[display("lookup {_0}")]
     Lookup(TableId),
     /// Reject with an ICMP error.
+    #[display("unreachable")]
     Unreachable,
     /// Go on at the rule with this priority.
+    #[display("goto {_0}")]
     Goto(u32),
 }
 
@@ -51,15 +44,11 @@ pub enum RuleAction {
 pub struct Rule {
     /// Place in the list of rules, lowest first. Rules of others may share it.
     pub priority: u32,
-    /// What happens to matching packets.
     pub action: RuleAction,
-    /// Match on the packet mark.
     pub mark: Option<Mark>,
     /// The match is inverted as a whole (`ip rule add not …`).
     pub not: bool,
-    /// Match on the source.
     pub from: Option<IpAddr>,
-    /// Match on the destination.
     pub to: Option<IpNet>,
 }
 
@@ -79,28 +68,18 @@ impl fmt::Display for Rule {
         if let Some(mark) = self.mark {
             write!(f, " fwmark {mark}")?;
         }
-        match self.action {
-            RuleAction::Nop => f.write_str(" nop"),
-            RuleAction::Lookup(table) => write!(f, " lookup {table}"),
-            RuleAction::Unreachable => f.write_str(" unreachable"),
-            RuleAction::Goto(priority) => write!(f, " goto {priority}"),
-        }
+        write!(f, " {}", self.action)
     }
 }
 
 /// Where a routing table sends its packets.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Debug, Display, PartialEq, Eq, PartialOrd, Ord)]
+#[display("{via} dev {dev}")]
 pub struct NextHop {
     /// Address of the gateway node.
     pub via: IpAddr,
     /// Name of the interface on which the gateway is directly reachable.
     pub dev: String,
-}
-
-impl fmt::Display for NextHop {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} dev {}", self.via, self.dev)
-    }
 }
 
 /// One routing table of ours.
@@ -109,7 +88,6 @@ pub struct Table {
     /// The `unreachable` default route with the worst metric is there: without it a table that lost its
     /// gateway is empty, the lookup falls through to `main`, and the packet leaks.
     pub fallback: bool,
-    /// The default route to the gateway.
     pub gateway: Option<NextHop>,
 }
 
@@ -118,7 +96,6 @@ pub struct Table {
 pub struct RouteState {
     /// Our rules: in the kernel those with our protocol number, wherever they stand.
     pub rules: BTreeSet<Rule>,
-    /// Our tables.
     pub tables: BTreeMap<TableId, Table>,
 }
 
@@ -129,23 +106,27 @@ pub struct NextHops<'a> {
     by_mark: BTreeMap<(Mark, Option<IpAddr>), (TableId, &'a NextHop)>,
 }
 
-impl<'a> NextHops<'a> {
-    pub(super) fn new(state: &'a FamilyState) -> NextHops<'a> {
+impl FamilyState {
+    /// Where marked pods are routed to.
+    #[must_use]
+    pub fn next_hops(&self) -> NextHops<'_> {
         let hop = |rule: &Rule| match rule.action {
             RuleAction::Lookup(id) => {
-                let table = state.routes.tables.get(&id)?;
+                let table = self.routes.tables.get(&id)?;
                 Some((id, table.gateway.as_ref()?))
             }
             RuleAction::Nop | RuleAction::Unreachable | RuleAction::Goto(_) => None,
         };
-        let rules = state.routes.rules.iter();
+        let rules = self.routes.rules.iter();
         let by_mark = rules.filter_map(|rule| Some(((rule.mark?, rule.from), hop(rule)?)));
         NextHops {
-            state,
+            state: self,
             by_mark: by_mark.collect(),
         }
     }
+}
 
+impl<'a> NextHops<'a> {
     /// The table and the gateway that a pod is routed to; a rule of the pod's own counts before the one of its mark.
     #[must_use]
     pub fn of(&self, pod: IpAddr) -> Option<(TableId, &'a NextHop)> {

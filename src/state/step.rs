@@ -4,105 +4,96 @@
 //! there and removing what is absent succeeds.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fmt;
 use std::net::IpAddr;
 
+use derive_more::{Display, From};
 use ipnet::IpNet;
 use strum::{IntoStaticStr, VariantNames};
 
 use crate::state::{Family, Mark, NetSet, NextHop, PodSet, Remnant, Rule, TableId};
 
 /// One change to one object of the kernel.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Display, From, PartialEq, Eq)]
 pub enum Step {
-    /// Routing rules and tables.
     Route(RouteStep),
-    /// The firewall backend.
     Firewall(FirewallStep),
-    /// Connection tracking.
     Connection(ConnectionStep),
-    /// Remove what another backend or an earlier release left.
+    #[display("remove {_0}")]
     RemoveRemnant(Remnant),
 }
 
 /// A change of routing rules and tables.
-#[derive(Clone, Debug, IntoStaticStr, PartialEq, Eq, VariantNames)]
+#[derive(Clone, Debug, Display, IntoStaticStr, PartialEq, Eq, VariantNames)]
 pub enum RouteStep {
-    /// Add a routing rule.
+    #[display("add {_0} rule {_1}")]
     AddRule(Family, Rule),
-    /// Remove a routing rule of ours.
+    #[display("remove {_0} rule {_1}")]
     RemoveRule(Family, Rule),
-    /// Add a table's `unreachable` default.
+    #[display("add the unreachable {_0} default of table {_1}")]
     AddFallback(Family, TableId),
-    /// Remove a table's `unreachable` default.
+    #[display("remove the unreachable {_0} default of table {_1}")]
     RemoveFallback(Family, TableId),
-    /// Add or replace the route to a table's gateway.
+    /// Replaces any other.
+    #[display("route table {_0} via {_1}")]
     SetGateway(TableId, NextHop),
-    /// Remove the route to a table's gateway.
+    #[display("remove from table {_0} the route via {_1}")]
     RemoveGateway(TableId, NextHop),
 }
 
 /// A change of chains and sets.
-#[derive(Clone, Debug, IntoStaticStr, PartialEq, Eq, VariantNames)]
+#[derive(Clone, Debug, Display, IntoStaticStr, PartialEq, Eq, VariantNames)]
 pub enum FirewallStep {
     /// (Re)write chains, jumps and static sets, with the translations of these VIPs; members of sets stay.
+    #[display("install the {_0} firewall with {} VIPs", _1.len())]
     Install(Family, BTreeSet<IpAddr>),
     /// Remove chains, jumps and all sets.
+    #[display("remove the {_0} firewall")]
     Remove(Family),
     /// Guard a VIP and prepare the translation to it.
+    #[display("add VIP {_0}")]
     AddVip(IpAddr),
-    /// Remove a VIP's guard and translation.
+    #[display("remove VIP {_0}")]
     RemoveVip(IpAddr),
-    /// Put a network into a set.
+    #[display("add {_1} to the {_0}")]
     AddNet(NetSet, IpNet),
-    /// Take a network out of a set.
+    #[display("remove {_1} from the {_0}")]
     RemoveNet(NetSet, IpNet),
-    /// Put a pod into a set.
+    #[display("add {_1} to the {_0}")]
     AddPod(PodSet, IpAddr),
-    /// Take a pod out of a set.
+    #[display("remove {_1} from the {_0}")]
     RemovePod(PodSet, IpAddr),
     /// Translate a pod to a VIP where it is not marked.
-    Translate {
-        /// Address of the pod.
-        pod: IpAddr,
-        /// Address it gets.
-        vip: IpAddr,
-    },
-    /// Lift that.
-    Untranslate {
-        /// Address of the pod.
-        pod: IpAddr,
-        /// Address it got.
-        vip: IpAddr,
-    },
+    #[display("translate pod {pod} to {vip}")]
+    Translate { pod: IpAddr, vip: IpAddr },
+    #[display("no longer translate pod {pod} to {vip}")]
+    Untranslate { pod: IpAddr, vip: IpAddr },
     /// Route a pod to its gateway by this mark, instead of any other that it had.
-    Mark {
-        /// Address of the pod.
-        pod: IpAddr,
-        /// The gateway's mark.
-        mark: Mark,
-    },
-    /// Lift that.
+    #[display("mark pod {pod} with {mark}")]
+    Mark { pod: IpAddr, mark: Mark },
+    #[display("no longer mark pod {_0}")]
     Unmark(IpAddr),
 }
 
 /// A change of what the kernel and the pods know of connections.
-#[derive(Clone, Debug, IntoStaticStr, PartialEq, Eq, VariantNames)]
+#[derive(Clone, Debug, Display, IntoStaticStr, PartialEq, Eq, VariantNames)]
 pub enum ConnectionStep {
     /// Forget the connections that a pod opened to outside: their address translation is decided anew.
+    #[display("forget the connections of pod {_0}")]
     Forget(IpAddr),
     /// Keep the connections of a pod that this node is the gateway of, wherever their TCP windows are by now, and forget
-    /// those with another source.
-    Resume {
-        /// Address of the pod.
-        pod: IpAddr,
-        /// The source that its packets leave with.
-        source: IpAddr,
-    },
+    /// those with another source than the one that its packets leave with.
+    #[display("resume the connections of pod {pod} as {source}")]
+    Resume { pod: IpAddr, source: IpAddr },
     /// Make a local pod send one packet on each TCP connection to outside: its path has changed, and the new gateway has
     /// no conntrack entry, so drops the server's packets, until it sees one of the pod's.
+    #[display("elicit an ACK of pod {_0} on each of its connections")]
     ElicitAck(IpAddr),
     /// Forget what came about under other rules than the present ones.
+    #[display(
+        "forget connections of {} pods that have another source than theirs, and unreplied ones to {} VIPs",
+        sources.len(),
+        vips.len()
+    )]
     ForgetWrongSource {
         /// Connections that these pods opened to outside with another source than the one given for each.
         sources: BTreeMap<IpAddr, IpAddr>,
@@ -111,34 +102,14 @@ pub enum ConnectionStep {
         vips: BTreeSet<IpAddr>,
     },
     /// Forget what pods opened to destinations that are excluded from now on, other than by way of a Service.
+    #[display("forget connections of {} pods to {}", pods.len(), joined(nets))]
     ForgetNewlyExcluded {
-        /// Addresses of the pods.
         pods: BTreeSet<IpAddr>,
-        /// The destinations.
         nets: BTreeSet<IpNet>,
     },
 }
 
-impl From<RouteStep> for Step {
-    fn from(step: RouteStep) -> Step {
-        Step::Route(step)
-    }
-}
-
-impl From<FirewallStep> for Step {
-    fn from(step: FirewallStep) -> Step {
-        Step::Firewall(step)
-    }
-}
-
-impl From<ConnectionStep> for Step {
-    fn from(step: ConnectionStep) -> Step {
-        Step::Connection(step)
-    }
-}
-
 impl FirewallStep {
-    /// The pod that the step is about.
     #[must_use]
     pub fn pod(&self) -> Option<IpAddr> {
         match self {
@@ -170,7 +141,6 @@ impl Step {
         }
     }
 
-    /// The pod that the step is about.
     #[must_use]
     pub fn pod(&self) -> Option<IpAddr> {
         match self {
@@ -232,81 +202,7 @@ impl Step {
     }
 }
 
-impl fmt::Display for Step {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Step::Route(step) => step.fmt(f),
-            Step::Firewall(step) => step.fmt(f),
-            Step::Connection(step) => step.fmt(f),
-            Step::RemoveRemnant(remnant) => write!(f, "remove {remnant}"),
-        }
-    }
-}
-
-impl fmt::Display for RouteStep {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            RouteStep::AddRule(family, rule) => write!(f, "add {family} rule {rule}"),
-            RouteStep::RemoveRule(family, rule) => write!(f, "remove {family} rule {rule}"),
-            RouteStep::AddFallback(family, table) => {
-                write!(f, "add the unreachable {family} default of table {table}")
-            }
-            RouteStep::RemoveFallback(family, table) => write!(
-                f,
-                "remove the unreachable {family} default of table {table}"
-            ),
-            RouteStep::SetGateway(table, hop) => write!(f, "route table {table} via {hop}"),
-            RouteStep::RemoveGateway(table, hop) => {
-                write!(f, "remove from table {table} the route via {hop}")
-            }
-        }
-    }
-}
-
-impl fmt::Display for FirewallStep {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            FirewallStep::Install(family, vips) => {
-                write!(f, "install the {family} firewall with {} VIPs", vips.len())
-            }
-            FirewallStep::Remove(family) => write!(f, "remove the {family} firewall"),
-            FirewallStep::AddVip(vip) => write!(f, "add VIP {vip}"),
-            FirewallStep::RemoveVip(vip) => write!(f, "remove VIP {vip}"),
-            FirewallStep::AddNet(set, net) => write!(f, "add {net} to the {set}"),
-            FirewallStep::RemoveNet(set, net) => write!(f, "remove {net} from the {set}"),
-            FirewallStep::AddPod(set, pod) => write!(f, "add {pod} to the {set}"),
-            FirewallStep::RemovePod(set, pod) => write!(f, "remove {pod} from the {set}"),
-            FirewallStep::Translate { pod, vip } => write!(f, "translate pod {pod} to {vip}"),
-            FirewallStep::Untranslate { pod, vip } => {
-                write!(f, "no longer translate pod {pod} to {vip}")
-            }
-            FirewallStep::Mark { pod, mark } => write!(f, "mark pod {pod} with {mark}"),
-            FirewallStep::Unmark(pod) => write!(f, "no longer mark pod {pod}"),
-        }
-    }
-}
-
-impl fmt::Display for ConnectionStep {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            ConnectionStep::Forget(pod) => write!(f, "forget the connections of pod {pod}"),
-            ConnectionStep::Resume { pod, source } => {
-                write!(f, "resume the connections of pod {pod} as {source}")
-            }
-            ConnectionStep::ElicitAck(pod) => {
-                write!(f, "elicit an ACK of pod {pod} on each of its connections")
-            }
-            ConnectionStep::ForgetWrongSource { sources, vips } => write!(
-                f,
-                "forget connections of {} pods that have another source than theirs, and unreplied ones to {} VIPs",
-                sources.len(),
-                vips.len()
-            ),
-            ConnectionStep::ForgetNewlyExcluded { pods, nets } => {
-                let nets: Vec<String> = nets.iter().map(IpNet::to_string).collect();
-                let (pods, nets) = (pods.len(), nets.join(", "));
-                write!(f, "forget connections of {pods} pods to {nets}")
-            }
-        }
-    }
+fn joined(nets: &BTreeSet<IpNet>) -> String {
+    let nets: Vec<String> = nets.iter().map(IpNet::to_string).collect();
+    nets.join(", ")
 }
