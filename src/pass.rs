@@ -144,25 +144,14 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
+    use crate::cluster::Node;
     use crate::cluster::l2status::L2Status;
     use crate::cluster::leases::BootId;
-    use crate::cluster::{Endpoint, EndpointSlice, Node, OnNoGateway, Service, Target};
-    use crate::names::ObjectKey;
+    use crate::fixtures::{With, endpoint, ip, key, service, slice};
     use crate::plan::{Blocked, Verdict};
     use crate::state::{Family, FamilyState, KernelState, PodState, TableId};
 
     const VIPS: [&str; 2] = ["192.0.2.200", "2001:db8:1::c8"];
-
-    fn ip(text: &str) -> IpAddr {
-        text.parse().unwrap()
-    }
-
-    fn key(name: &str) -> ObjectKey {
-        ObjectKey {
-            namespace: "shop".to_owned(),
-            name: name.to_owned(),
-        }
-    }
 
     fn node(n: u8) -> NodeName {
         NodeName(format!("node{n}"))
@@ -174,25 +163,6 @@ mod tests {
 
     /// Three nodes, Service `a` with a pod on node1, and no announcer.
     fn facts() -> Snapshot {
-        let service = Service {
-            uid: String::new(),
-            created: 1,
-            load_balancer: true,
-            families: Family::ALL.into(),
-            vips: VIPS.map(ip).map(|vip| (Family::of(vip), vip)).into(),
-            hostname: None,
-            on_no_gateway: OnNoGateway::Reject,
-            selector: BTreeMap::new(),
-        };
-        let endpoint = Endpoint {
-            addresses: vec!["10.244.1.11".to_owned()],
-            node: Some(node(1)),
-            target: Target::Pod(key("pod")),
-        };
-        let slice = EndpointSlice {
-            service: key("a"),
-            endpoints: vec![endpoint],
-        };
         let facts = |n: u8| Node {
             addresses: vec![IpAddr::from([192, 0, 2, 10 + n])],
             ready: true,
@@ -200,13 +170,16 @@ mod tests {
             programmed: Some(BootId("first".to_owned())),
             ..Node::default()
         };
+        let view = View {
+            nodes: (1..=3).map(|n| (node(n), facts(n))).collect(),
+            ..View::default()
+        };
+        let [v4, v6] = VIPS;
+        let endpoint = endpoint("10.244.1.11", "node1");
         Snapshot {
-            view: View {
-                services: [(key("a"), service)].into(),
-                slices: [(key("a-4"), slice)].into(),
-                nodes: (1..=3).map(|n| (node(n), facts(n))).collect(),
-                ..View::default()
-            },
+            view: view
+                .with(service("a").created(1).vip(v4).vip(v6))
+                .with(slice("a-4", "a", [endpoint])),
             ..Snapshot::default()
         }
     }

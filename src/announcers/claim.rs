@@ -47,7 +47,10 @@ pub(super) struct Judgement {
 impl Source {
     /// Whether a claim holds for as long as it is there, as an object does; else from the moment when it is heard.
     fn is_standing(self) -> bool {
-        matches!(self, Source::Status)
+        match self {
+            Source::Status => true,
+            Source::Lan => false,
+        }
     }
 }
 

@@ -1,6 +1,6 @@
 use super::*;
-use crate::cluster::OnNoGateway;
 use crate::cluster::leases::BootId;
+use crate::fixtures::{key, service};
 use crate::state::Family;
 
 const GRACE: Duration = Duration::from_secs(30);
@@ -20,28 +20,12 @@ fn vip() -> IpAddr {
     IpAddr::from([192, 0, 2, 200])
 }
 
-fn key(name: &str) -> ObjectKey {
-    ObjectKey {
-        namespace: "shop".to_owned(),
-        name: name.to_owned(),
-    }
-}
-
 fn node(n: u8) -> NodeName {
     NodeName(format!("node{n}"))
 }
 
 fn case() -> Case {
-    let service = Service {
-        uid: String::new(),
-        created: 0,
-        load_balancer: true,
-        families: [Family::V4].into(),
-        vips: [(Family::V4, vip())].into(),
-        hostname: None,
-        on_no_gateway: OnNoGateway::Reject,
-        selector: BTreeMap::new(),
-    };
+    let service = service("a").families(&[Family::V4]).vip("192.0.2.200");
     let facts = Node {
         ready: true,
         programmed: Some(BootId("first".to_owned())),
@@ -50,7 +34,7 @@ fn case() -> Case {
     Case {
         announcers: Announcers::new(node(9), GRACE),
         start: Instant::now(),
-        services: [(key("a"), service)].into(),
+        services: [(service.key, service.facts)].into(),
         statuses: BTreeMap::new(),
         heard: BTreeMap::new(),
         nodes: (1..=3).map(|n| (node(n), facts.clone())).collect(),

@@ -224,16 +224,9 @@ fn document(event: ServiceEvent, uid: String) -> (Event, ObjectReference) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cluster::{Endpoint, EndpointSlice, Target};
+    use crate::fixtures::{With, endpoint, key, slice};
     use crate::plan::Desired;
     use crate::report::log::changes;
-
-    fn key(name: &str) -> ObjectKey {
-        ObjectKey {
-            namespace: "shop".to_owned(),
-            name: name.to_owned(),
-        }
-    }
 
     fn node(n: u8) -> NodeName {
         NodeName(format!("node{n}"))
@@ -241,19 +234,9 @@ mod tests {
 
     /// Service `a` has pods on node2 and node3.
     fn view() -> View {
-        let endpoint = |address: &str, n| Endpoint {
-            addresses: vec![address.to_owned()],
-            node: Some(node(n)),
-            target: Target::Pod(key("pod")),
-        };
-        let slice = EndpointSlice {
-            service: key("a"),
-            endpoints: vec![endpoint("10.244.3.9", 3), endpoint("10.244.2.9", 2)],
-        };
-        View {
-            slices: [(key("a-1"), slice)].into(),
-            ..View::default()
-        }
+        let endpoints = [("10.244.3.9", "node3"), ("10.244.2.9", "node2")];
+        let endpoints = endpoints.map(|(address, node)| endpoint(address, node));
+        View::default().with(slice("a-1", "a", endpoints))
     }
 
     fn desired(verdict: Verdict) -> Desired {
