@@ -32,7 +32,6 @@ use ipnet::IpNet;
 use tracing::debug;
 
 use crate::error::chain;
-use crate::kernel::backend::Backend;
 pub use crate::kernel::challenge::Challenges;
 use crate::kernel::challenge::Unheard;
 use crate::kernel::drift::DriftListener;
@@ -227,7 +226,7 @@ impl Kernel for NodeKernel {
             }
             if !batch.connections.is_empty() {
                 let (steps, excluded) = (&batch.connections, &self.excluded);
-                let firewall = &mut self.firewall;
+                let firewall = &self.firewall;
                 connections::apply(steps, firewall, excluded, &mut unheard, &mut failed).await;
             }
             for remnant in batch.remnants {

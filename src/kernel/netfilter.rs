@@ -70,6 +70,11 @@ impl<'a> Message<'a> {
         attributes(self.payload.get(4..).unwrap_or_default())
     }
 
+    /// The value of the first attribute of a type.
+    pub(crate) fn attribute(&self, wanted: u16) -> Option<&'a [u8]> {
+        attribute(self.payload.get(4..)?, wanted)
+    }
+
     /// The whole message in the crate's words.
     pub(crate) fn decode(&self) -> Result<NetfilterMessageInner, NetlinkError> {
         Ok(NetfilterMessage::parse_with_param(self.payload, self.kind)?.inner)
@@ -102,6 +107,12 @@ pub(crate) fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])>
         bytes = bytes.get(length.next_multiple_of(4)..).unwrap_or_default();
         Some((u16::from_ne_bytes([k0, k1]) & NLA_TYPE_MASK, value))
     })
+}
+
+/// The value of the first attribute of a type.
+pub(crate) fn attribute(bytes: &[u8], wanted: u16) -> Option<&[u8]> {
+    let mut attributes = attributes(bytes);
+    Some(attributes.find(|(kind, _)| *kind == wanted)?.1)
 }
 
 /// The messages in a buffer that the kernel filled.

@@ -95,9 +95,7 @@ mod tests {
             ),
         ] {
             let vip = vip.parse().unwrap();
-            let sets: String = StaticSet::all()
-                .map(|set| set.create(family) + "\n")
-                .collect();
+            let sets: String = StaticSet::all().map(|set| set.create(family)).collect();
             let chains = install_document(family, 0x00f0_0000, &[vip].into(), &[]);
             assert_eq!(sets + &create_vip(vip) + &chains, golden);
         }
