@@ -38,7 +38,6 @@ const SETTLE: Duration = Duration::from_millis(20);
 /// Between two reports, so that a program that changes things all the time does not make us read all the time.
 const SHORTEST_INTERVAL: Duration = Duration::from_millis(500);
 
-/// Listens for the kernel's notifications.
 pub(crate) struct DriftListener {
     routes: TokioSocket,
     netfilter: TokioSocket,
@@ -76,7 +75,6 @@ fn listen(protocol: isize, groups: &[u32]) -> Result<TokioSocket, NetlinkError> 
 }
 
 impl DriftListener {
-    /// Starts to listen.
     pub(crate) fn open(
         own_ports: Vec<u32>,
         ranges: Ranges,

@@ -1,7 +1,7 @@
 //! The interfaces of this node, as far as routes need to know of them.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use futures::TryStreamExt;
 use ipnet::IpNet;
@@ -17,19 +17,15 @@ use crate::names::Interface;
 pub(crate) struct WatchedInterfaces(Arc<Mutex<BTreeSet<u32>>>);
 
 impl WatchedInterfaces {
-    /// Whether an interface is one of them.
     pub(crate) fn contains(&self, index: u32) -> bool {
-        let indexes = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        indexes.contains(&index)
+        self.indexes().contains(&index)
     }
 
-    fn insert(&self, index: u32) {
-        let mut indexes = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        indexes.insert(index);
+    fn indexes(&self) -> MutexGuard<'_, BTreeSet<u32>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// An interface.
 #[derive(Debug)]
 pub(crate) struct Link {
     pub(crate) index: u32,
@@ -37,7 +33,6 @@ pub(crate) struct Link {
     flags: LinkFlags,
 }
 
-/// All interfaces.
 pub(crate) async fn links(handle: &Handle) -> Result<Vec<Link>, Error> {
     let link = |message: LinkMessage| {
         let mut attributes = message.attributes.into_iter();
@@ -79,7 +74,7 @@ pub(crate) async fn connected(
     let mut addresses = handle.address().get().execute();
     while let Some(message) = addresses.try_next().await? {
         if message.header.scope == AddressScope::Universe {
-            watched.insert(message.header.index);
+            watched.indexes().insert(message.header.index);
         }
         let Some(interface) = interfaces.get_mut(&message.header.index) else {
             continue;

@@ -16,7 +16,6 @@ pub(crate) struct Neighbour {
     pub(crate) interface: u32,
 }
 
-/// The kernel's neighbour table.
 pub(crate) async fn neighbour_table(
     handle: &rtnetlink::Handle,
 ) -> Result<Vec<Neighbour>, rtnetlink::Error> {

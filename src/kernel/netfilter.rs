@@ -24,16 +24,13 @@ const ANSWER_BYTES: usize = 1024 * 1024;
 /// How often a dump is tried when changes of others interrupt it.
 const DUMP_TRIES: u32 = 20;
 
-/// What can go wrong when speaking to netfilter.
 #[derive(Debug, thiserror::Error)]
 pub enum NetlinkError {
     /// No socket, or the kernel refused.
     #[error("netfilter refused")]
     Refused(#[from] std::io::Error),
-    /// An answer that cannot be decoded.
     #[error("netfilter answered nonsense")]
     Decode(#[from] DecodeError),
-    /// Other programs change netfilter faster than it can be read.
     #[error("netfilter changed {DUMP_TRIES} times while it was read")]
     Unsteady,
 }
@@ -135,20 +132,14 @@ pub(crate) fn messages(buffer: &[u8]) -> Result<Vec<Message<'_>>, NetlinkError> 
 }
 
 /// A socket to netfilter in the network namespace of the thread that opened it.
+#[derive(Debug)]
 pub(crate) struct Netfilter {
     socket: Socket,
     /// Notifications of a change carry the port of the socket that asked for it.
     port: u32,
 }
 
-impl std::fmt::Debug for Netfilter {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Netfilter").finish_non_exhaustive()
-    }
-}
-
 impl Netfilter {
-    /// Opens the socket.
     pub(crate) fn open() -> Result<Netfilter, NetlinkError> {
         let mut socket = Socket::new(NETLINK_NETFILTER)?;
         // A transaction must go out in one piece, whatever the default is. Without CAP_NET_ADMIN nothing here
@@ -165,7 +156,6 @@ impl Netfilter {
         self.port
     }
 
-    /// Sends whole messages.
     pub(crate) fn send(&self, bytes: &[u8]) -> Result<(), NetlinkError> {
         Ok(self.socket.send(bytes, 0).map(drop)?)
     }

@@ -39,7 +39,6 @@ use crate::state::{Family, FirewallState, FirewallStep, Remnant};
 /// How many bad input lines a batch may have before it is given up.
 const MOST_BAD_LINES: usize = 32;
 
-/// The iptables backend of one node.
 #[derive(Debug)]
 pub(crate) struct Iptables {
     variant: Variant,
