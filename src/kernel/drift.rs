@@ -193,16 +193,16 @@ fn is_link_local(value: &[u8]) -> bool {
 
 impl Message<'_> {
     fn byte_at(&self, at: usize) -> Option<u8> {
-        self.payload().get(at).copied()
+        self.payload.get(at).copied()
     }
 
     fn number_at(&self, at: usize) -> Option<u32> {
-        let bytes = self.payload().get(at..)?.first_chunk::<4>()?;
+        let bytes = self.payload.get(at..)?.first_chunk::<4>()?;
         Some(u32::from_ne_bytes(*bytes))
     }
 
     /// What comes after a header of this length: attributes.
     fn tail(&self, header: usize) -> &[u8] {
-        self.payload().get(header..).unwrap_or_default()
+        self.payload.get(header..).unwrap_or_default()
     }
 }

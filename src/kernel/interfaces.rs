@@ -59,18 +59,11 @@ pub(crate) async fn connected(
     let is_usable = |link: &Link| {
         link.flags.contains(LinkFlags::Up) && !link.flags.contains(LinkFlags::Loopback)
     };
-    let interface = |link: Link| {
+    let mut interfaces = BTreeMap::new();
+    for Link { index, name, .. } in links.into_iter().filter(is_usable) {
         let nets = BTreeSet::new();
-        (
-            link.index,
-            Interface {
-                name: link.name,
-                nets,
-            },
-        )
-    };
-    let links = links.into_iter().filter(is_usable);
-    let mut interfaces: BTreeMap<u32, Interface> = links.map(interface).collect();
+        interfaces.insert(index, Interface { name, nets });
+    }
     let mut addresses = handle.address().get().execute();
     while let Some(message) = addresses.try_next().await? {
         if message.header.scope == AddressScope::Universe {
@@ -81,14 +74,12 @@ pub(crate) async fn connected(
         };
         let length = message.header.prefix_len;
         // `Address` is the peer's on a point-to-point link, which is what can be reached there.
-        let nets = message
-            .attributes
-            .iter()
-            .filter_map(|attribute| match attribute {
-                AddressAttribute::Address(address) => IpNet::new(*address, length).ok(),
-                _ => None,
-            });
-        interface.nets.extend(nets.map(|net| net.trunc()));
+        for attribute in &message.attributes {
+            if let AddressAttribute::Address(address) = attribute {
+                let net = IpNet::new(*address, length).ok();
+                interface.nets.extend(net.map(|net| net.trunc()));
+            }
+        }
     }
     Ok(interfaces.into_values().collect())
 }

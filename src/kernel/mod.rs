@@ -115,8 +115,9 @@ impl NodeKernel {
         if let Some(error) = refusal {
             choice += &format!(", because nftables cannot be used: {}", chain(&error));
         }
-        let own_ports = [routes.port()].into_iter().chain(profile.port).collect();
-        let drift = DriftListener::open(own_ports, ranges, profile.watched, routes.watched())?;
+        let own_ports = [routes.port].into_iter().chain(profile.port).collect();
+        let drift =
+            DriftListener::open(own_ports, ranges, profile.watched, routes.watched.clone())?;
         Ok(NodeKernel {
             firewall,
             routes,

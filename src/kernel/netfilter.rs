@@ -46,8 +46,8 @@ impl NetlinkError {
 /// thousands of elements are read, and fails on attributes of a newer kernel.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Message<'a> {
-    /// The message after the netlink header.
-    payload: &'a [u8],
+    /// Everything after the netlink header.
+    pub(crate) payload: &'a [u8],
     /// Subsystem and type.
     pub(crate) kind: u16,
     flags: u16,
@@ -56,11 +56,6 @@ pub(crate) struct Message<'a> {
 }
 
 impl<'a> Message<'a> {
-    /// Everything after the netlink header.
-    pub(crate) fn payload(&self) -> &'a [u8] {
-        self.payload
-    }
-
     /// The attributes: type and value.
     pub(crate) fn attributes(&self) -> impl Iterator<Item = (u16, &'a [u8])> {
         // Family, version and resource come first.
@@ -136,7 +131,7 @@ pub(crate) fn messages(buffer: &[u8]) -> Result<Vec<Message<'_>>, NetlinkError> 
 pub(crate) struct Netfilter {
     socket: Socket,
     /// Notifications of a change carry the port of the socket that asked for it.
-    port: u32,
+    pub(crate) port: u32,
 }
 
 impl Netfilter {
@@ -149,11 +144,6 @@ impl Netfilter {
         let port = socket.bind_auto()?.port_number();
         socket.connect(&SocketAddr::new(0, 0))?;
         Ok(Netfilter { socket, port })
-    }
-
-    /// The port that notifications of changes by this socket carry.
-    pub(crate) fn port(&self) -> u32 {
-        self.port
     }
 
     pub(crate) fn send(&self, bytes: &[u8]) -> Result<(), NetlinkError> {

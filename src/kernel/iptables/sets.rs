@@ -32,7 +32,7 @@ pub(super) enum StaticSet {
 
 impl StaticSet {
     pub(super) fn all() -> impl Iterator<Item = StaticSet> {
-        let sets = OwnSet::ALL.into_iter().map(StaticSet::Set);
+        let sets = OwnSet::all().map(StaticSet::Set);
         sets.chain([StaticSet::Mark])
     }
 
@@ -204,7 +204,7 @@ mod tests {
     #[test]
     fn the_sets_are_as_documented() {
         let name = |set: OwnSet| (page_name(set), StaticSet::Set(set).name(Family::V4));
-        let mut sets: BTreeMap<String, String> = OwnSet::ALL.into_iter().map(name).collect();
+        let mut sets: BTreeMap<String, String> = OwnSet::all().map(name).collect();
         sets.insert("slot".to_owned(), StaticSet::Mark.name(Family::V4));
         sets.insert("vip".to_owned(), vip_set("192.0.2.200".parse().unwrap()));
         assert_eq!(sets, documented_sets(2));

@@ -23,7 +23,7 @@ pub(crate) enum Kind {
 
 impl Kind {
     pub(crate) fn all() -> impl Iterator<Item = Kind> {
-        let sets = OwnSet::ALL.into_iter().map(Kind::Set);
+        let sets = OwnSet::all().map(Kind::Set);
         sets.chain([Kind::Slot, Kind::Vip])
     }
 
@@ -87,9 +87,7 @@ impl Kind {
 pub(crate) enum Value {
     /// Nothing: the key is a member of a set.
     None,
-    /// A `goto` to this chain.
     Chain(String),
-    /// This address.
     Address(IpAddr),
 }
 

@@ -50,7 +50,6 @@ pub(crate) struct Nftables {
 }
 
 impl Nftables {
-    /// Opens the netlink socket. Changes nothing.
     pub(crate) fn open(ranges: Ranges, families: Vec<Family>) -> Result<Nftables, NetlinkError> {
         Ok(Nftables {
             netfilter: Netfilter::open()?,
@@ -202,7 +201,7 @@ impl Nftables {
     pub(crate) fn profile(&self) -> Profile {
         Profile {
             name: "nftables".to_owned(),
-            port: Some(self.netfilter.port()),
+            port: Some(self.netfilter.port),
             watched: Watched {
                 tables: &[TABLE],
                 chains: None,
@@ -313,16 +312,12 @@ fn base_of(chain: &Chain) -> Option<BaseChain> {
 
 /// The whole table as `nft` takes it, replacing whatever there is.
 fn document(families: &[Family], ranges: Ranges, state: &KernelState) -> String {
-    let nothing = FirewallState::default();
     // Maps name chains and rules name sets: nft resolves both within a table, whatever the order.
     let mut text =
         format!("add table inet {TABLE}\ndelete table inet {TABLE}\ntable inet {TABLE} {{\n");
     for &family in families {
-        let firewall = state
-            .families
-            .get(&family)
-            .map_or(&nothing, |f| &f.firewall);
-        let elements = elements::of_state(firewall);
+        let state = state.families.get(&family);
+        let elements = state.map_or_else(Elements::new, |s| elements::of_state(&s.firewall));
         for kind in Kind::all() {
             text += &kind.text(family, elements.get(&kind).into_iter().flatten());
         }

@@ -53,7 +53,6 @@ pub(crate) struct Element {
     pub(crate) is_end: bool,
 }
 
-/// The name of our table.
 pub(crate) fn own_table(message: Message<'_>) -> Option<String> {
     named(message, TABLE_NAME, TABLE_NAME)
 }

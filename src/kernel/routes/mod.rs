@@ -65,9 +65,10 @@ pub(crate) struct Routes {
     handle: Handle,
     families: Vec<Family>,
     ranges: Ranges,
-    /// The socket of our changes.
-    port: u32,
-    watched: WatchedInterfaces,
+    /// The socket of our changes, by which the kernel tells of them.
+    pub(crate) port: u32,
+    /// The interfaces whose state matters, as they are found.
+    pub(crate) watched: WatchedInterfaces,
 }
 
 impl Routes {
@@ -84,16 +85,6 @@ impl Routes {
             port: address.port_number(),
             watched: WatchedInterfaces::default(),
         })
-    }
-
-    /// The socket of our changes, by which the kernel tells of them.
-    pub(crate) fn port(&self) -> u32 {
-        self.port
-    }
-
-    /// The interfaces whose state matters, as they are found.
-    pub(crate) fn watched(&self) -> WatchedInterfaces {
-        self.watched.clone()
     }
 
     /// Reads our rules and tables, and what of others is in their way.
