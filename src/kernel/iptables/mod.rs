@@ -76,18 +76,11 @@ impl Iptables {
         let guarded = StaticSet::Set(OwnSet::Vips).name(family);
         let is_surplus = |vip: IpAddr| Family::of(vip) == family && !vips.contains(&vip);
         let guards = sets.get(&guarded).into_iter().flatten();
-        let surplus = guards.filter(|(vip, _)| vip.parse().is_ok_and(is_surplus));
-        ipset(
-            surplus
-                .map(|(vip, _)| format!("del {guarded} {vip}\n"))
-                .collect(),
-        )
-        .await?;
-        destroy(
-            sets.into_keys()
-                .filter(|name| vip_of_set(name).is_some_and(is_surplus)),
-        )
-        .await
+        let guards = guards.filter(|(vip, _)| vip.parse().is_ok_and(is_surplus));
+        let unguard = guards.map(|(vip, _)| format!("del {guarded} {vip}\n"));
+        ipset(unguard.collect()).await?;
+        let is_of_surplus = |name: &String| vip_of_set(name).is_some_and(is_surplus);
+        destroy(sets.into_keys().filter(is_of_surplus)).await
     }
 
     async fn remove(&mut self, family: Family) -> Result<(), ToolError> {
@@ -208,7 +201,8 @@ impl Iptables {
     pub(crate) async fn apply(&mut self, steps: &[&FirewallStep], failed: &mut Vec<StepError>) {
         for batch in steps.chunk_by(|a, b| belong_together(a, b)) {
             let batch = executable(batch, failed);
-            if batch.iter().all(|step| member_line(step).is_some()) {
+            let is_member = |step: &&FirewallStep| member_line(step).is_some();
+            if batch.first().is_none_or(is_member) {
                 self.members(batch, failed).await;
                 continue;
             }
@@ -240,7 +234,7 @@ impl Iptables {
     }
 }
 
-/// Whether two steps are executed in one process.
+/// Whether two steps are executed in one process: both change members of sets, or both add or remove a VIP.
 fn belong_together(a: &FirewallStep, b: &FirewallStep) -> bool {
     use FirewallStep::{AddVip, Install, Remove, RemoveVip};
     match (a, b) {
