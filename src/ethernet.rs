@@ -22,7 +22,6 @@ const HOP_LIMIT: u8 = 255;
 /// TTL of what we send in a server's name.
 const TTL: u8 = 64;
 
-/// A link-layer address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Mac(pub [u8; 6]);
 
@@ -42,9 +41,7 @@ impl fmt::Display for Mac {
 /// A machine's statement that it has an address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Claim {
-    /// The address.
     pub address: IpAddr,
-    /// The machine.
     pub mac: Mac,
 }
 
@@ -116,7 +113,6 @@ fn mac(bytes: &[u8], at: usize) -> Option<Mac> {
 /// Our own addresses on an interface.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Own {
-    /// The link-layer address.
     pub mac: Mac,
     /// An IPv4 address, to ask for IPv4 addresses.
     pub v4: Option<Ipv4Addr>,

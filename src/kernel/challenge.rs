@@ -138,10 +138,8 @@ async fn frames(flows: &BTreeSet<Flow>) -> io::Result<Frames> {
     }
     let mut frames = Frames::new();
     for flow in flows {
-        let Some((interface, mac)) = neighbours.get(&flow.pod.ip()) else {
-            continue;
-        };
-        if let Some(link) = links.get(interface)
+        if let Some((interface, mac)) = neighbours.get(&flow.pod.ip())
+            && let Some(link) = links.get(interface)
             && let Some(own) = link.addr()
             && let Some(frame) = syn([Mac(own), *mac], flow.outside, flow.pod)
         {

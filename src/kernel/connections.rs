@@ -4,17 +4,17 @@ use std::collections::BTreeSet;
 
 use ipnet::IpNet;
 
-use crate::kernel::backend::Backend;
 use crate::kernel::challenge::Unheard;
 use crate::kernel::conntrack::{self, Selection};
 use crate::kernel::error::{Error, StepError, executable};
+use crate::kernel::firewall::Firewall;
 use crate::state::ConnectionStep;
 
 /// Executes steps with one dump of the connections for all of them. Pods that are to be challenged in the end join
 /// `unheard`; steps that fail join `failed`.
 pub(crate) async fn apply(
     steps: &[&ConnectionStep],
-    firewall: &mut impl Backend,
+    firewall: &Firewall,
     excluded: &BTreeSet<IpNet>,
     unheard: &mut Unheard,
     failed: &mut Vec<StepError>,
@@ -41,7 +41,7 @@ pub(crate) async fn apply(
 
 async fn forget(
     selection: Selection,
-    firewall: &mut impl Backend,
+    firewall: &Firewall,
     excluded: &BTreeSet<IpNet>,
     unheard: &mut Unheard,
 ) -> Result<(), Error> {

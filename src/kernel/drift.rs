@@ -14,7 +14,7 @@ use tokio::time::Instant;
 
 use crate::kernel::backend::Watched;
 use crate::kernel::interfaces::WatchedInterfaces;
-use crate::kernel::netfilter::{Message, NetlinkError, attributes, messages};
+use crate::kernel::netfilter::{Message, NetlinkError, attribute, attributes, messages};
 use crate::kernel::ours::{PROTOCOL_NUMBER, Ranges};
 use crate::state::TableId;
 
@@ -38,7 +38,6 @@ const SETTLE: Duration = Duration::from_millis(20);
 /// Between two reports, so that a program that changes things all the time does not make us read all the time.
 const SHORTEST_INTERVAL: Duration = Duration::from_millis(500);
 
-/// Listens for the kernel's notifications.
 pub(crate) struct DriftListener {
     routes: TokioSocket,
     netfilter: TokioSocket,
@@ -76,7 +75,6 @@ fn listen(protocol: isize, groups: &[u32]) -> Result<TokioSocket, NetlinkError> 
 }
 
 impl DriftListener {
-    /// Starts to listen.
     pub(crate) fn open(
         own_ports: Vec<u32>,
         ranges: Ranges,
@@ -147,12 +145,11 @@ impl Filter {
                 .is_some_and(|index| self.interfaces.contains(index)),
             // Every pod's interface has a link-local address.
             libc::RTM_NEWADDR | libc::RTM_DELADDR => {
-                !message.tail(8).any(|(_, value)| is_link_local(value))
+                !attributes(message.tail(8)).any(|(_, value)| is_link_local(value))
             }
             libc::RTM_NEWROUTE | libc::RTM_DELROUTE => {
-                let mut attributes = message.tail(12);
-                let table = attributes.find(|(kind, _)| *kind == libc::RTA_TABLE);
-                let table = table.and_then(|(_, value)| <[u8; 4]>::try_from(value).ok());
+                let table = attribute(message.tail(12), libc::RTA_TABLE);
+                let table = table.and_then(|value| <[u8; 4]>::try_from(value).ok());
                 let table = table.map(|table| TableId(u32::from_ne_bytes(table)));
                 table.is_some_and(|table| self.ranges.has_table(table))
                     || message.byte_at(5) == Some(PROTOCOL_NUMBER)
@@ -164,7 +161,7 @@ impl Filter {
 
     fn is_of_firewall(&self, message: Message<'_>) -> bool {
         let text = |wanted: u16| {
-            let value = message.attributes().find(|(kind, _)| *kind == wanted)?.1;
+            let value = message.attribute(wanted)?;
             let end = value.iter().position(|byte| *byte == 0)?;
             std::str::from_utf8(value.get(..end)?).ok()
         };
@@ -196,16 +193,16 @@ fn is_link_local(value: &[u8]) -> bool {
 
 impl Message<'_> {
     fn byte_at(&self, at: usize) -> Option<u8> {
-        self.payload().get(at).copied()
+        self.payload.get(at).copied()
     }
 
     fn number_at(&self, at: usize) -> Option<u32> {
-        let bytes = self.payload().get(at..)?.first_chunk::<4>()?;
+        let bytes = self.payload.get(at..)?.first_chunk::<4>()?;
         Some(u32::from_ne_bytes(*bytes))
     }
 
-    /// The attributes after a header of this length.
-    fn tail(&self, header: usize) -> impl Iterator<Item = (u16, &[u8])> {
-        attributes(self.payload().get(header..).unwrap_or_default())
+    /// What comes after a header of this length: attributes.
+    fn tail(&self, header: usize) -> &[u8] {
+        self.payload.get(header..).unwrap_or_default()
     }
 }

@@ -12,15 +12,12 @@ use crate::state::Step;
 #[derive(Debug, thiserror::Error)]
 #[error("cannot {step}")]
 pub struct StepError {
-    /// What was tried.
     pub step: Step,
-    /// What went wrong.
     #[source]
     pub source: Error,
 }
 
 impl StepError {
-    /// The failure of a step.
     pub(crate) fn new(step: &(impl Clone + Into<Step>), source: impl Into<Error>) -> StepError {
         StepError {
             step: step.clone().into(),
@@ -39,28 +36,20 @@ impl StepError {
     }
 }
 
-/// What can go wrong with the kernel.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// A tool failed.
     #[error(transparent)]
     Tool(#[from] ToolError),
-    /// Several steps failed together.
     #[error(transparent)]
     Batch(Arc<Error>),
-    /// Rules or routes.
     #[error(transparent)]
     Route(#[from] RouteError),
-    /// nftables.
     #[error("nftables")]
     Netlink(#[from] NetlinkError),
-    /// Connection tracking.
     #[error(transparent)]
     Conntrack(#[from] ConntrackError),
-    /// What the step relies on failed.
     #[error("not tried, because what it relies on failed: {0}")]
     NotTried(Box<Step>),
-    /// A failure that a test asked for.
     #[cfg(test)]
     #[error("injected failure")]
     Injected,

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use crate::kernel::backend::{Backend, Profile};
+use crate::kernel::backend::Profile;
 use crate::kernel::conntrack::LateReply;
 use crate::kernel::error::{Error, StepError};
 use crate::kernel::iptables::Iptables;
@@ -44,40 +44,46 @@ impl Firewall {
             Err(refusal) => Ok((Firewall::iptables(ranges, families).await?, Some(refusal))),
         }
     }
-}
 
-impl Backend for Firewall {
-    fn profile(&self) -> Profile {
+    /// What others must know of it.
+    pub(crate) fn profile(&self) -> Profile {
         match self {
             Firewall::Nftables(nftables) => nftables.profile(),
             Firewall::Iptables(iptables) => iptables.profile(),
         }
     }
 
-    async fn observe(&mut self) -> Result<BTreeMap<Family, FirewallState>, Error> {
+    /// Reads everything of ours, by family.
+    pub(crate) async fn observe(&mut self) -> Result<BTreeMap<Family, FirewallState>, Error> {
         match self {
-            Firewall::Nftables(nftables) => nftables.observe().await,
+            Firewall::Nftables(nftables) => Ok(nftables.observe()?),
             Firewall::Iptables(iptables) => iptables.observe().await,
         }
     }
 
-    async fn apply(&mut self, steps: &[&FirewallStep], failed: &mut Vec<StepError>) {
+    /// Executes steps in order, and adds those that fail to `failed`.
+    pub(crate) async fn apply(&mut self, steps: &[&FirewallStep], failed: &mut Vec<StepError>) {
         match self {
             Firewall::Nftables(nftables) => nftables.apply(steps, failed).await,
             Firewall::Iptables(iptables) => iptables.apply(steps, failed).await,
         }
     }
 
-    async fn expect_late_replies(&mut self, replies: &[LateReply]) -> Result<(), Error> {
+    /// Drops late replies of connections that are about to be forgotten: such a reply would create a new entry, as if the
+    /// connection had been opened from outside. The pod's next packet would then count as a reply, skip marking, and leave
+    /// with the pod's own address.
+    pub(crate) async fn expect_late_replies(&self, replies: &[LateReply]) -> Result<(), Error> {
         match self {
-            Firewall::Nftables(nftables) => nftables.expect_late_replies(replies).await,
+            Firewall::Nftables(nftables) => Ok(nftables.expect_late_replies(replies)?),
             Firewall::Iptables(iptables) => iptables.expect_late_replies(replies).await,
         }
     }
 
-    async fn foreign_nat(&self) -> Result<BTreeSet<String>, Error> {
+    /// NAT chains of others that may come before this backend's and that only its tools show, as words for the operator.
+    pub(crate) async fn foreign_nat(&self) -> Result<BTreeSet<String>, Error> {
         match self {
-            Firewall::Nftables(nftables) => nftables.foreign_nat().await,
+            // Chains of iptables come after ours, in every mode.
+            Firewall::Nftables(_) => Ok(BTreeSet::new()),
             Firewall::Iptables(iptables) => iptables.foreign_nat().await,
         }
     }

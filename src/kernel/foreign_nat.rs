@@ -10,8 +10,8 @@ use netlink_packet_netfilter::nftables::{ChainMessage, NfTablesMessage};
 use netlink_packet_netfilter::{NetfilterMessageInner, NetfilterProtoFamily};
 use nix::libc::NF_INET_POST_ROUTING;
 
-use crate::kernel::backend::Backend;
 use crate::kernel::error::Error;
+use crate::kernel::firewall::Firewall;
 use crate::kernel::netfilter::Netfilter;
 use crate::kernel::nftables::{BaseChain, TABLE, any_chain};
 
@@ -19,8 +19,8 @@ use crate::kernel::nftables::{BaseChain, TABLE, any_chain};
 const KUBE_PROXY: &str = "kube-proxy";
 
 /// Looks for them. Returns sentences for the operator.
-pub(crate) async fn find(in_use: &impl Backend) -> Result<BTreeSet<String>, Error> {
-    let ours = in_use.profile().nat;
+pub(crate) async fn find(in_use: &Firewall) -> Result<BTreeSet<String>, Error> {
+    let ours = in_use.profile();
     let mut foreign = in_use.foreign_nat().await?;
     let netfilter = Netfilter::open()?;
     for (family, name) in [
@@ -37,13 +37,13 @@ pub(crate) async fn find(in_use: &impl Backend) -> Result<BTreeSet<String>, Erro
                 Ok(())
             })?;
         for (table, chain, base) in chains {
-            let is_ours = ours.table == Some(&table) || table == TABLE;
+            let is_ours = ours.nat_table == Some(&table) || table == TABLE;
             // What iptables has in its other mode is looked at by what its rules do.
             let is_iptables = table == "nat" && name != "inet";
             let decides_first = base.is_some_and(|base| {
                 base.kind == "nat"
                     && base.hook == NF_INET_POST_ROUTING
-                    && base.priority <= ours.priority
+                    && base.priority <= ours.nat_priority
             });
             if decides_first && !is_ours && !is_iptables && table != KUBE_PROXY {
                 foreign.insert(format!("chain {chain} of nftables table {name} {table}"));

@@ -1,7 +1,7 @@
 //! The interfaces of this node, as far as routes need to know of them.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use futures::TryStreamExt;
 use ipnet::IpNet;
@@ -17,19 +17,15 @@ use crate::names::Interface;
 pub(crate) struct WatchedInterfaces(Arc<Mutex<BTreeSet<u32>>>);
 
 impl WatchedInterfaces {
-    /// Whether an interface is one of them.
     pub(crate) fn contains(&self, index: u32) -> bool {
-        let indexes = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        indexes.contains(&index)
+        self.indexes().contains(&index)
     }
 
-    fn insert(&self, index: u32) {
-        let mut indexes = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        indexes.insert(index);
+    fn indexes(&self) -> MutexGuard<'_, BTreeSet<u32>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// An interface.
 #[derive(Debug)]
 pub(crate) struct Link {
     pub(crate) index: u32,
@@ -37,7 +33,6 @@ pub(crate) struct Link {
     flags: LinkFlags,
 }
 
-/// All interfaces.
 pub(crate) async fn links(handle: &Handle) -> Result<Vec<Link>, Error> {
     let link = |message: LinkMessage| {
         let mut attributes = message.attributes.into_iter();
@@ -64,36 +59,27 @@ pub(crate) async fn connected(
     let is_usable = |link: &Link| {
         link.flags.contains(LinkFlags::Up) && !link.flags.contains(LinkFlags::Loopback)
     };
-    let interface = |link: Link| {
+    let mut interfaces = BTreeMap::new();
+    for Link { index, name, .. } in links.into_iter().filter(is_usable) {
         let nets = BTreeSet::new();
-        (
-            link.index,
-            Interface {
-                name: link.name,
-                nets,
-            },
-        )
-    };
-    let links = links.into_iter().filter(is_usable);
-    let mut interfaces: BTreeMap<u32, Interface> = links.map(interface).collect();
+        interfaces.insert(index, Interface { name, nets });
+    }
     let mut addresses = handle.address().get().execute();
     while let Some(message) = addresses.try_next().await? {
         if message.header.scope == AddressScope::Universe {
-            watched.insert(message.header.index);
+            watched.indexes().insert(message.header.index);
         }
         let Some(interface) = interfaces.get_mut(&message.header.index) else {
             continue;
         };
         let length = message.header.prefix_len;
         // `Address` is the peer's on a point-to-point link, which is what can be reached there.
-        let nets = message
-            .attributes
-            .iter()
-            .filter_map(|attribute| match attribute {
-                AddressAttribute::Address(address) => IpNet::new(*address, length).ok(),
-                _ => None,
-            });
-        interface.nets.extend(nets.map(|net| net.trunc()));
+        for attribute in &message.attributes {
+            if let AddressAttribute::Address(address) = attribute {
+                let net = IpNet::new(*address, length).ok();
+                interface.nets.extend(net.map(|net| net.trunc()));
+            }
+        }
     }
     Ok(interfaces.into_values().collect())
 }

@@ -32,7 +32,6 @@ use ipnet::IpNet;
 use tracing::debug;
 
 use crate::error::chain;
-use crate::kernel::backend::Backend;
 pub use crate::kernel::challenge::Challenges;
 use crate::kernel::challenge::Unheard;
 use crate::kernel::drift::DriftListener;
@@ -71,7 +70,6 @@ fn is_one_by_one() -> bool {
     false
 }
 
-/// The kernel of the node that this process runs on.
 #[derive(Debug)]
 pub struct NodeKernel {
     firewall: Firewall,
@@ -117,8 +115,9 @@ impl NodeKernel {
         if let Some(error) = refusal {
             choice += &format!(", because nftables cannot be used: {}", chain(&error));
         }
-        let own_ports = [routes.port()].into_iter().chain(profile.port).collect();
-        let drift = DriftListener::open(own_ports, ranges, profile.watched, routes.watched())?;
+        let own_ports = [routes.port].into_iter().chain(profile.port).collect();
+        let drift =
+            DriftListener::open(own_ports, ranges, profile.watched, routes.watched.clone())?;
         Ok(NodeKernel {
             firewall,
             routes,
@@ -144,10 +143,6 @@ impl NodeKernel {
         self.challenges.clone()
     }
 
-    async fn remove(&self, remnant: Remnant) -> Result<(), Error> {
-        remnants::remove(remnant, &self.families, self.ranges.mask, &self.routes).await
-    }
-
     /// NAT of others that gets in the way of ours. A failure to see it stops nothing.
     async fn foreign_nat(&self) -> BTreeSet<String> {
         let found = foreign_nat::find(&self.firewall).await;
@@ -159,17 +154,17 @@ impl NodeKernel {
 
     /// Notes what a batch of firewall steps has changed of what is excluded.
     fn confirm(&mut self, steps: &[&FirewallStep], failed: &[StepError]) {
-        let changes = steps.iter().filter_map(|step| match step {
-            FirewallStep::AddNet(NetSet::Excluded, net) => Some((*step, net, true)),
-            FirewallStep::RemoveNet(NetSet::Excluded, net) => Some((*step, net, false)),
-            _ => None,
-        });
-        for (step, net, is_added) in changes {
-            let is_this = |f: &StepError| matches!(&f.step, Step::Firewall(s) if s == step);
-            match (failed.iter().any(is_this), is_added) {
-                (true, _) => {}
-                (false, true) => drop(self.excluded.insert(*net)),
-                (false, false) => drop(self.excluded.remove(net)),
+        for step in steps {
+            let is_this = |f: &StepError| matches!(&f.step, Step::Firewall(s) if s == *step);
+            let is_done = || !failed.iter().any(is_this);
+            match step {
+                FirewallStep::AddNet(NetSet::Excluded, net) if is_done() => {
+                    self.excluded.insert(*net);
+                }
+                FirewallStep::RemoveNet(NetSet::Excluded, net) if is_done() => {
+                    self.excluded.remove(net);
+                }
+                _ => {}
             }
         }
     }
@@ -179,11 +174,11 @@ impl Kernel for NodeKernel {
     async fn observe(&mut self) -> Result<Observed, Error> {
         let mut routes = self.routes.observe().await?;
         let firewall = self.firewall.observe().await?;
-        let families = firewall.into_iter().map(|(family, firewall)| {
+        let mut families = BTreeMap::new();
+        for (family, firewall) in firewall {
             let routes = routes.states.remove(&family).unwrap_or_default();
-            (family, FamilyState { routes, firewall })
-        });
-        let families: BTreeMap<_, _> = families.collect();
+            families.insert(family, FamilyState { routes, firewall });
+        }
         let remnants = match &self.remnants {
             Some(none) if none.is_empty() => BTreeSet::new(),
             _ => remnants::find(&self.firewall, &self.families, routes.earlier).await?,
@@ -227,15 +222,17 @@ impl Kernel for NodeKernel {
             }
             if !batch.connections.is_empty() {
                 let (steps, excluded) = (&batch.connections, &self.excluded);
-                let firewall = &mut self.firewall;
+                let firewall = &self.firewall;
                 connections::apply(steps, firewall, excluded, &mut unheard, &mut failed).await;
             }
             for remnant in batch.remnants {
                 // What is left does the work until ours does all of it: it stays when anything has failed.
                 let step = Step::RemoveRemnant(remnant);
                 for _ in executable(&[&step], &mut failed) {
-                    if let Err(source) = self.remove(remnant).await {
-                        failed.push(StepError::new(&step, source));
+                    let (families, mask) = (&self.families, self.ranges.mask);
+                    let removed = remnants::remove(remnant, families, mask, &self.routes).await;
+                    if let Err(error) = removed {
+                        failed.push(StepError::new(&step, error));
                     }
                 }
             }

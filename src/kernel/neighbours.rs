@@ -12,11 +12,9 @@ use crate::ethernet::Mac;
 pub(crate) struct Neighbour {
     pub(crate) address: IpAddr,
     pub(crate) mac: Mac,
-    /// Number of the interface.
     pub(crate) interface: u32,
 }
 
-/// The kernel's neighbour table.
 pub(crate) async fn neighbour_table(
     handle: &rtnetlink::Handle,
 ) -> Result<Vec<Neighbour>, rtnetlink::Error> {
@@ -30,10 +28,7 @@ fn neighbour(message: &NeighbourMessage) -> Option<Neighbour> {
     for attribute in &message.attributes {
         match attribute {
             NeighbourAttribute::LinkLayerAddress(bytes) => {
-                mac = bytes
-                    .first_chunk::<6>()
-                    .filter(|_| bytes.len() == 6)
-                    .map(|m| Mac(*m));
+                mac = <[u8; 6]>::try_from(bytes.as_slice()).ok().map(Mac);
             }
             NeighbourAttribute::Destination(NeighbourAddress::Inet(v4)) => {
                 address = Some(IpAddr::from(*v4));

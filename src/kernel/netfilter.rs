@@ -24,16 +24,13 @@ const ANSWER_BYTES: usize = 1024 * 1024;
 /// How often a dump is tried when changes of others interrupt it.
 const DUMP_TRIES: u32 = 20;
 
-/// What can go wrong when speaking to netfilter.
 #[derive(Debug, thiserror::Error)]
 pub enum NetlinkError {
     /// No socket, or the kernel refused.
     #[error("netfilter refused")]
     Refused(#[from] std::io::Error),
-    /// An answer that cannot be decoded.
     #[error("netfilter answered nonsense")]
     Decode(#[from] DecodeError),
-    /// Other programs change netfilter faster than it can be read.
     #[error("netfilter changed {DUMP_TRIES} times while it was read")]
     Unsteady,
 }
@@ -49,8 +46,8 @@ impl NetlinkError {
 /// thousands of elements are read, and fails on attributes of a newer kernel.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Message<'a> {
-    /// The message after the netlink header.
-    payload: &'a [u8],
+    /// Everything after the netlink header.
+    pub(crate) payload: &'a [u8],
     /// Subsystem and type.
     pub(crate) kind: u16,
     flags: u16,
@@ -59,15 +56,15 @@ pub(crate) struct Message<'a> {
 }
 
 impl<'a> Message<'a> {
-    /// Everything after the netlink header.
-    pub(crate) fn payload(&self) -> &'a [u8] {
-        self.payload
-    }
-
     /// The attributes: type and value.
     pub(crate) fn attributes(&self) -> impl Iterator<Item = (u16, &'a [u8])> {
         // Family, version and resource come first.
         attributes(self.payload.get(4..).unwrap_or_default())
+    }
+
+    /// The value of the first attribute of a type.
+    pub(crate) fn attribute(&self, wanted: u16) -> Option<&'a [u8]> {
+        attribute(self.payload.get(4..)?, wanted)
     }
 
     /// The whole message in the crate's words.
@@ -104,6 +101,12 @@ pub(crate) fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])>
     })
 }
 
+/// The value of the first attribute of a type.
+pub(crate) fn attribute(bytes: &[u8], wanted: u16) -> Option<&[u8]> {
+    let mut attributes = attributes(bytes);
+    Some(attributes.find(|(kind, _)| *kind == wanted)?.1)
+}
+
 /// The messages in a buffer that the kernel filled.
 pub(crate) fn messages(buffer: &[u8]) -> Result<Vec<Message<'_>>, NetlinkError> {
     let mut messages = Vec::new();
@@ -124,20 +127,14 @@ pub(crate) fn messages(buffer: &[u8]) -> Result<Vec<Message<'_>>, NetlinkError> 
 }
 
 /// A socket to netfilter in the network namespace of the thread that opened it.
+#[derive(Debug)]
 pub(crate) struct Netfilter {
     socket: Socket,
     /// Notifications of a change carry the port of the socket that asked for it.
-    port: u32,
-}
-
-impl std::fmt::Debug for Netfilter {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Netfilter").finish_non_exhaustive()
-    }
+    pub(crate) port: u32,
 }
 
 impl Netfilter {
-    /// Opens the socket.
     pub(crate) fn open() -> Result<Netfilter, NetlinkError> {
         let mut socket = Socket::new(NETLINK_NETFILTER)?;
         // A transaction must go out in one piece, whatever the default is. Without CAP_NET_ADMIN nothing here
@@ -149,12 +146,6 @@ impl Netfilter {
         Ok(Netfilter { socket, port })
     }
 
-    /// The port that notifications of changes by this socket carry.
-    pub(crate) fn port(&self) -> u32 {
-        self.port
-    }
-
-    /// Sends whole messages.
     pub(crate) fn send(&self, bytes: &[u8]) -> Result<(), NetlinkError> {
         Ok(self.socket.send(bytes, 0).map(drop)?)
     }

@@ -16,7 +16,6 @@ pub(crate) const LATE_REPLY_SECONDS: u32 = 60;
 pub(crate) struct Ranges {
     /// Bits of the mark.
     pub(crate) mask: u32,
-    /// How many marks there are.
     pub(crate) slots: u32,
     /// Tables are numbered from here + 1.
     pub(crate) table_offset: u32,
@@ -60,9 +59,7 @@ impl Ranges {
 /// A set that every firewall backend keeps, one for each family.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum OwnSet {
-    /// Networks.
     Nets(NetSet),
-    /// Pods.
     Pods(PodSet),
     /// VIPs to guard.
     Vips,
@@ -71,17 +68,11 @@ pub(crate) enum OwnSet {
 }
 
 impl OwnSet {
-    pub(crate) const ALL: [OwnSet; 9] = [
-        OwnSet::Nets(NetSet::Excluded),
-        OwnSet::Nets(NetSet::RemotePods),
-        OwnSet::Nets(NetSet::LocalPods),
-        OwnSet::Pods(PodSet::Egress),
-        OwnSet::Pods(PodSet::GatewayHere),
-        OwnSet::Pods(PodSet::Blocked),
-        OwnSet::Pods(PodSet::Ordinary),
-        OwnSet::Vips,
-        OwnSet::LateReplies,
-    ];
+    pub(crate) fn all() -> impl Iterator<Item = OwnSet> {
+        let nets = NetSet::ALL.into_iter().map(OwnSet::Nets);
+        let pods = PodSet::ALL.into_iter().map(OwnSet::Pods);
+        nets.chain(pods).chain([OwnSet::Vips, OwnSet::LateReplies])
+    }
 
     /// What the set is called, as far as backends agree.
     pub(crate) fn word(self) -> &'static str {

@@ -3,8 +3,8 @@
 
 use std::collections::BTreeSet;
 
-use crate::kernel::backend::Backend;
 use crate::kernel::error::Error;
+use crate::kernel::firewall::Firewall;
 use crate::kernel::iptables::{Variant, remnants as iptables_remnants};
 use crate::kernel::nftables;
 use crate::kernel::routes::Routes;
@@ -12,7 +12,7 @@ use crate::state::{Family, Remnant};
 
 /// Looks for what does not belong to the backend in use.
 pub(crate) async fn find(
-    in_use: &impl Backend,
+    in_use: &Firewall,
     families: &[Family],
     earlier_rules: bool,
 ) -> Result<BTreeSet<Remnant>, Error> {

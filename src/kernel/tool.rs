@@ -15,27 +15,17 @@ const DEADLINE: Duration = Duration::from_secs(30);
 /// Why a tool did not do what it was asked to.
 #[derive(Debug, thiserror::Error)]
 pub enum ToolError {
-    /// It cannot be started.
     #[error("cannot start `{tool}` (Debian package {package})")]
     Start {
-        /// The tool.
         tool: String,
-        /// Where it comes from.
         package: &'static str,
-        /// The system's reason.
         #[source]
         source: std::io::Error,
     },
-    /// It did not end in time.
     #[error("`{tool}` did not end within {} s", DEADLINE.as_secs())]
-    TimedOut {
-        /// The tool.
-        tool: String,
-    },
-    /// It ended with a failure.
+    TimedOut { tool: String },
     #[error("`{tool}` failed: {message}")]
     Failed {
-        /// The tool.
         tool: String,
         /// The first line that it wrote to stderr, or its exit status.
         message: String,
@@ -45,10 +35,10 @@ pub enum ToolError {
 }
 
 impl ToolError {
-    /// The line of the input that the tool complained about, from 1.
-    pub(crate) fn line(&self) -> Option<usize> {
+    /// The place of the input line that the tool complained about, from 0.
+    pub(crate) fn bad_line(&self) -> Option<usize> {
         match self {
-            ToolError::Failed { line, .. } => *line,
+            ToolError::Failed { line, .. } => line.and_then(|line| line.checked_sub(1)),
             ToolError::Start { .. } | ToolError::TimedOut { .. } => None,
         }
     }

@@ -18,7 +18,6 @@ const CTA_PROTOINFO_TCP_FLAGS_REPLY: u16 = 5;
 /// `IP_CT_TCP_FLAG_BE_LIBERAL` of nf_conntrack_tcp.h.
 const BE_LIBERAL: u8 = 8;
 
-/// The attributes of an entry.
 pub(super) type Entry = Vec<ConntrackAttribute>;
 
 /// Replies that may still come to a pod's own address when their connection is forgotten: from the node that was its
@@ -27,18 +26,14 @@ pub(super) type Entry = Vec<ConntrackAttribute>;
 pub(crate) struct LateReply {
     /// TCP or UDP, as a number of IP.
     pub(crate) protocol: u8,
-    /// Where they come from.
     pub(crate) outside: SocketAddr,
-    /// Where they go to.
     pub(crate) pod: SocketAddr,
 }
 
 /// A TCP connection that a pod has opened to outside.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Flow {
-    /// The pod's end.
     pub(crate) pod: SocketAddr,
-    /// The other end.
     pub(crate) outside: SocketAddr,
 }
 
@@ -49,7 +44,6 @@ pub(super) struct Ends {
     pub(super) destination: SocketAddr,
 }
 
-/// An entry of connection tracking.
 #[derive(Clone, Debug)]
 pub(super) struct Connection {
     /// As the first packet was sent, before any translation.

@@ -26,13 +26,10 @@ use crate::state::Family;
 /// measured, and more with other build options of the kernel: these fit many times over.
 const ENTRIES_AT_ONCE: usize = 256;
 
-/// What can go wrong with connection tracking.
 #[derive(Debug, thiserror::Error)]
 pub enum ConntrackError {
-    /// No socket, or no answer.
     #[error("connection tracking")]
     Netlink(#[from] NetlinkError),
-    /// The work was cut off.
     #[error("forgetting connections was cut off")]
     CutOff(#[from] tokio::task::JoinError),
 }
@@ -53,48 +50,27 @@ pub(crate) async fn select(
     selection: Selection,
     excluded: BTreeSet<IpNet>,
 ) -> Result<Selected, ConntrackError> {
-    // Blocking: a dump of a large table takes milliseconds that the agent's other tasks must not wait for.
-    tokio::task::spawn_blocking(move || {
-        let mut all = Selected::default();
-        for family in Family::ALL {
-            if selection.concerns(family) {
-                let take = |selected: &mut Selected, connection| {
-                    selected.take(family, connection, &selection, &excluded);
-                };
-                all.append(dump(family, take)?);
-            }
-        }
-        Ok(all)
-    })
-    .await?
-}
-
-impl Selected {
-    fn take(
-        &mut self,
-        family: Family,
-        connection: Connection,
-        selection: &Selection,
-        excluded: &BTreeSet<IpNet>,
-    ) {
-        match selection.choose(&connection, excluded) {
+    let mut families = Family::ALL.to_vec();
+    families.retain(|family| selection.concerns(*family));
+    let choose = move |connection: Connection| match selection.choose(&connection, &excluded) {
+        Choice::Leave => None,
+        choice => Some((choice, connection)),
+    };
+    let mut selected = Selected::default();
+    for (choice, connection) in dump(families, choose).await? {
+        let family = Family::of(connection.opener());
+        match choice {
             Choice::Forget => {
-                self.late_replies.extend(connection.late_reply());
-                self.established.extend(connection.flow());
-                self.forgotten.push((family, connection.identity()));
+                selected.late_replies.extend(connection.late_reply());
+                selected.established.extend(connection.flow());
+                selected.forgotten.push((family, connection.identity()));
             }
-            Choice::ForgetUnreplied => self.forgotten.push((family, connection.identity())),
-            Choice::Resume => self.resumed.push((family, connection.resumption())),
+            Choice::ForgetUnreplied => selected.forgotten.push((family, connection.identity())),
+            Choice::Resume => selected.resumed.push((family, connection.resumption())),
             Choice::Leave => {}
         }
     }
-
-    fn append(&mut self, other: Selected) {
-        self.forgotten.extend(other.forgotten);
-        self.resumed.extend(other.resumed);
-        self.established.extend(other.established);
-        self.late_replies.extend(other.late_replies);
-    }
+    Ok(selected)
 }
 
 /// The established connections of pods to outside.
@@ -102,38 +78,37 @@ pub(crate) async fn established(
     pods: BTreeSet<IpAddr>,
     excluded: BTreeSet<IpNet>,
 ) -> Result<BTreeSet<Flow>, ConntrackError> {
-    tokio::task::spawn_blocking(move || {
-        let take = |flows: &mut BTreeSet<Flow>, connection: Connection| {
-            if pods.contains(&connection.opener()) && is_to_outside(&connection, &excluded) {
-                flows.extend(connection.flow());
-            }
-        };
-        let mut flows = BTreeSet::new();
-        for family in Family::ALL {
-            if pods.iter().any(|pod| Family::of(*pod) == family) {
-                flows.extend(dump(family, take)?);
-            }
-        }
-        Ok(flows)
-    })
-    .await?
+    let mut families = Family::ALL.to_vec();
+    families.retain(|family| pods.iter().any(|pod| Family::of(*pod) == *family));
+    let flow = move |connection: Connection| {
+        let is_wanted =
+            pods.contains(&connection.opener()) && is_to_outside(&connection, &excluded);
+        connection.flow().filter(|_| is_wanted)
+    };
+    Ok(dump(families, flow).await?.into_iter().collect())
 }
 
-/// Hands every connection of a family to `take`.
-fn dump<T: Default>(
-    family: Family,
-    take: impl Fn(&mut T, Connection),
-) -> Result<T, ConntrackError> {
-    let get = NetfilterMessageInner::Conntrack(ConntrackMessage::Get(Vec::new()));
-    let take = |all: &mut T, answer: Message<'_>| {
-        if let NetfilterMessageInner::Conntrack(ConntrackMessage::New(entry)) = answer.decode()?
-            && let Some(connection) = Connection::parse(entry)
-        {
-            take(all, connection);
+/// What `take` picks of the connections of families.
+async fn dump<T: Send + 'static>(
+    families: Vec<Family>,
+    take: impl Fn(Connection) -> Option<T> + Send + 'static,
+) -> Result<Vec<T>, ConntrackError> {
+    let take = move |all: &mut Vec<T>, answer: Message<'_>| {
+        if let NetfilterMessageInner::Conntrack(ConntrackMessage::New(entry)) = answer.decode()? {
+            all.extend(Connection::parse(entry).and_then(&take));
         }
         Ok(())
     };
-    Ok(Netfilter::open()?.dump(proto(family), &get, take)?)
+    // Blocking: a dump of a large table takes milliseconds that the agent's other tasks must not wait for.
+    tokio::task::spawn_blocking(move || {
+        let get = NetfilterMessageInner::Conntrack(ConntrackMessage::Get(Vec::new()));
+        let mut all = Vec::new();
+        for family in families {
+            all.extend(Netfilter::open()?.dump(proto(family), &get, &take)?);
+        }
+        Ok(all)
+    })
+    .await?
 }
 
 /// Forgets and resumes what was selected.
@@ -169,15 +144,13 @@ fn request(
     let mut missing = entries.len();
     while missing > 0 {
         netfilter.receive(|answers| {
-            for answer in answers {
-                let Some(result) = answer.acknowledges() else {
-                    continue;
-                };
+            for result in answers.iter().filter_map(Message::acknowledges) {
                 missing = missing.saturating_sub(1);
-                match result {
-                    // Ended by itself in the meantime.
-                    Err(error) if error.raw_os_error() != Some(ENOENT) => return Err(error.into()),
-                    _ => {}
+                // What is not there has ended by itself in the meantime.
+                if let Err(error) = result
+                    && error.raw_os_error() != Some(ENOENT)
+                {
+                    return Err(error.into());
                 }
             }
             Ok(())

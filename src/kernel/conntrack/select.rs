@@ -14,7 +14,6 @@ use crate::state::{ConnectionStep, Family};
 /// Which connections of a pod are kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Keep {
-    /// None.
     Nothing,
     /// Those that leave with this source.
     WithSource(IpAddr),
@@ -44,7 +43,6 @@ pub(super) enum Choice {
     ForgetUnreplied,
     /// It is kept, and set liberal.
     Resume,
-    /// Nothing.
     Leave,
 }
 

@@ -1,11 +1,14 @@
 //! Chains and rules, and what a packet experiences there. Pure.
+//!
+//! Replies of inbound connections pass (`reply`). `! --ctdir ORIGINAL` would not do: an untracked packet has no
+//! direction, and must not slip through.
 
 use std::net::IpAddr;
 
 use crate::kernel::iptables::save::Line;
 use crate::kernel::iptables::sets::{StaticSet, vip_set};
 use crate::kernel::ours::OwnSet;
-use crate::kernel::tag::{TAG, tag};
+use crate::kernel::tag::{Rule, TAG, rules};
 use crate::state::{Family, NetSet, PodSet};
 
 /// The chain that has a rule for each VIP.
@@ -17,26 +20,22 @@ const LEAK: &str = "METALEG-LEAK";
 /// The chain in which releases before 0.3 set marks.
 pub(super) const EARLIER_MARK: &str = "METALEG-RT-MARK";
 
-/// A rule without its chain: the text after `-A CHAIN`, comment included.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Rule {
-    pub(super) tag: String,
-    pub(super) text: String,
-}
-
 impl Rule {
-    fn new(name: &str, text: &str) -> Rule {
-        let tag = tag(name, text);
-        let text = format!("-m comment --comment \"{tag}\" {text}");
-        Rule { tag, text }
+    /// What follows `-A CHAIN`.
+    fn arguments(&self) -> String {
+        format!("-m comment --comment \"{}\" {}", self.tag, self.text)
     }
 
     pub(super) fn append(&self, chain: &str) -> String {
-        format!("-A {chain} {}", self.text)
+        format!("-A {chain} {}", self.arguments())
+    }
+
+    pub(super) fn insert(&self, chain: &str) -> String {
+        format!("-I {chain} 1 {}", self.arguments())
     }
 
     pub(super) fn delete(&self, chain: &str) -> String {
-        format!("-D {chain} {}", self.text)
+        format!("-D {chain} {}", self.arguments())
     }
 }
 
@@ -53,7 +52,15 @@ pub(super) struct Chain {
     pub(super) rules: Vec<Rule>,
 }
 
-/// A chain of the table `mangle`.
+/// Traffic inside the cluster is none of a chain's business: the rules `excluded`.
+const EXCLUDED: OwnSet = OwnSet::Nets(NetSet::Excluded);
+const EGRESS: OwnSet = OwnSet::Pods(PodSet::Egress);
+const BLOCKED: OwnSet = OwnSet::Pods(PodSet::Blocked);
+
+fn names<const N: usize>(family: Family, sets: [OwnSet; N]) -> [String; N] {
+    sets.map(|set| StaticSet::Set(set).name(family))
+}
+
 fn mangle(name: &'static str, base: &'static str, rules: Vec<Rule>) -> Chain {
     Chain {
         table: "mangle",
@@ -83,22 +90,19 @@ fn nat(family: Family, mask: u32) -> Chain {
         Family::V4 => "0.0.0.0/0",
         Family::V6 => "::/0",
     };
-    let egress = pods(PodSet::Egress, family);
+    let [excluded, egress] = names(family, [EXCLUDED, EGRESS]);
     Chain {
         table: "nat",
         name: NAT,
         base: "POSTROUTING",
         jump: jump(NAT, &format!("-m set --match-set {egress} src ")),
         first: true,
-        rules: vec![
-            to_excluded(family),
+        rules: rules! {
+            "excluded" => "-m set --match-set {excluded} dst -j RETURN",
             // On its way to the gateway a packet keeps its source. Translating it to itself takes the decision away
             // from the masquerade of the CNI plugin.
-            Rule::new(
-                "identity",
-                &format!("-m mark ! --mark 0x0/{mask:#x} -j NETMAP --to {everything}"),
-            ),
-        ],
+            "identity" => "-m mark ! --mark 0x0/{mask:#x} -j NETMAP --to {everything}",
+        },
     }
 }
 
@@ -108,160 +112,95 @@ fn block(family: Family) -> Chain {
         Family::V4 => "icmp-admin-prohibited",
         Family::V6 => "icmp6-adm-prohibited",
     };
-    let blocked = pods(PodSet::Blocked, family);
+    let [excluded, blocked] = names(family, [EXCLUDED, BLOCKED]);
     Chain {
         table: "filter",
         name: BLOCK,
         base: "FORWARD",
         jump: jump(BLOCK, ""),
         first: true,
-        rules: vec![
-            to_excluded(family),
-            reply(),
+        rules: rules! {
+            "excluded" => "-m set --match-set {excluded} dst -j RETURN",
+            "reply" => "-m conntrack --ctdir REPLY -j RETURN",
             // A connection that cannot go on ends at once instead of hanging.
-            Rule::new(
-                "reset",
-                &format!(
-                    "-p tcp -m set --match-set {blocked} src -j REJECT --reject-with tcp-reset"
-                ),
-            ),
+            "reset" => "-p tcp -m set --match-set {blocked} src -j REJECT --reject-with tcp-reset",
             // Says why, unlike port-unreachable.
-            Rule::new(
-                "reject",
-                &format!("-m set --match-set {blocked} src -j REJECT --reject-with {prohibited}"),
-            ),
-        ],
+            "reject" => "-m set --match-set {blocked} src -j REJECT --reject-with {prohibited}",
+        },
     }
 }
 
 /// mangle PREROUTING: egress packets whose gateway is another node get its mark.
 fn mark(family: Family) -> Chain {
     let marks = StaticSet::Mark.name(family);
-    let rules = vec![
+    let rules = rules! {
         // The reply of an inbound connection goes back the way that the connection came.
-        reply(),
+        "reply" => "-m conntrack --ctdir REPLY -j RETURN",
         // Destinations are not looked at here, before DNAT: the routing rules do it, after DNAT.
-        Rule::new("mark", &format!("-j SET --map-set {marks} src --map-mark")),
-    ];
+        "mark" => "-j SET --map-set {marks} src --map-mark",
+    };
     mangle(MARK, "PREROUTING", rules)
 }
 
 /// mangle FORWARD: drops what must neither become a connection nor leave.
 fn guard(family: Family, mask: u32) -> Chain {
-    let late_replies = StaticSet::Set(OwnSet::LateReplies).name(family);
-    let vips = StaticSet::Set(OwnSet::Vips).name(family);
-    let [excluded, remote_pods, local_pods] =
-        [NetSet::Excluded, NetSet::RemotePods, NetSet::LocalPods].map(|set| nets(set, family));
-    let [egress, blocked, ordinary] =
-        [PodSet::Egress, PodSet::Blocked, PodSet::Ordinary].map(|set| pods(set, family));
-    let rules = vec![
+    let [excluded, egress, blocked] = names(family, [EXCLUDED, EGRESS, BLOCKED]);
+    let [vips, late_replies] = names(family, [OwnSet::Vips, OwnSet::LateReplies]);
+    let [remote_pods, local_pods] = names(
+        family,
+        [NetSet::RemotePods, NetSet::LocalPods].map(OwnSet::Nets),
+    );
+    let [ordinary] = names(family, [OwnSet::Pods(PodSet::Ordinary)]);
+    let rules = rules! {
         // A reply of a connection that this node has just forgotten. As NEW it would begin a connection from
         // outside; the pod's next packet would count as a reply, skip marking, and leave with the pod's own address.
-        Rule::new(
-            "late-reply",
-            &format!(
-                "-m conntrack --ctstate NEW -m set --match-set {late_replies} dst,dst,src -j DROP"
-            ),
-        ),
+        "late-reply" => "-m conntrack --ctstate NEW -m set --match-set {late_replies} dst,dst,src -j DROP",
         // The gateway may still hold an entry that the pod's node has lost. A packet other than a bare SYN to an egress
         // pod must not create one here, as above. Only TCP shows where a connection begins.
-        Rule::new(
-            "midway",
-            &format!(
-                "-p tcp ! --syn -m conntrack --ctstate NEW -m set --match-set {egress} dst \
-                     -m set ! --match-set {excluded} src -j DROP"
-            ),
-        ),
+        "midway" => "-p tcp ! --syn -m conntrack --ctstate NEW -m set --match-set {egress} dst \
+                     -m set ! --match-set {excluded} src -j DROP",
         // A VIP moves before routes and objects do. A server's packet that comes here ahead of the pod's own next
         // packet would create an entry that clashes with the pod's; an INVALID one would be routed, and answered
         // with an error that the server believes.
-        Rule::new(
-            "to-vip",
-            &format!("-m conntrack --ctstate NEW,INVALID -m set --match-set {vips} dst -j DROP"),
-        ),
+        "to-vip" => "-m conntrack --ctstate NEW,INVALID -m set --match-set {vips} dst -j DROP",
         // Translated by a node that was the gateway and is none any more.
-        Rule::new(
-            "from-vip",
-            &format!("-m set --match-set {vips} src -j DROP"),
-        ),
-        to_excluded(family),
-        reply(),
+        "from-vip" => "-m set --match-set {vips} src -j DROP",
+        "excluded" => "-m set --match-set {excluded} dst -j RETURN",
+        "reply" => "-m conntrack --ctdir REPLY -j RETURN",
         // To be rejected in METALEG-BLOCK; what gets past it is dropped in METALEG-LEAK.
-        Rule::new(
-            "blocked",
-            &format!("-m set --match-set {blocked} src -j RETURN"),
-        ),
+        "blocked" => "-m set --match-set {blocked} src -j RETURN",
         // INVALID packets skip NAT.
-        Rule::new(
-            "invalid",
-            &format!("-m set --match-set {egress} src -m conntrack --ctstate INVALID -j DROP"),
-        ),
+        "invalid" => "-m set --match-set {egress} src -m conntrack --ctstate INVALID -j DROP",
         // Of a connection that is older than what we decided: neither marked nor translated. Not the first packet,
         // which is translated after this chain; `! --ctstate NEW` would pass all packets of a connection without
         // replies.
-        Rule::new(
-            "untranslated",
-            &format!(
-                "-m mark --mark 0x0/{mask:#x} -m set --match-set {egress} src \
-                     -m conntrack --ctdir ORIGINAL --ctstatus CONFIRMED ! --ctstate SNAT -j DROP"
-            ),
-        ),
+        "untranslated" => "-m mark --mark 0x0/{mask:#x} -m set --match-set {egress} src \
+                           -m conntrack --ctdir ORIGINAL --ctstatus CONFIRMED ! --ctstate SNAT -j DROP",
         // Another node takes this one for its pod's gateway, and this one does not know the pod yet: the masquerade
         // of the CNI plugin would give it this node's address.
-        Rule::new(
-            "unknown",
-            &format!(
-                "-m set --match-set {remote_pods} src -m set ! --match-set {egress} src -j DROP"
-            ),
-        ),
+        "unknown" => "-m set --match-set {remote_pods} src -m set ! --match-set {egress} src -j DROP",
         // A pod of this node that is not classified yet. Dropped, not rejected: it is known in a moment, and until
         // then senders try again.
-        Rule::new(
-            "unclassified",
-            &format!(
-                "-m set --match-set {local_pods} src -m set ! --match-set {egress} src \
-                     -m set ! --match-set {ordinary} src -j DROP"
-            ),
-        ),
-    ];
+        "unclassified" => "-m set --match-set {local_pods} src -m set ! --match-set {egress} src \
+                           -m set ! --match-set {ordinary} src -j DROP",
+    };
     mangle(GUARD, "FORWARD", rules)
 }
 
 /// mangle POSTROUTING: drops what somebody else accepted in FORWARD ahead of METALEG-BLOCK.
 fn leak(family: Family) -> Chain {
-    let blocked = pods(PodSet::Blocked, family);
-    let rules = vec![
-        to_excluded(family),
-        reply(),
-        Rule::new("leak", &format!("-m set --match-set {blocked} src -j DROP")),
-    ];
+    let [excluded, blocked] = names(family, [EXCLUDED, BLOCKED]);
+    let rules = rules! {
+        "excluded" => "-m set --match-set {excluded} dst -j RETURN",
+        "reply" => "-m conntrack --ctdir REPLY -j RETURN",
+        "leak" => "-m set --match-set {blocked} src -j DROP",
+    };
     mangle(LEAK, "POSTROUTING", rules)
-}
-
-fn nets(set: NetSet, family: Family) -> String {
-    StaticSet::Set(OwnSet::Nets(set)).name(family)
-}
-
-fn pods(set: PodSet, family: Family) -> String {
-    StaticSet::Set(OwnSet::Pods(set)).name(family)
 }
 
 /// The way into a chain; `gate` says for which packets.
 fn jump(name: &str, gate: &str) -> Rule {
-    Rule::new("jump", &format!("{gate}-j {name}"))
-}
-
-/// Traffic inside the cluster is none of the chain's business.
-fn to_excluded(family: Family) -> Rule {
-    let excluded = nets(NetSet::Excluded, family);
-    let text = format!("-m set --match-set {excluded} dst -j RETURN");
-    Rule::new("excluded", &text)
-}
-
-/// Replies of inbound connections pass. `! --ctdir ORIGINAL` would not do: an untracked packet has no direction, and must
-/// not slip through.
-fn reply() -> Rule {
-    Rule::new("reply", "-m conntrack --ctdir REPLY -j RETURN")
+    Rule::new("jump", format!("{gate}-j {name}"))
 }
 
 /// The rule that translates the pods of a VIP's set to it.
@@ -270,7 +209,7 @@ pub(super) fn translation(vip: IpAddr) -> Rule {
         "-m set --match-set {} src -j SNAT --to-source {vip}",
         vip_set(vip)
     );
-    Rule::new(&format!("vip={vip}"), &text)
+    Rule::new(&format!("vip={vip}"), text)
 }
 
 /// Whether a chain is of this backend.

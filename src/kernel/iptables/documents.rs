@@ -40,9 +40,9 @@ pub(super) fn install_document(
             // A mark of an earlier release means another gateway: ours is set after it, and replaces it.
             let is_marked = |line: &Line| line.target() == Some(EARLIER_MARK);
             if chain.base == "PREROUTING" && present.iter().any(is_marked) {
-                format!("-A {} {}", chain.base, chain.jump.text)
+                chain.jump.append(chain.base)
             } else {
-                format!("-I {} 1 {}", chain.base, chain.jump.text)
+                chain.jump.insert(chain.base)
             }
         }));
         document += &table(name, lines.into_iter());
@@ -95,9 +95,7 @@ mod tests {
             ),
         ] {
             let vip = vip.parse().unwrap();
-            let sets: String = StaticSet::all()
-                .map(|set| set.create(family) + "\n")
-                .collect();
+            let sets: String = StaticSet::all().map(|set| set.create(family)).collect();
             let chains = install_document(family, 0x00f0_0000, &[vip].into(), &[]);
             assert_eq!(sets + &create_vip(vip) + &chains, golden);
         }

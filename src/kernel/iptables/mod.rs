@@ -15,7 +15,6 @@ mod save;
 mod sets;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fmt::Write as _;
 use std::net::IpAddr;
 
 use nix::libc::NF_IP_PRI_NAT_SRC;
@@ -24,22 +23,22 @@ use self::chains::{NAT, is_own_chain, translated_vips, translation};
 use self::documents::{install_document, remove_document, table};
 pub(crate) use self::mode::Variant;
 use self::mode::detect;
-use self::save::{Line, restore, save};
+use self::save::{restore, save};
 use self::sets::{
-    StaticSet, create_vip, destroy, ipset, late_reply_line, member_line, parse_sets, vip_of_set,
+    StaticSet, create_vip, destroy, ipset, late_reply_line, member_line, read_sets, vip_of_set,
     vip_set,
 };
-use crate::kernel::backend::{Backend, NatPlace, Profile, Watched};
+use crate::kernel::backend::{Profile, Watched};
 use crate::kernel::conntrack::LateReply;
 use crate::kernel::error::{Error, StepError, executable};
 use crate::kernel::ours::OwnSet;
-use crate::kernel::tool::{ToolError, run};
+use crate::kernel::tag::Rule;
+use crate::kernel::tool::ToolError;
 use crate::state::{Family, FirewallState, FirewallStep, Remnant};
 
 /// How many bad input lines a batch may have before it is given up.
 const MOST_BAD_LINES: usize = 32;
 
-/// The iptables backend of one node.
 #[derive(Debug)]
 pub(crate) struct Iptables {
     variant: Variant,
@@ -63,164 +62,109 @@ impl Iptables {
         })
     }
 
-    async fn save(&self, family: Family) -> Result<Vec<Line>, ToolError> {
-        save(self.variant, family).await
-    }
-
-    async fn restore(&self, family: Family, document: String) -> Result<(), ToolError> {
-        restore(self.variant, family, document).await
-    }
-
     async fn install(&mut self, family: Family, vips: &BTreeSet<IpAddr>) -> Result<(), ToolError> {
-        let mut sets = String::new();
-        for set in StaticSet::all() {
-            // Writing into a String cannot fail.
-            let _ = writeln!(sets, "{}", set.create(family));
-        }
-        for vip in vips {
-            sets.push_str(&create_vip(*vip));
-        }
+        let mut sets: String = StaticSet::all().map(|set| set.create(family)).collect();
+        sets.extend(vips.iter().map(|vip| create_vip(*vip)));
         ipset(sets).await?;
-        let present = self.save(family).await?;
+        let present = save(self.variant, family).await?;
         let document = install_document(family, self.mask, vips, &present);
-        self.restore(family, document).await?;
+        restore(self.variant, family, document).await?;
         self.translated.retain(|vip| Family::of(*vip) != family);
         self.translated.extend(vips);
 
-        let sets = parse_sets(&run("ipset", &["save"], String::new()).await?);
+        let sets = read_sets().await?;
         let guarded = StaticSet::Set(OwnSet::Vips).name(family);
-        let surplus = sets
-            .get(&guarded)
-            .into_iter()
-            .flatten()
-            .filter(|(vip, _)| vip.parse().is_ok_and(|vip| !vips.contains(&vip)));
-        let lines = surplus.fold(String::new(), |lines, (vip, _)| {
-            lines + &format!("del {guarded} {vip}\n")
-        });
-        ipset(lines).await?;
-        let is_surplus = |name: &&String| {
-            let vip = vip_of_set(name).filter(|vip| Family::of(*vip) == family);
-            vip.is_some_and(|vip| !vips.contains(&vip))
-        };
-        destroy(sets.keys().filter(is_surplus).cloned().collect()).await
+        let is_surplus = |vip: IpAddr| Family::of(vip) == family && !vips.contains(&vip);
+        let guards = sets.get(&guarded).into_iter().flatten();
+        let guards = guards.filter(|(vip, _)| vip.parse().is_ok_and(is_surplus));
+        let unguard = guards.map(|(vip, _)| format!("del {guarded} {vip}\n"));
+        ipset(unguard.collect()).await?;
+        let is_of_surplus = |name: &String| vip_of_set(name).is_some_and(is_surplus);
+        destroy(sets.into_keys().filter(is_of_surplus)).await
     }
 
     async fn remove(&mut self, family: Family) -> Result<(), ToolError> {
-        let present = self.save(family).await?;
+        let present = save(self.variant, family).await?;
         let document = remove_document(&present, is_own_chain, |_| false);
-        self.restore(family, document).await?;
+        restore(self.variant, family, document).await?;
         self.translated.retain(|vip| Family::of(*vip) != family);
-        let sets = parse_sets(&run("ipset", &["save"], String::new()).await?);
-        let is_ours = |name: &&String| {
-            StaticSet::all().any(|set| set.name(family) == **name)
+        let is_ours = |name: &String| {
+            StaticSet::all().any(|set| set.name(family) == *name)
                 || vip_of_set(name).is_some_and(|vip| Family::of(vip) == family)
         };
-        destroy(sets.keys().filter(is_ours).cloned().collect()).await
+        destroy(read_sets().await?.into_keys().filter(is_ours)).await
     }
 
     /// Sets and guards of new VIPs first: a rule cannot name a set that is not there.
     async fn add_vips(&mut self, vips: &[IpAddr]) -> Result<(), ToolError> {
         ipset(vips.iter().map(|vip| create_vip(*vip)).collect()).await?;
+        self.translate(vips, true).await
+    }
+
+    async fn remove_vips(&mut self, vips: &[IpAddr]) -> Result<(), ToolError> {
+        self.translate(vips, false).await?;
+        let set = |vip: &IpAddr| StaticSet::Set(OwnSet::Vips).name(Family::of(*vip));
+        let unguard = |vip| format!("del {} {vip}\n", set(vip));
+        ipset(vips.iter().map(unguard).collect()).await?;
+        destroy(vips.iter().map(|vip| vip_set(*vip))).await
+    }
+
+    /// Gives VIPs that have no translation rule one, or takes the rule from those that have one.
+    async fn translate(&mut self, vips: &[IpAddr], wanted: bool) -> Result<(), ToolError> {
         for family in self.families.clone() {
-            let new =
-                |vip: &&IpAddr| Family::of(**vip) == family && !self.translated.contains(*vip);
-            let new: Vec<IpAddr> = vips.iter().filter(new).copied().collect();
-            if !new.is_empty() {
-                let rules = new.iter().map(|vip| translation(*vip).append(NAT));
-                self.restore(family, table("nat", rules)).await?;
-                self.translated.extend(new);
+            let differs = |vip: &IpAddr| self.translated.contains(vip) != wanted;
+            let of_family = vips.iter().filter(|vip| Family::of(**vip) == family);
+            let vips: Vec<IpAddr> = of_family.copied().filter(differs).collect();
+            if vips.is_empty() {
+                continue;
+            }
+            let change = if wanted { Rule::append } else { Rule::delete };
+            let rules = vips.iter().map(|vip| change(&translation(*vip), NAT));
+            restore(self.variant, family, table("nat", rules)).await?;
+            self.translated.retain(|vip| !vips.contains(vip));
+            if wanted {
+                self.translated.extend(vips);
             }
         }
         Ok(())
     }
 
-    async fn remove_vips(&mut self, vips: &[IpAddr]) -> Result<(), ToolError> {
-        for family in self.families.clone() {
-            let old = |vip: &&IpAddr| Family::of(**vip) == family && self.translated.contains(*vip);
-            let old: Vec<IpAddr> = vips.iter().filter(old).copied().collect();
-            if !old.is_empty() {
-                let rules = old.iter().map(|vip| translation(*vip).delete(NAT));
-                self.restore(family, table("nat", rules)).await?;
-                self.translated.retain(|vip| !old.contains(vip));
-            }
-        }
-        let unguard = |vip: &IpAddr| {
-            format!(
-                "del {} {vip}\n",
-                StaticSet::Set(OwnSet::Vips).name(Family::of(*vip))
-            )
-        };
-        ipset(vips.iter().map(unguard).collect()).await?;
-        destroy(vips.iter().map(|vip| vip_set(*vip)).collect()).await
-    }
-
-    /// Executes steps, none of which changes a member of a set, one after the other.
-    async fn one_by_one(&mut self, steps: &[&FirewallStep], failed: &mut Vec<StepError>) {
-        for step in steps {
-            let result = match step {
-                FirewallStep::Install(family, vips) => self.install(*family, vips).await,
-                FirewallStep::Remove(family) => self.remove(*family).await,
-                FirewallStep::AddVip(vip) => self.add_vips(&[*vip]).await,
-                FirewallStep::RemoveVip(vip) => self.remove_vips(&[*vip]).await,
-                FirewallStep::AddNet(..)
-                | FirewallStep::RemoveNet(..)
-                | FirewallStep::AddPod(..)
-                | FirewallStep::RemovePod(..)
-                | FirewallStep::Translate { .. }
-                | FirewallStep::Untranslate { .. }
-                | FirewallStep::Mark { .. }
-                | FirewallStep::Unmark(_) => {
-                    self.members(&[step], failed).await;
-                    continue;
-                }
-            };
-            if let Err(error) = result {
-                failed.push(StepError::new(*step, error));
-            }
+    /// Executes steps that change more than members of sets: one, or several about VIPs.
+    async fn execute(&mut self, steps: &[&FirewallStep]) -> Result<(), ToolError> {
+        let vips: Vec<IpAddr> = steps.iter().filter_map(|step| vip_of(step)).collect();
+        match steps.first() {
+            Some(FirewallStep::Install(family, vips)) => self.install(*family, vips).await,
+            Some(FirewallStep::Remove(family)) => self.remove(*family).await,
+            Some(FirewallStep::AddVip(_)) => self.add_vips(&vips).await,
+            _ => self.remove_vips(&vips).await,
         }
     }
 
     /// Changes members of sets, all in one process; a bad line costs only its own step and those that rely on
     /// it.
-    async fn members(&self, steps: &[&FirewallStep], failed: &mut Vec<StepError>) {
-        let mut rest: Vec<(&FirewallStep, String)> = steps
-            .iter()
-            .filter_map(|step| Some((*step, member_line(step)?)))
-            .collect();
+    async fn members(&self, mut steps: Vec<&FirewallStep>, failed: &mut Vec<StepError>) {
         let mut bad_lines = 0;
-        while !rest.is_empty() {
-            let document = rest.iter().map(|(_, line)| format!("{line}\n")).collect();
+        while !steps.is_empty() {
+            let document = steps.iter().filter_map(|step| member_line(step)).collect();
             let Err(error) = ipset(document).await else {
                 return;
             };
             bad_lines += 1;
-            let bad = error.line().and_then(|line| line.checked_sub(1));
-            match bad.filter(|bad| *bad < rest.len() && bad_lines < MOST_BAD_LINES) {
+            let bad = error.bad_line().filter(|bad| *bad < steps.len());
+            match bad.filter(|_| bad_lines < MOST_BAD_LINES) {
                 Some(bad) => {
                     // All others again: ipset may not have sent the lines before the bad one yet.
-                    let (step, _) = rest.remove(bad);
-                    failed.push(StepError::new(step, error));
-                    let (done, later) = rest.split_at(bad);
-                    let later: Vec<&FirewallStep> = later.iter().map(|(step, _)| *step).collect();
-                    let keep = executable(&later, failed);
-                    let done = done.iter().map(|(step, _)| *step);
-                    rest = done
-                        .chain(keep)
-                        .filter_map(|step| Some((step, member_line(step)?)))
-                        .collect();
+                    failed.push(StepError::new(steps.remove(bad), error));
+                    let later = steps.split_off(bad);
+                    steps.extend(executable(&later, failed));
                 }
-                None => {
-                    let steps = rest.drain(..).map(|(step, _)| step);
-                    failed.extend(StepError::of_batch(steps, error));
-                }
+                None => failed.extend(StepError::of_batch(steps.drain(..), error)),
             }
         }
     }
-}
 
-impl Backend for Iptables {
-    fn profile(&self) -> Profile {
-        let (table, chains) = match self.variant {
+    pub(crate) fn profile(&self) -> Profile {
+        let (nat_table, chains) = match self.variant {
             Variant::Nft => (Some("nat"), Remnant::IptablesNft),
             Variant::Legacy => (None, Remnant::IptablesLegacy),
         };
@@ -235,54 +179,54 @@ impl Backend for Iptables {
                         || ["PREROUTING", "FORWARD", "POSTROUTING"].contains(&chain)
                 }),
             },
-            nat: NatPlace {
-                priority: NF_IP_PRI_NAT_SRC,
-                table,
-                advice: Some("FIREWALL_BACKEND=nftables would be ahead of it"),
-            },
+            nat_priority: NF_IP_PRI_NAT_SRC,
+            nat_table,
+            advice: Some("FIREWALL_BACKEND=nftables would be ahead of it"),
             remnants: vec![chains, Remnant::Ipsets],
         }
     }
 
-    async fn observe(&mut self) -> Result<BTreeMap<Family, FirewallState>, Error> {
-        let sets = parse_sets(&run("ipset", &["save"], String::new()).await?);
+    pub(crate) async fn observe(&mut self) -> Result<BTreeMap<Family, FirewallState>, Error> {
+        let sets = read_sets().await?;
         let mut states = BTreeMap::new();
         self.translated.clear();
         for family in self.families.clone() {
-            let lines = self.save(family).await?;
+            let lines = save(self.variant, family).await?;
             self.translated.extend(translated_vips(&lines));
             states.insert(family, read::state(family, self.mask, &lines, &sets));
         }
         Ok(states)
     }
 
-    async fn apply(&mut self, steps: &[&FirewallStep], failed: &mut Vec<StepError>) {
-        for batch in steps.chunk_by(|a, b| together(a).is_some() && together(a) == together(b)) {
+    pub(crate) async fn apply(&mut self, steps: &[&FirewallStep], failed: &mut Vec<StepError>) {
+        for batch in steps.chunk_by(|a, b| belong_together(a, b)) {
             let batch = executable(batch, failed);
-            let vips: Vec<IpAddr> = batch.iter().filter_map(|step| vip_of(step)).collect();
-            let result = match batch.first().and_then(|step| together(step)) {
-                None => Err(None),
-                Some(Together::Members) => {
-                    self.members(&batch, failed).await;
-                    Ok(())
-                }
-                Some(Together::AddVips) => self.add_vips(&vips).await.map_err(Some),
-                Some(Together::RemoveVips) => self.remove_vips(&vips).await.map_err(Some),
+            let is_member = |step: &&FirewallStep| member_line(step).is_some();
+            if batch.first().is_none_or(is_member) {
+                self.members(batch, failed).await;
+                continue;
+            }
+            let Err(error) = self.execute(&batch).await else {
+                continue;
             };
-            match (result, batch.as_slice()) {
-                (Ok(()), _) => {}
-                (Err(Some(error)), [only]) => failed.push(StepError::new(*only, error)),
-                // Nothing says which VIP failed: one by one, so that a bad one costs no other.
-                (Err(_), _) => self.one_by_one(&batch, failed).await,
+            if let [only] = batch.as_slice() {
+                failed.push(StepError::new(*only, error));
+                continue;
+            }
+            // Nothing says which VIP failed: one by one, so that a bad one costs no other.
+            for step in batch {
+                if let Err(error) = self.execute(&[step]).await {
+                    failed.push(StepError::new(step, error));
+                }
             }
         }
     }
 
-    async fn expect_late_replies(&mut self, replies: &[LateReply]) -> Result<(), Error> {
+    pub(crate) async fn expect_late_replies(&self, replies: &[LateReply]) -> Result<(), Error> {
         Ok(ipset(replies.iter().map(late_reply_line).collect()).await?)
     }
 
-    async fn foreign_nat(&self) -> Result<BTreeSet<String>, Error> {
+    pub(crate) async fn foreign_nat(&self) -> Result<BTreeSet<String>, Error> {
         let other = self.variant.other();
         let chains = remnants::translating_chains(other, &self.families).await?;
         let sentence = |chain| format!("chain {chain} of iptables in {other} mode");
@@ -290,28 +234,14 @@ impl Backend for Iptables {
     }
 }
 
-/// Steps that are executed in one process.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Together {
-    Members,
-    AddVips,
-    RemoveVips,
-}
-
-/// Which steps a step is executed together with; `None`: with none.
-fn together(step: &FirewallStep) -> Option<Together> {
-    match step {
-        FirewallStep::Install(..) | FirewallStep::Remove(_) => None,
-        FirewallStep::AddVip(_) => Some(Together::AddVips),
-        FirewallStep::RemoveVip(_) => Some(Together::RemoveVips),
-        FirewallStep::AddNet(..)
-        | FirewallStep::RemoveNet(..)
-        | FirewallStep::AddPod(..)
-        | FirewallStep::RemovePod(..)
-        | FirewallStep::Translate { .. }
-        | FirewallStep::Untranslate { .. }
-        | FirewallStep::Mark { .. }
-        | FirewallStep::Unmark(_) => Some(Together::Members),
+/// Whether two steps are executed in one process: both change members of sets, or both add or remove a VIP.
+fn belong_together(a: &FirewallStep, b: &FirewallStep) -> bool {
+    use FirewallStep::{AddVip, Install, Remove, RemoveVip};
+    match (a, b) {
+        (AddVip(_), AddVip(_)) | (RemoveVip(_), RemoveVip(_)) => true,
+        (Install(..) | Remove(_) | AddVip(_) | RemoveVip(_), _)
+        | (_, Install(..) | Remove(_) | AddVip(_) | RemoveVip(_)) => false,
+        _ => true,
     }
 }
 

@@ -1,22 +1,20 @@
 //! Which mode of iptables the node's other programs use, found out without changing anything.
 
-use std::fmt;
-
 use crate::kernel::error::Error;
 use crate::kernel::tool::run;
 use crate::state::Family;
 
 /// A mode of the iptables tools, by the kernel interface that they use.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, strum::Display, PartialEq, Eq)]
 pub(crate) enum Variant {
-    /// nf_tables.
+    #[strum(to_string = "nf_tables")]
     Nft,
     /// ip_tables.
+    #[strum(to_string = "legacy")]
     Legacy,
 }
 
 impl Variant {
-    /// The other one.
     pub(super) fn other(self) -> Variant {
         match self {
             Variant::Nft => Variant::Legacy,
@@ -35,15 +33,6 @@ impl Variant {
             Variant::Legacy => "legacy",
         };
         format!("{iptables}-{variant}-{what}")
-    }
-}
-
-impl fmt::Display for Variant {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Variant::Nft => "nf_tables",
-            Variant::Legacy => "legacy",
-        })
     }
 }
 

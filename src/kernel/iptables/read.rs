@@ -11,26 +11,15 @@ use crate::kernel::iptables::chains::{
 use crate::kernel::iptables::save::Line;
 use crate::kernel::iptables::sets::{Sets, StaticSet, vip_of_set};
 use crate::kernel::ours::OwnSet;
+use crate::kernel::tag::Rule;
 use crate::state::{Family, FirewallState, Mark, NetSet, PodSet, PodState, Skeleton};
 
 /// What the lines of `iptables-save` and `ipset save` say.
 pub(super) fn state(family: Family, mask: u32, lines: &[Line], sets: &Sets) -> FirewallState {
     let members = |set: StaticSet| sets.get(&set.name(family)).map_or(&[][..], Vec::as_slice);
     let addresses = |set: StaticSet| {
-        members(set)
-            .iter()
-            .filter_map(|(ip, _)| ip.parse::<IpAddr>().ok())
-    };
-    let nets = |set: StaticSet| -> BTreeSet<IpNet> {
-        let net = |text: &str| {
-            text.parse()
-                .ok()
-                .or_else(|| text.parse::<IpAddr>().ok().map(IpNet::from))
-        };
-        members(set)
-            .iter()
-            .filter_map(|(text, _)| net(text))
-            .collect()
+        let addresses = members(set).iter();
+        addresses.filter_map(|(ip, _)| ip.parse::<IpAddr>().ok())
     };
     let mut pods: BTreeMap<IpAddr, PodState> = BTreeMap::new();
     for set in PodSet::ALL {
@@ -66,9 +55,19 @@ pub(super) fn state(family: Family, mask: u32, lines: &[Line], sets: &Sets) -> F
         ..FirewallState::default()
     };
     for set in NetSet::ALL {
-        *state.nets_mut(set) = nets(StaticSet::Set(OwnSet::Nets(set)));
+        let nets = members(StaticSet::Set(OwnSet::Nets(set))).iter();
+        state
+            .nets_mut(set)
+            .extend(nets.filter_map(|(text, _)| net(text)));
     }
     state
+}
+
+/// ipset shows a network of one as an address.
+fn net(text: &str) -> Option<IpNet> {
+    let net = text.parse();
+    net.or_else(|_| text.parse::<IpAddr>().map(IpNet::from))
+        .ok()
 }
 
 /// `skbmark 0x100000/0xf00000`; without a mask all bits count.
@@ -100,12 +99,11 @@ fn skeleton(
     if let Some(missing) = own_sets.iter().find(|set| !sets.contains_key(*set)) {
         return Skeleton::Damaged(format!("set {missing} is missing"));
     }
-    for chain in chains(family, mask) {
-        if let Some(what) = damage(&chain, lines) {
-            return Skeleton::Damaged(what);
-        }
+    let chains = chains(family, mask);
+    if let Some(what) = chains.iter().find_map(|chain| damage(chain, lines)) {
+        return Skeleton::Damaged(what);
     }
-    let expected = chains(family, mask).len();
+    let expected = chains.len();
     let jumps = lines.iter().filter(|line| jumps_to_us(line)).count();
     if jumps != expected {
         return Skeleton::Damaged(format!("{jumps} jumps to our chains instead of {expected}"));
@@ -114,6 +112,10 @@ fn skeleton(
         return Skeleton::Damaged("VIPs without set, guard or translation".to_owned());
     }
     Skeleton::Intact
+}
+
+fn tags(rules: &[Rule]) -> Vec<Option<&str>> {
+    rules.iter().map(|rule| Some(rule.tag.as_str())).collect()
 }
 
 /// What is wrong with a chain or the jump to it.
@@ -125,27 +127,18 @@ fn damage(chain: &Chain, lines: &[Line]) -> Option<String> {
         };
         lines.iter().filter(of_chain)
     };
-    let found: Vec<Option<&str>> = rules_of(name).map(Line::tag).collect();
-    let mut expected: Vec<Option<&str>> = chain
-        .rules
-        .iter()
-        .map(|rule| Some(rule.tag.as_str()))
-        .collect();
-    let vip_rules: Vec<String> = if name == NAT {
-        translated_vips(lines)
-            .collect::<BTreeSet<_>>()
-            .into_iter()
-            .map(|vip| translation(vip).tag)
-            .collect()
-    } else {
-        Vec::new()
+    let translated: BTreeSet<IpAddr> = match name {
+        NAT => translated_vips(lines).collect(),
+        _ => BTreeSet::new(),
     };
-    let (fixed, rest) = found.split_at(expected.len().min(found.len()));
-    let mut rest: Vec<_> = rest.to_vec();
+    let translations: Vec<Rule> = translated.into_iter().map(translation).collect();
+    let (fixed, mut rest) = (tags(&chain.rules), tags(&translations));
+    let mut found: Vec<Option<&str>> = rules_of(name).map(Line::tag).collect();
+    let mut found_rest = found.split_off(fixed.len().min(found.len()));
+    // Translations stand in any order.
     rest.sort_unstable();
-    let mut expected_rest: Vec<_> = vip_rules.iter().map(|tag| Some(tag.as_str())).collect();
-    expected_rest.sort_unstable();
-    if fixed != expected.as_mut_slice() || rest != expected_rest {
+    found_rest.sort_unstable();
+    if found != fixed || found_rest != rest {
         return Some(format!("chain {name} is missing or changed"));
     }
     let jumps: Vec<usize> = rules_of(chain.base)
@@ -153,18 +146,12 @@ fn damage(chain: &Chain, lines: &[Line]) -> Option<String> {
         .filter(|(_, line)| line.tag() == Some(chain.jump.tag.as_str()))
         .map(|(position, _)| position)
         .collect();
-    match jumps.as_slice() {
-        [0] => None,
-        [_] if !chain.first => None,
-        [_] => Some(format!(
-            "the jump from {} to {name} is not the first rule",
-            chain.base
-        )),
-        [] => Some(format!("the jump from {} to {name} is missing", chain.base)),
-        _ => Some(format!(
-            "the jump from {} to {name} is there {} times",
-            chain.base,
-            jumps.len()
-        )),
-    }
+    let what = match jumps.as_slice() {
+        [0] => return None,
+        [_] if !chain.first => return None,
+        [_] => "is not the first rule".to_owned(),
+        [] => "is missing".to_owned(),
+        several => format!("is there {} times", several.len()),
+    };
+    Some(format!("the jump from {} to {name} {what}", chain.base))
 }

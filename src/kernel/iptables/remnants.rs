@@ -52,7 +52,7 @@ pub(crate) async fn remove_chains(variant: Variant, families: &[Family]) -> Resu
 /// Removes the sets of this backend, which no chain may use any more; absent is fine.
 pub(crate) async fn remove_sets() -> Result<(), ToolError> {
     let names = sets::names().await?.into_iter();
-    destroy(names.filter(|name| is_own_set(name)).collect()).await
+    destroy(names.filter(|name| is_own_set(name))).await
 }
 
 /// Removes the chains that an earlier release made in a mode; absent is fine.
@@ -75,7 +75,7 @@ pub(crate) async fn remove_earlier_chains(
 /// Removes the sets of an earlier release, which no chain may use any more; absent is fine.
 pub(crate) async fn remove_earlier_sets() -> Result<(), ToolError> {
     let names = sets::names().await?.into_iter();
-    destroy(names.filter(|name| is_earlier_set(name)).collect()).await
+    destroy(names.filter(|name| is_earlier_set(name))).await
 }
 
 /// Chains of others that translate sources, in a mode. kube-proxy's translate only what it has marked itself.

@@ -35,9 +35,8 @@ pub(super) async fn restore(
         return Ok(());
     }
     let args = ["--noflush", "--wait", LOCK_SECONDS];
-    run(&variant.tool(family, "restore"), &args, document)
-        .await
-        .map(drop)
+    let done = run(&variant.tool(family, "restore"), &args, document).await;
+    done.map(drop)
 }
 
 /// A line of `iptables-save` that is a chain or a rule.
@@ -82,22 +81,18 @@ fn parse(text: &str) -> Vec<Line> {
     for line in text.lines() {
         if let Some(name) = line.strip_prefix('*') {
             name.clone_into(&mut table);
-        } else if let Some(chain) = line.strip_prefix(':') {
-            lines.push(Line {
-                table: table.clone(),
-                chain: chain.split(' ').next().unwrap_or_default().to_owned(),
-                rule: None,
-            });
-        } else if let Some((chain, rule)) = line
-            .strip_prefix("-A ")
-            .and_then(|rest| rest.split_once(' '))
-        {
-            lines.push(Line {
-                table: table.clone(),
-                chain: chain.to_owned(),
-                rule: Some(rule.to_owned()),
-            });
+            continue;
         }
+        let declaration = line.strip_prefix(':');
+        let rest = declaration.or_else(|| line.strip_prefix("-A "));
+        let Some((chain, rule)) = rest.and_then(|rest| rest.split_once(' ')) else {
+            continue;
+        };
+        lines.push(Line {
+            table: table.clone(),
+            chain: chain.to_owned(),
+            rule: declaration.is_none().then(|| rule.to_owned()),
+        });
     }
     lines
 }

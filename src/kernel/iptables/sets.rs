@@ -11,7 +11,7 @@ use ipnet::IpNet;
 use crate::kernel::conntrack::LateReply;
 use crate::kernel::ours::{LATE_REPLY_SECONDS, OwnSet, digit};
 use crate::kernel::tool::{ToolError, run};
-use crate::state::{Family, FirewallStep, NetSet, PodSet};
+use crate::state::{Family, FirewallStep};
 
 /// What every set of ours is called.
 const PREFIX: &str = "METALEG-";
@@ -32,7 +32,7 @@ pub(super) enum StaticSet {
 
 impl StaticSet {
     pub(super) fn all() -> impl Iterator<Item = StaticSet> {
-        let sets = OwnSet::ALL.into_iter().map(StaticSet::Set);
+        let sets = OwnSet::all().map(StaticSet::Set);
         sets.chain([StaticSet::Mark])
     }
 
@@ -58,12 +58,12 @@ impl StaticSet {
     }
 }
 
-pub(super) fn create(name: &str, kind: &str, family: Family, extension: &str) -> String {
+fn create(name: &str, kind: &str, family: Family, extension: &str) -> String {
     let inet = match family {
         Family::V4 => "inet",
         Family::V6 => "inet6",
     };
-    format!("create {name} {kind} family {inet} maxelem {MAX_ELEMENTS}{extension}")
+    format!("create {name} {kind} family {inet} maxelem {MAX_ELEMENTS}{extension}\n")
 }
 
 /// The set of the pods that are translated to a VIP. A set's name has at most 31 characters, so that an IPv6
@@ -87,29 +87,24 @@ pub(super) fn vip_of_set(name: &str) -> Option<IpAddr> {
 
 pub(super) fn create_vip(vip: IpAddr) -> String {
     let family = Family::of(vip);
-    let set = create(&vip_set(vip), "hash:ip", family, "");
-    format!(
-        "{set}\nadd {} {vip}\n",
-        StaticSet::Set(OwnSet::Vips).name(family)
-    )
+    let guard = StaticSet::Set(OwnSet::Vips).name(family);
+    create(&vip_set(vip), "hash:ip", family, "") + &format!("add {guard} {vip}\n")
 }
 
 /// The `ipset restore` line of a step that changes one member of a set; none of other steps.
 pub(super) fn member_line(step: &FirewallStep) -> Option<String> {
-    let of_nets =
-        |set: &NetSet, net: &IpNet| StaticSet::Set(OwnSet::Nets(*set)).name(Family::of_net(*net));
-    let of_pods =
-        |set: &PodSet, pod: &IpAddr| StaticSet::Set(OwnSet::Pods(*set)).name(Family::of(*pod));
+    let of_nets = |set, net: &IpNet| StaticSet::Set(OwnSet::Nets(set)).name(Family::of_net(*net));
+    let of_pods = |set, pod: &IpAddr| StaticSet::Set(OwnSet::Pods(set)).name(Family::of(*pod));
     let marks = |pod: &IpAddr| StaticSet::Mark.name(Family::of(*pod));
     Some(match step {
-        FirewallStep::AddNet(set, net) => format!("add {} {net}", of_nets(set, net)),
-        FirewallStep::RemoveNet(set, net) => format!("del {} {net}", of_nets(set, net)),
-        FirewallStep::AddPod(set, pod) => format!("add {} {pod}", of_pods(set, pod)),
-        FirewallStep::RemovePod(set, pod) => format!("del {} {pod}", of_pods(set, pod)),
-        FirewallStep::Mark { pod, mark } => format!("add {} {pod} skbmark {mark}", marks(pod)),
-        FirewallStep::Unmark(pod) => format!("del {} {pod}", marks(pod)),
-        FirewallStep::Translate { pod, vip } => format!("add {} {pod}", vip_set(*vip)),
-        FirewallStep::Untranslate { pod, vip } => format!("del {} {pod}", vip_set(*vip)),
+        FirewallStep::AddNet(set, net) => format!("add {} {net}\n", of_nets(*set, net)),
+        FirewallStep::RemoveNet(set, net) => format!("del {} {net}\n", of_nets(*set, net)),
+        FirewallStep::AddPod(set, pod) => format!("add {} {pod}\n", of_pods(*set, pod)),
+        FirewallStep::RemovePod(set, pod) => format!("del {} {pod}\n", of_pods(*set, pod)),
+        FirewallStep::Mark { pod, mark } => format!("add {} {pod} skbmark {mark}\n", marks(pod)),
+        FirewallStep::Unmark(pod) => format!("del {} {pod}\n", marks(pod)),
+        FirewallStep::Translate { pod, vip } => format!("add {} {pod}\n", vip_set(*vip)),
+        FirewallStep::Untranslate { pod, vip } => format!("del {} {pod}\n", vip_set(*vip)),
         FirewallStep::Install(..)
         | FirewallStep::Remove(_)
         | FirewallStep::AddVip(_)
@@ -128,13 +123,13 @@ pub(super) async fn ipset(document: String) -> Result<(), ToolError> {
     if document.is_empty() {
         return Ok(());
     }
-    run("ipset", &["-exist", "restore"], document)
-        .await
-        .map(drop)
+    let done = run("ipset", &["-exist", "restore"], document).await;
+    done.map(drop)
 }
 
 /// Destroys sets that no rule uses any more; absent is fine.
-pub(super) async fn destroy(mut sets: Vec<String>) -> Result<(), ToolError> {
+pub(super) async fn destroy(sets: impl Iterator<Item = String>) -> Result<(), ToolError> {
+    let mut sets: Vec<String> = sets.collect();
     let mut tries = 0;
     while !sets.is_empty() {
         let document = sets.iter().map(|set| format!("destroy {set}\n")).collect();
@@ -144,9 +139,7 @@ pub(super) async fn destroy(mut sets: Vec<String>) -> Result<(), ToolError> {
         let ToolError::Failed { message, .. } = &error else {
             return Err(error);
         };
-        let bad = error.line().and_then(|line| line.checked_sub(1));
-        let bad = bad.filter(|bad| *bad < sets.len());
-        match bad {
+        match error.bad_line().filter(|bad| *bad < sets.len()) {
             // ipset sends each of these lines by itself: those before the bad one are done.
             Some(bad) if message.contains("does not exist") => drop(sets.drain(..=bad)),
             Some(bad) if message.contains("in use") && tries < RELEASE_TRIES => {
@@ -163,9 +156,9 @@ pub(super) async fn destroy(mut sets: Vec<String>) -> Result<(), ToolError> {
 /// Members of the sets of ours by set, with the rest of their line.
 pub(super) type Sets = BTreeMap<String, Vec<(String, String)>>;
 
-pub(super) fn parse_sets(text: &str) -> Sets {
+pub(super) async fn read_sets() -> Result<Sets, ToolError> {
     let mut sets = Sets::new();
-    for line in text.lines() {
+    for line in run("ipset", &["save"], String::new()).await?.lines() {
         let mut words = line.splitn(4, ' ');
         let (Some(verb), Some(name)) = (words.next(), words.next()) else {
             continue;
@@ -179,7 +172,7 @@ pub(super) fn parse_sets(text: &str) -> Sets {
             members.push((member.to_owned(), rest.to_owned()));
         }
     }
-    sets
+    Ok(sets)
 }
 
 /// The names of all sets; none where there is no `ipset` to make any.
@@ -211,7 +204,7 @@ mod tests {
     #[test]
     fn the_sets_are_as_documented() {
         let name = |set: OwnSet| (page_name(set), StaticSet::Set(set).name(Family::V4));
-        let mut sets: BTreeMap<String, String> = OwnSet::ALL.into_iter().map(name).collect();
+        let mut sets: BTreeMap<String, String> = OwnSet::all().map(name).collect();
         sets.insert("slot".to_owned(), StaticSet::Mark.name(Family::V4));
         sets.insert("vip".to_owned(), vip_set("192.0.2.200".parse().unwrap()));
         assert_eq!(sets, documented_sets(2));

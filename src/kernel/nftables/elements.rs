@@ -23,7 +23,7 @@ pub(crate) enum Kind {
 
 impl Kind {
     pub(crate) fn all() -> impl Iterator<Item = Kind> {
-        let sets = OwnSet::ALL.into_iter().map(Kind::Set);
+        let sets = OwnSet::all().map(Kind::Set);
         sets.chain([Kind::Slot, Kind::Vip])
     }
 
@@ -32,7 +32,6 @@ impl Kind {
         matches!(self, Kind::Set(OwnSet::Nets(_)))
     }
 
-    /// The name of the family's set.
     pub(crate) fn name(self, family: Family) -> String {
         let word = match self {
             Kind::Set(set) => set.word(),
@@ -53,20 +52,16 @@ impl Kind {
             Family::V6 => "ipv6_addr",
         };
         let (word, kind) = match self {
-            Kind::Slot => ("map", format!("{address} : verdict")),
-            Kind::Vip => ("map", format!("{address} : {address}")),
-            Kind::Set(OwnSet::LateReplies) => (
-                "set",
-                format!("{address} . inet_proto . inet_service . {address} . inet_service"),
-            ),
-            _ => ("set", address.to_owned()),
-        };
-        let flags = match self {
-            _ if self.of_networks() => "    flags interval;\n".to_owned(),
+            Kind::Slot => ("map", format!("{address} : verdict;")),
+            Kind::Vip => ("map", format!("{address} : {address};")),
+            Kind::Set(OwnSet::Nets(_)) => ("set", format!("{address};\n    flags interval;")),
             Kind::Set(OwnSet::LateReplies) => {
-                format!("    flags timeout;\n    timeout {LATE_REPLY_SECONDS}s;\n")
+                let kind =
+                    format!("{address} . inet_proto . inet_service . {address} . inet_service");
+                let timeout = format!("flags timeout;\n    timeout {LATE_REPLY_SECONDS}s;");
+                ("set", format!("{kind};\n    {timeout}"))
             }
-            _ => String::new(),
+            Kind::Set(OwnSet::Pods(_) | OwnSet::Vips) => ("set", format!("{address};")),
         };
         let elements: Vec<String> = elements
             .map(|(key, value)| match value {
@@ -83,7 +78,7 @@ impl Kind {
             format!("    elements = {{ {}\n    }}\n", elements.join(",\n      "))
         };
         let name = self.name(family);
-        format!("  {word} {name} {{\n    type {kind};\n{flags}{elements}  }}\n")
+        format!("  {word} {name} {{\n    type {kind}\n{elements}  }}\n")
     }
 }
 
@@ -92,9 +87,7 @@ impl Kind {
 pub(crate) enum Value {
     /// Nothing: the key is a member of a set.
     None,
-    /// A `goto` to this chain.
     Chain(String),
-    /// This address.
     Address(IpAddr),
 }
 
@@ -139,7 +132,6 @@ pub(crate) fn of_networks(state: &FirewallState, elements: &mut Elements) {
     elements.insert(Kind::Set(OwnSet::Vips), vips.collect());
 }
 
-/// All elements of a family.
 pub(crate) fn of_state(state: &FirewallState) -> Elements {
     let mut elements = Elements::new();
     of_networks(state, &mut elements);

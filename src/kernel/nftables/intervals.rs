@@ -35,25 +35,17 @@ pub(crate) fn networks(family: Family, mut ends: Vec<(IpAddr, bool)>) -> BTreeSe
 
 /// The first address after a network; `None` at the end of the address space.
 pub(crate) fn after(net: &IpNet) -> Option<IpAddr> {
-    match net.broadcast() {
-        IpAddr::V4(last) => u32::from(last)
-            .checked_add(1)
-            .map(|next| Ipv4Addr::from(next).into()),
-        IpAddr::V6(last) => u128::from(last)
-            .checked_add(1)
-            .map(|next| Ipv6Addr::from(next).into()),
-    }
+    Some(match net.broadcast() {
+        IpAddr::V4(last) => Ipv4Addr::from(u32::from(last).checked_add(1)?).into(),
+        IpAddr::V6(last) => Ipv6Addr::from(u128::from(last).checked_add(1)?).into(),
+    })
 }
 
 fn before(address: IpAddr) -> Option<IpAddr> {
-    match address {
-        IpAddr::V4(v4) => u32::from(v4)
-            .checked_sub(1)
-            .map(|last| Ipv4Addr::from(last).into()),
-        IpAddr::V6(v6) => u128::from(v6)
-            .checked_sub(1)
-            .map(|last| Ipv6Addr::from(last).into()),
-    }
+    Some(match address {
+        IpAddr::V4(v4) => Ipv4Addr::from(u32::from(v4).checked_sub(1)?).into(),
+        IpAddr::V6(v6) => Ipv6Addr::from(u128::from(v6).checked_sub(1)?).into(),
+    })
 }
 
 fn last_of(family: Family) -> IpAddr {

@@ -26,7 +26,7 @@ use self::elements::{Elements, Kind, Value, late_reply_key, octets};
 pub(crate) use self::read::{BaseChain, any_chain};
 pub(crate) use self::ruleset::TABLE;
 use self::ruleset::{Chain, TRANSLATION_PRIORITY, chains};
-use crate::kernel::backend::{Backend, NatPlace, Profile, Watched};
+use crate::kernel::backend::{Profile, Watched};
 use crate::kernel::conntrack::LateReply;
 use crate::kernel::error::{Error, StepError, executable};
 use crate::kernel::netfilter::{Message, Netfilter, NetlinkError, message};
@@ -40,7 +40,6 @@ const SUBSYSTEM: u16 = 10;
 /// have 80 bytes.
 const ELEMENTS_AT_ONCE: usize = 500;
 
-/// The nftables backend of one node.
 #[derive(Debug)]
 pub(crate) struct Nftables {
     netfilter: Netfilter,
@@ -51,7 +50,6 @@ pub(crate) struct Nftables {
 }
 
 impl Nftables {
-    /// Opens the netlink socket. Changes nothing.
     pub(crate) fn open(ranges: Ranges, families: Vec<Family>) -> Result<Nftables, NetlinkError> {
         Ok(Nftables {
             netfilter: Netfilter::open()?,
@@ -90,18 +88,12 @@ impl Nftables {
         Ok(states)
     }
 
-    fn dump<T: Default>(
+    fn dump<T: Default + Extend<X>, X, I: IntoIterator<Item = X>>(
         &self,
         question: NfTablesMessage,
-        take: impl Fn(&mut T, Message<'_>),
+        read: impl Fn(Message<'_>) -> I,
     ) -> Result<T, NetlinkError> {
-        let question = NetfilterMessageInner::NfTables(question);
-        let family = NetfilterProtoFamily::Inet;
-        let all = self.netfilter.dump(family, &question, |all, answer| {
-            take(all, answer);
-            Ok(())
-        });
-        match all {
+        match dump(&self.netfilter, question, read) {
             // Without a table or a set there is nothing in it.
             Err(error) if error.is_absent() => Ok(T::default()),
             all => all,
@@ -112,40 +104,35 @@ impl Nftables {
         let attributes = vec![SetAttribute::Table(TABLE.to_owned())];
         self.dump(
             NfTablesMessage::GetSet(SetMessage { attributes }),
-            |sets: &mut BTreeSet<String>, answer| sets.extend(read::set(answer)),
+            read::set,
         )
     }
 
     /// What is wrong with the table; nothing where there is none.
     fn damage(&self, sets: &BTreeSet<String>) -> Result<Option<String>, NetlinkError> {
         let attributes = Vec::new();
-        let present: BTreeMap<String, Option<BaseChain>> = self.dump(
-            NfTablesMessage::GetChain(ChainMessage { attributes }),
-            |chains: &mut BTreeMap<_, _>, answer| chains.extend(read::chain(answer)),
-        )?;
+        let question = NfTablesMessage::GetChain(ChainMessage { attributes });
+        let present: BTreeMap<String, Option<BaseChain>> = self.dump(question, read::chain)?;
         if present.is_empty() && sets.is_empty() {
             return Ok(None);
         }
         let attributes = vec![RuleAttribute::Table(TABLE.to_owned())];
-        let tags: BTreeMap<String, Vec<String>> = self.dump(
-            NfTablesMessage::GetRule(RuleMessage { attributes }),
-            |tags: &mut BTreeMap<String, Vec<String>>, answer| {
-                if let Some((chain, tag)) = read::rule(answer) {
-                    tags.entry(chain).or_default().push(tag);
-                }
-            },
-        )?;
-        let missing = self.families.iter().flat_map(|family| {
-            let names = Kind::all().map(|kind| kind.name(*family));
-            names.filter(|name| !sets.contains(name))
-        });
-        if let Some(set) = { missing }.next() {
-            return Ok(Some(format!("set {set} is missing")));
+        let question = NfTablesMessage::GetRule(RuleMessage { attributes });
+        let rules: Vec<(String, String)> = self.dump(question, read::rule)?;
+        let mut tags: BTreeMap<String, Vec<String>> = BTreeMap::new();
+        for (chain, tag) in rules {
+            tags.entry(chain).or_default().push(tag);
+        }
+        for &family in &self.families {
+            let mut names = Kind::all().map(|kind| kind.name(family));
+            if let Some(set) = names.find(|name| !sets.contains(name)) {
+                return Ok(Some(format!("set {set} is missing")));
+            }
         }
         let expected = chains(&self.families, self.ranges.mask, self.ranges.slots);
         let changed = expected.iter().find(|chain| {
-            let found = tags.get(&chain.name).map_or(&[][..], Vec::as_slice);
-            let same_rules = found.iter().eq(chain.rules.iter().map(|rule| &rule.tag));
+            let found = tags.get(&chain.name).into_iter().flatten();
+            let same_rules = found.eq(chain.rules.iter().map(|rule| &rule.tag));
             !same_rules || present.get(&chain.name) != Some(&base_of(chain))
         });
         Ok(changed.map(|chain| format!("chain {} is missing or changed", chain.name)))
@@ -156,10 +143,8 @@ impl Nftables {
             SetElementList::Table(TABLE.to_owned()),
             SetElementList::Set(kind.name(family)),
         ];
-        let elements: Vec<read::Element> = self.dump(
-            NfTablesMessage::GetSetElement(SetElementMessage { attributes }),
-            |all: &mut Vec<_>, answer| all.extend(read::elements(answer)),
-        )?;
+        let question = NfTablesMessage::GetSetElement(SetElementMessage { attributes });
+        let elements: Vec<read::Element> = self.dump(question, read::elements)?;
         if kind.of_networks() {
             let ends = elements.iter().map(|element| (element.key, element.is_end));
             let nets = intervals::networks(family, ends.collect());
@@ -175,12 +160,12 @@ impl Nftables {
         for step in steps {
             self.held.apply_firewall(step);
         }
-        let whole = |step: &&FirewallStep| {
-            matches!(step, FirewallStep::Install(..) | FirewallStep::Remove(_))
-        };
         let nothing = FirewallState::default();
         let mut families = self.held.families.values();
-        if !steps.iter().any(whole) {
+        let is_whole = |step: &&FirewallStep| {
+            matches!(step, FirewallStep::Install(..) | FirewallStep::Remove(_))
+        };
+        if !steps.iter().any(is_whole) {
             let batch = changes(&before, &self.concerned(steps));
             if !batch.is_empty() {
                 self.netfilter.commit(&transaction(&batch))?;
@@ -212,20 +197,92 @@ impl Nftables {
         }
         concerned
     }
+
+    pub(crate) fn profile(&self) -> Profile {
+        Profile {
+            name: "nftables".to_owned(),
+            port: Some(self.netfilter.port),
+            watched: Watched {
+                tables: &[TABLE],
+                chains: None,
+            },
+            nat_priority: TRANSLATION_PRIORITY,
+            nat_table: Some(TABLE),
+            advice: None,
+            remnants: vec![Remnant::Nftables],
+        }
+    }
+
+    pub(crate) fn observe(&mut self) -> Result<BTreeMap<Family, FirewallState>, NetlinkError> {
+        let states = self.read()?;
+        self.held = KernelState::default();
+        for (family, state) in &states {
+            self.held.families.entry(*family).or_default().firewall = state.clone();
+        }
+        Ok(states)
+    }
+
+    pub(crate) async fn apply(&mut self, steps: &[&FirewallStep], failed: &mut Vec<StepError>) {
+        let batch = executable(steps, failed);
+        if batch.is_empty() || self.transaction(&batch).await.is_ok() {
+            return;
+        }
+        // The table may differ from what we held: read it again. Then one by one, so that a bad step costs no other.
+        if let Err(error) = self.observe() {
+            failed.extend(StepError::of_batch(batch, error));
+            return;
+        }
+        for step in batch {
+            for step in executable(&[step], failed) {
+                if let Err(error) = self.transaction(&[step]).await {
+                    failed.push(StepError::new(step, error));
+                }
+            }
+        }
+    }
+
+    pub(crate) fn expect_late_replies(&self, replies: &[LateReply]) -> Result<(), NetlinkError> {
+        // With an expiration, an element that is there lives for the full time again (kernel 6.12 and newer).
+        let element = |late: &&LateReply| {
+            [ListAttribute::Element(vec![
+                SetElementAttribute::Key(DataAttribute::Value(late_reply_key(late))),
+                SetElementAttribute::Timeout(u64::from(LATE_REPLY_SECONDS) * 1000),
+                SetElementAttribute::Expiration(u64::from(LATE_REPLY_SECONDS) * 1000),
+            ])]
+        };
+        let mut messages = Vec::new();
+        for family in Family::ALL {
+            let of_family = |late: &&LateReply| Family::of(late.pod.ip()) == family;
+            let replies: Vec<&LateReply> = replies.iter().filter(of_family).collect();
+            let set = Kind::Set(OwnSet::LateReplies).name(family);
+            messages.extend(Change::Add.messages(&set, &replies, element));
+        }
+        self.netfilter.commit(&transaction(&messages))
+    }
+}
+
+fn dump<T: Default + Extend<X>, X, I: IntoIterator<Item = X>>(
+    netfilter: &Netfilter,
+    question: NfTablesMessage,
+    read: impl Fn(Message<'_>) -> I,
+) -> Result<T, NetlinkError> {
+    let question = NetfilterMessageInner::NfTables(question);
+    netfilter.dump(
+        NetfilterProtoFamily::Inet,
+        &question,
+        |all: &mut T, answer| {
+            all.extend(read(answer));
+            Ok(())
+        },
+    )
 }
 
 /// Whether our table is there.
 pub(crate) fn exists() -> Result<bool, NetlinkError> {
     let attributes = Vec::new();
     let question = NfTablesMessage::GetTable(TableMessage { attributes });
-    Netfilter::open()?.dump(
-        NetfilterProtoFamily::Inet,
-        &NetfilterMessageInner::NfTables(question),
-        |found: &mut bool, answer| {
-            *found |= read::is_own_table(answer);
-            Ok(())
-        },
-    )
+    let tables: Vec<String> = dump(&Netfilter::open()?, question, read::own_table)?;
+    Ok(!tables.is_empty())
 }
 
 /// Removes our table; absent is fine.
@@ -243,104 +300,6 @@ fn remove_table(netfilter: &Netfilter) -> Result<(), NetlinkError> {
     netfilter.commit(&transaction(&batch))
 }
 
-impl Backend for Nftables {
-    fn profile(&self) -> Profile {
-        Profile {
-            name: "nftables".to_owned(),
-            port: Some(self.netfilter.port()),
-            watched: Watched {
-                tables: &[TABLE],
-                chains: None,
-            },
-            nat: NatPlace {
-                priority: TRANSLATION_PRIORITY,
-                table: Some(TABLE),
-                advice: None,
-            },
-            remnants: vec![Remnant::Nftables],
-        }
-    }
-
-    async fn observe(&mut self) -> Result<BTreeMap<Family, FirewallState>, Error> {
-        let states = self.read()?;
-        self.held = KernelState::default();
-        for (family, state) in &states {
-            self.held.families.entry(*family).or_default().firewall = state.clone();
-        }
-        Ok(states)
-    }
-
-    async fn apply(&mut self, steps: &[&FirewallStep], failed: &mut Vec<StepError>) {
-        let batch = executable(steps, failed);
-        if batch.is_empty() || self.transaction(&batch).await.is_ok() {
-            return;
-        }
-        // The table may differ from what we held: read it again. Then one by one, so that a bad step costs no other.
-        if let Err(error) = self.observe().await {
-            failed.extend(StepError::of_batch(batch, error));
-            return;
-        }
-        for step in batch {
-            for step in executable(&[step], failed) {
-                if let Err(error) = self.transaction(&[step]).await {
-                    failed.push(StepError::new(step, error));
-                }
-            }
-        }
-    }
-
-    async fn expect_late_replies(&mut self, replies: &[LateReply]) -> Result<(), Error> {
-        let (v4, v6): (Vec<LateReply>, Vec<LateReply>) =
-            replies.iter().partition(|late| late.pod.is_ipv4());
-        let mut messages = late_reply_messages(Family::V4, &v4);
-        messages.extend(late_reply_messages(Family::V6, &v6));
-        Ok(self.netfilter.commit(&transaction(&messages))?)
-    }
-
-    /// Chains of iptables come after ours, in every mode.
-    async fn foreign_nat(&self) -> Result<BTreeSet<String>, Error> {
-        Ok(BTreeSet::new())
-    }
-}
-
-/// The messages that add late replies to a family's set.
-fn late_reply_messages(family: Family, replies: &[LateReply]) -> Vec<u8> {
-    let mut messages = Vec::new();
-    for part in replies.chunks(ELEMENTS_AT_ONCE) {
-        // With an expiration, an element that is there lives for the full time again (kernel 6.12 and newer).
-        let elements = part.iter().map(|late| {
-            ListAttribute::Element(vec![
-                SetElementAttribute::Key(DataAttribute::Value(late_reply_key(late))),
-                SetElementAttribute::Timeout(u64::from(LATE_REPLY_SECONDS) * 1000),
-                SetElementAttribute::Expiration(u64::from(LATE_REPLY_SECONDS) * 1000),
-            ])
-        });
-        messages.extend(add(
-            &Kind::Set(OwnSet::LateReplies).name(family),
-            elements.collect(),
-        ));
-    }
-    messages
-}
-
-fn add(set: &str, elements: Vec<ListAttribute<SetElementAttribute>>) -> Vec<u8> {
-    let message = in_set(set, elements);
-    inet(
-        NLM_F_CREATE | NLM_F_ACK,
-        NfTablesMessage::NewSetElement(message),
-    )
-}
-
-fn in_set(set: &str, elements: Vec<ListAttribute<SetElementAttribute>>) -> SetElementMessage {
-    SetElementMessage {
-        attributes: vec![
-            SetElementList::Table(TABLE.to_owned()),
-            SetElementList::Set(set.to_owned()),
-            SetElementList::Elements(elements),
-        ],
-    }
-}
-
 fn base_of(chain: &Chain) -> Option<BaseChain> {
     let hook = chain.hook?;
     Some(BaseChain {
@@ -353,16 +312,12 @@ fn base_of(chain: &Chain) -> Option<BaseChain> {
 
 /// The whole table as `nft` takes it, replacing whatever there is.
 fn document(families: &[Family], ranges: Ranges, state: &KernelState) -> String {
-    let nothing = FirewallState::default();
     // Maps name chains and rules name sets: nft resolves both within a table, whatever the order.
     let mut text =
         format!("add table inet {TABLE}\ndelete table inet {TABLE}\ntable inet {TABLE} {{\n");
     for &family in families {
-        let firewall = state
-            .families
-            .get(&family)
-            .map_or(&nothing, |f| &f.firewall);
-        let elements = elements::of_state(firewall);
+        let state = state.families.get(&family);
+        let elements = state.map_or_else(Elements::new, |s| elements::of_state(&s.firewall));
         for kind in Kind::all() {
             text += &kind.text(family, elements.get(&kind).into_iter().flatten());
         }
@@ -381,19 +336,21 @@ fn changes(from: &BTreeMap<Family, Elements>, to: &BTreeMap<Family, Elements>) -
         let (old, new) = (from.get(&family), to.get(&family));
         for (operation, these, those) in [(Change::Delete, old, new), (Change::Add, new, old)] {
             for kind in Kind::all() {
-                let others = those.and_then(|elements| elements.get(&kind));
-                let differing: Vec<_> = these
-                    .and_then(|elements| elements.get(&kind))
-                    .into_iter()
-                    .flatten()
-                    .filter(|(key, value)| others.and_then(|o| o.get(*key)) != Some(*value))
-                    .collect();
-                batch.extend(operation.messages(kind, family, &differing));
+                let these = these.and_then(|elements| elements.get(&kind));
+                let those = those.and_then(|elements| elements.get(&kind));
+                let differs = |(key, value): &(&IpNet, &Value)| {
+                    those.and_then(|those| those.get(*key)) != Some(*value)
+                };
+                let differing: Vec<_> = these.into_iter().flatten().filter(differs).collect();
+                let elements = |(net, value): &(&IpNet, &Value)| elements_of(kind, net, value);
+                batch.extend(operation.messages(&kind.name(family), &differing, elements));
             }
         }
     }
     batch
 }
+
+type Element = ListAttribute<SetElementAttribute>;
 
 #[derive(Clone, Copy)]
 enum Change {
@@ -402,49 +359,56 @@ enum Change {
 }
 
 impl Change {
-    fn messages(self, kind: Kind, family: Family, elements: &[(&IpNet, &Value)]) -> Vec<u8> {
-        let mut messages = Vec::new();
-        for part in elements.chunks(ELEMENTS_AT_ONCE) {
-            let mut list = Vec::new();
-            for (net, value) in part {
-                list.push(element(net.network(), value, false));
-                if kind.of_networks() {
-                    list.extend(intervals::after(net).map(|end| element(end, value, true)));
+    /// The messages that add elements to a set or delete them from it.
+    fn messages<T, E: IntoIterator<Item = Element>>(
+        self,
+        set: &str,
+        members: &[T],
+        elements: impl Fn(&T) -> E,
+    ) -> Vec<u8> {
+        let message = |part: &[T]| {
+            let attributes = vec![
+                SetElementList::Table(TABLE.to_owned()),
+                SetElementList::Set(set.to_owned()),
+                SetElementList::Elements(part.iter().flat_map(&elements).collect()),
+            ];
+            let message = SetElementMessage { attributes };
+            match self {
+                Change::Add => {
+                    let add = NfTablesMessage::NewSetElement(message);
+                    inet(NLM_F_CREATE | NLM_F_ACK, add)
                 }
+                Change::Delete => inet(NLM_F_ACK, NfTablesMessage::DeleteSetElement(message)),
             }
-            let set = kind.name(family);
-            messages.extend(match self {
-                Change::Add => add(&set, list),
-                Change::Delete => {
-                    let message = in_set(&set, list);
-                    inet(NLM_F_ACK, NfTablesMessage::DeleteSetElement(message))
-                }
-            });
-        }
-        messages
+        };
+        members.chunks(ELEMENTS_AT_ONCE).flat_map(message).collect()
     }
 }
 
-fn element(key: IpAddr, value: &Value, is_end: bool) -> ListAttribute<SetElementAttribute> {
+/// The elements of one key of a set or map: those of networks are intervals, with two ends.
+fn elements_of(kind: Kind, net: &IpNet, value: &Value) -> Vec<Element> {
+    let mut elements = vec![element(net.network(), value, false)];
+    if kind.of_networks() {
+        elements.extend(intervals::after(net).map(|end| element(end, value, true)));
+    }
+    elements
+}
+
+fn element(key: IpAddr, value: &Value, is_end: bool) -> Element {
     let mut attributes = Vec::new();
     if is_end {
         attributes.push(SetElementAttribute::Flags(SetElementFlags::IntervalEnd));
     }
     attributes.push(SetElementAttribute::Key(DataAttribute::Value(octets(key))));
-    match value {
-        Value::None => {}
-        Value::Address(address) => {
-            let data = DataAttribute::Value(octets(*address));
-            attributes.push(SetElementAttribute::Data(data));
-        }
-        Value::Chain(chain) => {
-            let verdict = vec![
-                VerdictAttribute::Code(Verdict::Goto),
-                VerdictAttribute::Chain(chain.clone()),
-            ];
-            attributes.push(SetElementAttribute::Data(DataAttribute::Verdict(verdict)));
-        }
-    }
+    let data = match value {
+        Value::None => None,
+        Value::Address(address) => Some(DataAttribute::Value(octets(*address))),
+        Value::Chain(chain) => Some(DataAttribute::Verdict(vec![
+            VerdictAttribute::Code(Verdict::Goto),
+            VerdictAttribute::Chain(chain.clone()),
+        ])),
+    };
+    attributes.extend(data.map(SetElementAttribute::Data));
     ListAttribute::Element(attributes)
 }
 

@@ -6,7 +6,7 @@ use std::net::IpAddr;
 
 use nix::libc::{NF_ACCEPT, c_int};
 
-use crate::kernel::netfilter::{Message, attributes};
+use crate::kernel::netfilter::{Message, attribute, attributes};
 use crate::kernel::nftables::elements::Value;
 use crate::kernel::nftables::ruleset::TABLE;
 use crate::kernel::tag::TAG;
@@ -39,15 +39,12 @@ const UDATA_COMMENT: u8 = 0;
 pub(crate) struct BaseChain {
     /// `filter`, `nat` or `route`.
     pub(crate) kind: String,
-    /// Number of the hook.
     pub(crate) hook: c_int,
     /// Place among the chains of the hook.
     pub(crate) priority: i32,
-    /// Its policy is `accept`.
     pub(crate) accepts: bool,
 }
 
-/// An element of a set or map.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Element {
     pub(crate) key: IpAddr,
@@ -56,15 +53,13 @@ pub(crate) struct Element {
     pub(crate) is_end: bool,
 }
 
-/// Whether a table is ours.
-pub(crate) fn is_own_table(message: Message<'_>) -> bool {
-    named(message, TABLE_NAME, TABLE_NAME).is_some()
+pub(crate) fn own_table(message: Message<'_>) -> Option<String> {
+    named(message, TABLE_NAME, TABLE_NAME)
 }
 
 /// The name of a set of ours.
 pub(crate) fn set(message: Message<'_>) -> Option<String> {
-    let name = named(message, SET_TABLE, SET_NAME)?;
-    Some(name.to_owned())
+    named(message, SET_TABLE, SET_NAME)
 }
 
 /// Name and hook of a chain of ours.
@@ -75,42 +70,28 @@ pub(crate) fn chain(message: Message<'_>) -> Option<(String, Option<BaseChain>)>
 
 /// Table, name and hook of anybody's chain.
 pub(crate) fn any_chain(message: Message<'_>) -> Option<(String, String, Option<BaseChain>)> {
-    let (mut table, mut name) = (None, None);
-    let mut base = BaseChain::default();
-    let mut has_hook = false;
-    for (kind, value) in message.attributes() {
-        match kind {
-            CHAIN_TABLE => table = Some(text(value).to_owned()),
-            CHAIN_NAME => name = Some(text(value).to_owned()),
-            CHAIN_TYPE => text(value).clone_into(&mut base.kind),
-            CHAIN_POLICY => base.accepts = number(value)?.cast_signed() == NF_ACCEPT,
-            CHAIN_HOOK => {
-                has_hook = true;
-                for (kind, value) in attributes(value) {
-                    match kind {
-                        HOOK_NUMBER => base.hook = number(value)?.cast_signed(),
-                        HOOK_PRIORITY => base.priority = number(value)?.cast_signed(),
-                        _ => {}
-                    }
-                }
-            }
-            _ => {}
-        }
-    }
-    Some((table?, name?, has_hook.then_some(base)))
+    let words = |kind| message.attribute(kind).map(text);
+    let base = match message.attribute(CHAIN_HOOK) {
+        Some(hook) => Some(BaseChain {
+            kind: words(CHAIN_TYPE)?.to_owned(),
+            hook: number(attribute(hook, HOOK_NUMBER)?)?.cast_signed(),
+            priority: number(attribute(hook, HOOK_PRIORITY)?)?.cast_signed(),
+            accepts: number(message.attribute(CHAIN_POLICY)?)?.cast_signed() == NF_ACCEPT,
+        }),
+        None => None,
+    };
+    Some((
+        words(CHAIN_TABLE)?.to_owned(),
+        words(CHAIN_NAME)?.to_owned(),
+        base,
+    ))
 }
 
 /// The chain and our comment of a rule; a rule that has none has an empty comment.
 pub(crate) fn rule(message: Message<'_>) -> Option<(String, String)> {
-    let (mut chain, mut tag) = (None, String::new());
-    for (kind, value) in message.attributes() {
-        match kind {
-            RULE_CHAIN => chain = Some(text(value).to_owned()),
-            RULE_USERDATA => tag = comment(value).unwrap_or_default(),
-            _ => {}
-        }
-    }
-    Some((chain?, tag))
+    let chain = text(message.attribute(RULE_CHAIN)?).to_owned();
+    let tag = message.attribute(RULE_USERDATA).and_then(comment);
+    Some((chain, tag.unwrap_or_default()))
 }
 
 /// The elements in a message.
@@ -123,43 +104,30 @@ pub(crate) fn elements(message: Message<'_>) -> Vec<Element> {
 }
 
 fn element(bytes: &[u8]) -> Option<Element> {
-    let (mut key, mut value, mut is_end) = (None, Value::None, false);
-    for (kind, content) in attributes(bytes) {
-        match kind {
-            ELEMENT_KEY => key = data(content).and_then(address),
-            ELEMENT_FLAGS => is_end = number(content)? & INTERVAL_END != 0,
-            ELEMENT_DATA => {
-                let verdict = attributes(content).find(|(kind, _)| *kind == DATA_VERDICT);
-                value = match verdict {
-                    Some((_, verdict)) => attributes(verdict)
-                        .find(|(kind, _)| *kind == VERDICT_CHAIN)
-                        .map_or(Value::None, |(_, chain)| {
-                            Value::Chain(text(chain).to_owned())
-                        }),
-                    None => data(content)
-                        .and_then(address)
-                        .map_or(Value::None, Value::Address),
-                };
-            }
-            _ => {}
-        }
-    }
+    let data = attribute(bytes, ELEMENT_DATA).unwrap_or_default();
+    let chain = attribute(data, DATA_VERDICT).and_then(|verdict| attribute(verdict, VERDICT_CHAIN));
+    let value = match (chain, address(data)) {
+        (Some(chain), _) => Value::Chain(text(chain).to_owned()),
+        (None, Some(address)) => Value::Address(address),
+        (None, None) => Value::None,
+    };
+    let is_end = match attribute(bytes, ELEMENT_FLAGS) {
+        Some(flags) => number(flags)? & INTERVAL_END != 0,
+        None => false,
+    };
     Some(Element {
-        key: key?,
+        key: address(attribute(bytes, ELEMENT_KEY)?)?,
         value,
         is_end,
     })
 }
 
 /// The name of an object, if it is of our table.
-fn named<'a>(message: Message<'a>, table: u16, name: u16) -> Option<&'a str> {
-    let value = |wanted: u16| {
-        let mut attributes = message.attributes();
-        attributes
-            .find(|(kind, _)| *kind == wanted)
-            .map(|(_, v)| text(v))
-    };
-    (value(table)? == TABLE).then(|| value(name)).flatten()
+fn named(message: Message<'_>, table: u16, name: u16) -> Option<String> {
+    if text(message.attribute(table)?) != TABLE {
+        return None;
+    }
+    Some(text(message.attribute(name)?).to_owned())
 }
 
 /// The comment in a rule's user data: type, length and value one after the other.
@@ -175,16 +143,11 @@ fn comment(mut data: &[u8]) -> Option<String> {
     None
 }
 
-fn data(bytes: &[u8]) -> Option<&[u8]> {
-    let mut attributes = attributes(bytes);
-    attributes
-        .find(|(kind, _)| *kind == DATA_VALUE)
-        .map(|(_, value)| value)
-}
-
-fn address(bytes: &[u8]) -> Option<IpAddr> {
-    let v4 = || <[u8; 4]>::try_from(bytes).ok().map(IpAddr::from);
-    let v6 = || <[u8; 16]>::try_from(bytes).ok().map(IpAddr::from);
+/// The address in data.
+fn address(data: &[u8]) -> Option<IpAddr> {
+    let value = attribute(data, DATA_VALUE)?;
+    let v4 = || <[u8; 4]>::try_from(value).ok().map(IpAddr::from);
+    let v6 = || <[u8; 16]>::try_from(value).ok().map(IpAddr::from);
     v4().or_else(v6)
 }
 
@@ -194,9 +157,6 @@ fn number(bytes: &[u8]) -> Option<u32> {
 
 /// Text up to its terminating zero; empty where it is none.
 fn text(bytes: &[u8]) -> &str {
-    let end = bytes
-        .iter()
-        .position(|byte| *byte == 0)
-        .unwrap_or(bytes.len());
-    std::str::from_utf8(bytes.get(..end).unwrap_or_default()).unwrap_or_default()
+    let text = bytes.split(|byte| *byte == 0).next().unwrap_or_default();
+    std::str::from_utf8(text).unwrap_or_default()
 }

@@ -1,52 +1,31 @@
 //! The static part of the table: chains and rules, and what a packet experiences there. Pure.
 //!
 //! Rules look things up in sets and maps, whose number does not depend on the cluster: the cost of a packet
-//! is the same for one Service and for thousands.
+//! is the same for one Service and for thousands. Traffic inside the cluster is none of a chain's business (`excluded`).
 
 use nix::libc::{
     NF_INET_FORWARD, NF_INET_LOCAL_OUT, NF_INET_POST_ROUTING, NF_INET_PRE_ROUTING, c_int,
 };
 
 use crate::kernel::ours::digit;
-use crate::kernel::tag::tag;
+use crate::kernel::tag::{Rule, rules};
 use crate::state::{Family, Mark};
 
 /// Name of our table, in the `inet` family.
 pub(crate) const TABLE: &str = "metaleg";
-
-/// A rule of ours.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Rule {
-    /// Its comment, by which it is recognised when it is read back.
-    pub(crate) tag: String,
-    text: String,
-}
 
 /// Where a base chain is attached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Hook {
     /// `filter`, `nat` or `route`.
     pub(crate) kind: &'static str,
-    /// Name of the hook.
     pub(crate) name: &'static str,
-    /// Number of the hook (`NF_INET_…`).
+    /// `NF_INET_…`.
     pub(crate) number: c_int,
     /// Place among the chains of the hook, lowest first.
     pub(crate) priority: i32,
 }
 
-impl Hook {
-    fn new(kind: &'static str, name: &'static str, number: c_int, priority: i32) -> Hook {
-        Hook {
-            kind,
-            name,
-            number,
-            priority,
-        }
-    }
-}
-
-/// A chain of ours.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Chain {
     pub(crate) name: String,
@@ -105,217 +84,165 @@ impl Words {
         };
         Words { ip, n, icmp, l4 }
     }
-
-    fn rule(self, name: &str, text: &str) -> Rule {
-        rule(&format!("{name}-{}", self.n), text)
-    }
-
-    /// Traffic inside the cluster is none of the chain's business.
-    fn excluded(self) -> Rule {
-        let Words { ip, n, .. } = self;
-        self.rule("excluded", &format!("{ip} daddr @excluded{n} return"))
-    }
 }
 
 /// A packet of an egress pod gets the mark of its gateway; all other bits stay.
 fn slot(number: u32, mask: u32) -> Chain {
     let (value, others) = (number << mask.trailing_zeros(), !mask);
-    let text = format!("meta mark set meta mark and {others:#010x} or {value:#010x}");
     Chain {
         name: format!("slot{number}"),
         hook: None,
-        rules: vec![rule("slot", &text)],
+        rules: rules! { "slot" => "meta mark set meta mark and {others:#010x} or {value:#010x}" },
     }
 }
 
 /// Egress packets whose gateway is another node go to its slot. After DNAT (-100): the destination is looked at as it will
 /// be routed, not as it was sent.
 fn marking(families: &[Words]) -> Chain {
-    let hook = Hook::new("filter", "prerouting", NF_INET_PRE_ROUTING, -95);
     // The reply of an inbound connection goes back the way that the connection came. Not `ct direction original` where
     // pods are looked up: untracked and INVALID packets have no direction, and must not slip through.
-    let mut rules = vec![reply()];
-    for words in families {
-        let Words { ip, n, .. } = words;
-        rules.extend([
-            words.excluded(),
-            words.rule("mark", &format!("{ip} saddr vmap @slot{n}")),
-        ]);
+    let mut rules = reply();
+    for &Words { ip, n, .. } in families {
+        rules.extend(rules! {
+            "excluded-{n}" => "{ip} daddr @excluded{n} return",
+            "mark-{n}" => "{ip} saddr vmap @slot{n}",
+        });
     }
-    base("marking", hook, rules)
+    base("marking", ("filter", PREROUTING, -95), rules)
 }
 
 /// ICMP errors that this node sends about an egress connection (such as "fragmentation needed") are marked too and go over
 /// the gateway, because the server can match them only if they come from the VIP. A chain of type `route`: after it a
 /// node's own packet is routed again when its mark has changed.
 fn errors(families: &[Words]) -> Chain {
-    let hook = Hook::new("route", "output", NF_INET_LOCAL_OUT, -150);
     let mut rules = Vec::new();
-    for words in families {
-        let Words { ip, n, l4, .. } = words;
-        rules.extend([
-            words.excluded(),
-            words.rule(
-                "error",
-                &format!("meta l4proto {l4} ct state related ct original {ip} saddr vmap @slot{n}"),
-            ),
-        ]);
+    for &Words { ip, n, l4, .. } in families {
+        rules.extend(rules! {
+            "excluded-{n}" => "{ip} daddr @excluded{n} return",
+            "error-{n}" => "meta l4proto {l4} ct state related ct original {ip} saddr vmap @slot{n}",
+        });
     }
-    base("errors", hook, rules)
+    base("errors", ("route", OUTPUT, -150), rules)
 }
 
 /// Drops or rejects what must neither become a connection nor leave. Before the filters of others (0): where they accept,
 /// that ends only their own chain, while a drop is final.
 fn guard(families: &[Words]) -> Chain {
-    let hook = Hook::new("filter", "forward", NF_INET_FORWARD, -5);
     let mut rules = Vec::new();
-    for words in families {
-        let Words { ip, n, .. } = words;
-        rules.extend([
+    for &Words { ip, n, .. } in families {
+        rules.extend(rules! {
             // A reply of a connection that this node has just forgotten. As NEW it would begin a connection from
             // outside; the pod's next packet would count as a reply, skip marking, and leave with the pod's own address.
-            words.rule(
-                "late-reply",
-                &format!(
-                    "ct state new {ip} saddr . meta l4proto . th sport . {ip} daddr . th dport @late_replies{n} counter drop"
-                ),
-            ),
+            "late-reply-{n}" => "ct state new {ip} saddr . meta l4proto . th sport . {ip} daddr . th dport \
+                                 @late_replies{n} counter drop",
             // The gateway may still hold an entry that the pod's node has lost. A packet other than a bare SYN to an
             // egress pod must not create one here, as above. Only TCP shows where a connection begins.
-            words.rule(
-                "midway",
-                &format!(
-                    "ct state new tcp flags & (fin | syn | rst | ack) != syn \
-                     {ip} daddr @egress{n} {ip} saddr != @excluded{n} counter drop"
-                ),
-            ),
+            "midway-{n}" => "ct state new tcp flags & (fin | syn | rst | ack) != syn \
+                             {ip} daddr @egress{n} {ip} saddr != @excluded{n} counter drop",
             // A VIP moves before routes and objects do. A server's packet that comes here ahead of the pod's own next
             // packet would create an entry that clashes with the pod's; an INVALID one would be routed, and answered
             // with an error that the server believes.
-            words.rule(
-                "to-vip",
-                &format!("{ip} daddr @vips{n} ct state new,invalid counter drop"),
-            ),
+            "to-vip-{n}" => "{ip} daddr @vips{n} ct state new,invalid counter drop",
             // Translated by a node that was the gateway and is none any more.
-            words.rule("from-vip", &format!("{ip} saddr @vips{n} counter drop")),
-        ]);
+            "from-vip-{n}" => "{ip} saddr @vips{n} counter drop",
+        });
     }
     // From here on only packets to outside are left, and no replies of inbound connections.
-    rules.extend(families.iter().map(|words| words.excluded()));
-    rules.push(reply());
-    for words in families {
-        let Words { ip, n, icmp, .. } = words;
-        rules.extend([
+    for &Words { ip, n, .. } in families {
+        rules.extend(rules! { "excluded-{n}" => "{ip} daddr @excluded{n} return" });
+    }
+    rules.extend(reply());
+    for &Words { ip, n, icmp, .. } in families {
+        rules.extend(rules! {
             // A connection that cannot go on ends at once instead of hanging.
-            words.rule(
-                "reset",
-                &format!("{ip} saddr @blocked{n} meta l4proto tcp counter reject with tcp reset"),
-            ),
+            "reset-{n}" => "{ip} saddr @blocked{n} meta l4proto tcp counter reject with tcp reset",
             // Says why, unlike port-unreachable.
-            words.rule(
-                "reject",
-                &format!("{ip} saddr @blocked{n} counter reject with {icmp} type admin-prohibited"),
-            ),
+            "reject-{n}" => "{ip} saddr @blocked{n} counter reject with {icmp} type admin-prohibited",
             // INVALID packets skip NAT.
-            words.rule(
-                "invalid",
-                &format!("{ip} saddr @egress{n} ct state invalid counter drop"),
-            ),
+            "invalid-{n}" => "{ip} saddr @egress{n} ct state invalid counter drop",
             // Another node takes this one for its pod's gateway, and this one does not know the pod yet: the masquerade
             // of the CNI plugin would give it this node's address.
-            words.rule(
-                "unknown",
-                &format!("{ip} saddr @remote_pods{n} {ip} saddr != @egress{n} counter drop"),
-            ),
+            "unknown-{n}" => "{ip} saddr @remote_pods{n} {ip} saddr != @egress{n} counter drop",
             // A pod of this node that is not classified yet. Dropped, not rejected: it is known in a moment, and until
             // then senders try again.
-            words.rule(
-                "unclassified",
-                &format!(
-                    "{ip} saddr @local_pods{n} {ip} saddr != @egress{n} {ip} saddr != @ordinary{n} counter drop"
-                ),
-            ),
-        ]);
+            "unclassified-{n}" => "{ip} saddr @local_pods{n} {ip} saddr != @egress{n} {ip} saddr != @ordinary{n} \
+                                   counter drop",
+        });
     }
-    base("guard", hook, rules)
+    base("guard", ("filter", FORWARD, -5), rules)
 }
 
 /// The source that a new connection of an egress pod gets.
 fn translation(families: &[Words], marked: &str) -> Chain {
-    let hook = Hook::new(
-        "nat",
-        "postrouting",
-        NF_INET_POST_ROUTING,
-        TRANSLATION_PRIORITY,
-    );
     let mut rules = Vec::new();
-    for words in families {
-        let Words { ip, n, .. } = words;
-        rules.extend([
+    for &Words { ip, n, .. } in families {
+        rules.extend(rules! {
             // NAT of pods that are no egress pods is the business of others.
-            words.rule("other", &format!("{ip} saddr != @egress{n} return")),
-            words.excluded(),
+            "other-{n}" => "{ip} saddr != @egress{n} return",
+            "excluded-{n}" => "{ip} daddr @excluded{n} return",
             // On its way to the gateway a packet keeps its source. Translating it to itself takes the decision away
             // from the masquerade of the CNI plugin.
-            words.rule("identity", &format!("{marked} snat {ip} to {ip} saddr")),
+            "identity-{n}" => "{marked} snat {ip} to {ip} saddr",
             // This node is the gateway, or the packet passes here by chance: the VIP is right.
-            words.rule("vip", &format!("snat {ip} to {ip} saddr map @vip{n}")),
+            "vip-{n}" => "snat {ip} to {ip} saddr map @vip{n}",
             // A pod without a VIP must not fall to a masquerade either.
-            words.rule("none", &format!("{ip} saddr @egress{n} counter drop")),
-        ]);
+            "none-{n}" => "{ip} saddr @egress{n} counter drop",
+        });
     }
-    base("translation", hook, rules)
+    base(
+        "translation",
+        ("nat", POSTROUTING, TRANSLATION_PRIORITY),
+        rules,
+    )
 }
 
 /// Drops what would leave with a wrong source. After every translation: the source is the one that will be on the wire.
 fn leak(families: &[Words], marked: &str) -> Chain {
-    let hook = Hook::new("filter", "postrouting", NF_INET_POST_ROUTING, 105);
-    let mut rules = vec![reply()];
-    for words in families {
-        let Words { ip, n, l4, .. } = words;
-        rules.extend([
-            words.excluded(),
-            words.rule("translated", &format!("{ip} saddr @vips{n} return")),
+    let mut rules = reply();
+    for &Words { ip, n, l4, .. } in families {
+        rules.extend(rules! {
+            "excluded-{n}" => "{ip} daddr @excluded{n} return",
+            "translated-{n}" => "{ip} saddr @vips{n} return",
             // On its way to the gateway.
-            words.rule("marked", &format!("{marked} {ip} saddr @egress{n} return")),
+            "marked-{n}" => "{marked} {ip} saddr @egress{n} return",
             // This node's own ICMP errors, see `errors`.
-            words.rule(
-                "error",
-                &format!("{ip} saddr != @egress{n} ct state related meta l4proto {l4} return"),
-            ),
+            "error-{n}" => "{ip} saddr != @egress{n} ct state related meta l4proto {l4} return",
             // Whoever gave it another source: a masquerade of others, or a connection that is older than what we
             // decided.
-            words.rule(
-                "leak",
-                &format!("ct original {ip} saddr @egress{n} counter drop"),
-            ),
+            "leak-{n}" => "ct original {ip} saddr @egress{n} counter drop",
             // What NAT never saw.
-            words.rule(
-                "untranslated",
-                &format!("{ip} saddr @egress{n} counter drop"),
-            ),
-        ]);
+            "untranslated-{n}" => "{ip} saddr @egress{n} counter drop",
+        });
     }
-    base("leak", hook, rules)
+    base("leak", ("filter", POSTROUTING, 105), rules)
 }
 
 /// Replies of inbound connections pass.
-fn reply() -> Rule {
-    rule("reply", "ct direction reply return")
+fn reply() -> Vec<Rule> {
+    rules! { "reply" => "ct direction reply return" }
 }
 
-fn base(name: &str, hook: Hook, rules: Vec<Rule>) -> Chain {
+type HookPoint = (&'static str, c_int);
+
+const PREROUTING: HookPoint = ("prerouting", NF_INET_PRE_ROUTING);
+const FORWARD: HookPoint = ("forward", NF_INET_FORWARD);
+const OUTPUT: HookPoint = ("output", NF_INET_LOCAL_OUT);
+const POSTROUTING: HookPoint = ("postrouting", NF_INET_POST_ROUTING);
+
+fn base(
+    name: &str,
+    (kind, (hook, number), priority): (&'static str, HookPoint, i32),
+    rules: Vec<Rule>,
+) -> Chain {
     Chain {
         name: name.to_owned(),
-        hook: Some(hook),
+        hook: Some(Hook {
+            kind,
+            name: hook,
+            number,
+            priority,
+        }),
         rules,
-    }
-}
-
-fn rule(name: &str, text: &str) -> Rule {
-    Rule {
-        tag: tag(name, text),
-        text: text.to_owned(),
     }
 }
 

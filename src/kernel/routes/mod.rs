@@ -22,24 +22,18 @@ use self::codec::{
 use crate::kernel::interfaces::{self, WatchedInterfaces};
 use crate::kernel::ours::Ranges;
 use crate::names::Interface;
-use crate::state::{Family, RouteState, RouteStep, Rule, RuleAction, TableId};
+use crate::state::{Family, RouteState, RouteStep, RuleAction, TableId};
 
-/// What can go wrong with rules and routes.
 #[derive(Debug, thiserror::Error)]
 pub enum RouteError {
-    /// No netlink socket.
     #[error("cannot open a netlink route socket")]
     Open(#[source] io::Error),
-    /// The kernel refused.
     #[error("cannot {attempt}")]
     Refused {
-        /// What was tried.
         attempt: &'static str,
-        /// The kernel's reason.
         #[source]
         source: io::Error,
     },
-    /// The interface is not there.
     #[error("no interface is called {0}")]
     NoInterface(String),
 }
@@ -54,7 +48,6 @@ fn refused(attempt: &'static str) -> impl Fn(rtnetlink::Error) -> RouteError {
     }
 }
 
-/// What was read.
 #[derive(Debug, Default)]
 pub(crate) struct Observed {
     /// Ours, by family.
@@ -67,15 +60,15 @@ pub(crate) struct Observed {
     pub(crate) earlier: bool,
 }
 
-/// Rules and tables of this node.
 #[derive(Debug)]
 pub(crate) struct Routes {
     handle: Handle,
     families: Vec<Family>,
     ranges: Ranges,
-    /// The socket of our changes.
-    port: u32,
-    watched: WatchedInterfaces,
+    /// The socket of our changes, by which the kernel tells of them.
+    pub(crate) port: u32,
+    /// The interfaces whose state matters, as they are found.
+    pub(crate) watched: WatchedInterfaces,
 }
 
 impl Routes {
@@ -94,16 +87,6 @@ impl Routes {
         })
     }
 
-    /// The socket of our changes, by which the kernel tells of them.
-    pub(crate) fn port(&self) -> u32 {
-        self.port
-    }
-
-    /// The interfaces whose state matters, as they are found.
-    pub(crate) fn watched(&self) -> WatchedInterfaces {
-        self.watched.clone()
-    }
-
     /// Reads our rules and tables, and what of others is in their way.
     pub(crate) async fn observe(&self) -> Result<Observed, RouteError> {
         let links = self.links().await?.into_iter();
@@ -114,12 +97,18 @@ impl Routes {
             for message in &self.rules(family).await? {
                 match parse_rule(message) {
                     Some(Found::Ours(rule)) => drop(state.rules.insert(rule)),
-                    Some(Found::Others(rule)) => self.judge(family, &rule, &mut observed),
                     Some(Found::Nameless(rule)) if self.ranges.is_earlier(&rule) => {
                         observed.earlier = true;
                         self.occupy(family, rule.action, &mut observed);
                     }
-                    Some(Found::Nameless(rule)) => self.judge(family, &rule, &mut observed),
+                    Some(Found::Others(rule) | Found::Nameless(rule)) => {
+                        self.occupy(family, rule.action, &mut observed);
+                        if self.ranges.collides(&rule) {
+                            observed.collisions.insert(format!(
+                                "the {family} routing rule `{rule}` of others comes before ours or among them"
+                            ));
+                        }
+                    }
                     None => {}
                 }
             }
@@ -135,17 +124,7 @@ impl Routes {
         Ok(observed)
     }
 
-    /// Notes what a rule of others takes from us.
-    fn judge(&self, family: Family, rule: &Rule, observed: &mut Observed) {
-        self.occupy(family, rule.action, observed);
-        if self.ranges.collides(rule) {
-            let text = format!(
-                "the {family} routing rule `{rule}` of others comes before ours or among them"
-            );
-            observed.collisions.insert(text);
-        }
-    }
-
+    /// Notes the table that a rule of others takes from us.
     fn occupy(&self, family: Family, action: RuleAction, observed: &mut Observed) {
         if let RuleAction::Lookup(table) = action
             && self.ranges.has_table(table)
@@ -210,7 +189,6 @@ impl Routes {
         interfaces.map_err(refused("list addresses"))
     }
 
-    /// Executes a step.
     pub(crate) async fn execute(&self, step: &RouteStep) -> Result<(), RouteError> {
         let (rules, routes) = (|| self.handle.rule(), || self.handle.route());
         match step {
