@@ -8,6 +8,7 @@ use crate::kernel::error::{Error, StepError};
 use crate::kernel::iptables::Iptables;
 use crate::kernel::nftables::Nftables;
 use crate::kernel::ours::Ranges;
+use crate::settings::FirewallBackend;
 use crate::state::{Family, FirewallState, FirewallStep};
 
 /// The backend in use.
@@ -18,31 +19,27 @@ pub(crate) enum Firewall {
 }
 
 impl Firewall {
-    /// nftables, or an error that says what the node cannot do.
-    pub(crate) async fn nftables(ranges: Ranges, families: &[Family]) -> Result<Firewall, Error> {
-        Nftables::check(ranges, families).await?;
-        let nftables = Nftables::open(ranges, families.to_vec())?;
-        Ok(Firewall::Nftables(nftables))
-    }
-
-    /// iptables, in whichever mode the node's other programs use.
-    pub(crate) async fn iptables(ranges: Ranges, families: &[Family]) -> Result<Firewall, Error> {
-        let iptables = Iptables::open(ranges.mask, families.to_vec()).await?;
-        Ok(Firewall::Iptables(iptables))
-    }
-
-    /// nftables where the node can do what is needed, else iptables, with the reason why it is not nftables.
-    pub(crate) async fn auto(
+    /// The backend that is wanted, with the reason when nftables would have been taken but cannot do what is needed.
+    pub(crate) async fn open(
+        wanted: FirewallBackend,
         ranges: Ranges,
         families: &[Family],
     ) -> Result<(Firewall, Option<Error>), Error> {
-        match Nftables::check(ranges, families).await {
-            Ok(()) => {
-                let nftables = Nftables::open(ranges, families.to_vec())?;
-                Ok((Firewall::Nftables(nftables), None))
+        let refusal = match wanted {
+            FirewallBackend::Iptables => None,
+            FirewallBackend::Nftables | FirewallBackend::Auto => {
+                match Nftables::check(ranges, families).await {
+                    Ok(()) => {
+                        let nftables = Nftables::open(ranges, families.to_vec())?;
+                        return Ok((Firewall::Nftables(nftables), None));
+                    }
+                    Err(refusal) if wanted == FirewallBackend::Nftables => return Err(refusal),
+                    Err(refusal) => Some(refusal),
+                }
             }
-            Err(refusal) => Ok((Firewall::iptables(ranges, families).await?, Some(refusal))),
-        }
+        };
+        let iptables = Iptables::open(ranges.mask, families.to_vec()).await?;
+        Ok((Firewall::Iptables(iptables), refusal))
     }
 
     /// What others must know of it.

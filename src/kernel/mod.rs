@@ -40,7 +40,7 @@ pub use crate::kernel::error::{Error, StepError};
 use crate::kernel::firewall::Firewall;
 use crate::kernel::ours::Ranges;
 use crate::kernel::routes::Routes;
-use crate::settings::{FirewallBackend, Settings};
+use crate::settings::Settings;
 use crate::state::{
     ConnectionStep, Family, FamilyState, FirewallStep, KernelState, NetSet, Observed, Remnant,
     RouteStep, Step,
@@ -105,11 +105,7 @@ impl NodeKernel {
             priority: settings.rule_priority,
         };
         let routes = Routes::open(families.clone(), ranges)?;
-        let (firewall, refusal) = match settings.firewall {
-            FirewallBackend::Auto => Firewall::auto(ranges, &families).await?,
-            FirewallBackend::Nftables => (Firewall::nftables(ranges, &families).await?, None),
-            FirewallBackend::Iptables => (Firewall::iptables(ranges, &families).await?, None),
-        };
+        let (firewall, refusal) = Firewall::open(settings.firewall, ranges, &families).await?;
         let profile = firewall.profile();
         let mut choice = profile.name;
         if let Some(error) = refusal {
