@@ -25,8 +25,8 @@ pub(crate) use self::mode::Variant;
 use self::mode::detect;
 use self::save::{restore, save};
 use self::sets::{
-    StaticSet, create_vip, destroy, ipset, late_reply_line, member_line, read_sets, vip_of_set,
-    vip_set,
+    StaticSet, Work, create_vip, destroy, ipset, late_reply_line, read_sets, vip_of_set, vip_set,
+    work_of,
 };
 use crate::kernel::backend::{Profile, Watched};
 use crate::kernel::conntrack::LateReply;
@@ -129,14 +129,16 @@ impl Iptables {
         Ok(())
     }
 
-    /// Executes steps that change more than members of sets: one, or several about VIPs.
+    /// Executes steps that change more than members of sets: one, or several that add VIPs, or that remove them.
     async fn execute(&mut self, steps: &[&FirewallStep]) -> Result<(), ToolError> {
         let vips: Vec<IpAddr> = steps.iter().filter_map(|step| vip_of(step)).collect();
-        match steps.first() {
-            Some(FirewallStep::Install(family, vips)) => self.install(*family, vips).await,
-            Some(FirewallStep::Remove(family)) => self.remove(*family).await,
-            Some(FirewallStep::AddVip(_)) => self.add_vips(&vips).await,
-            _ => self.remove_vips(&vips).await,
+        match steps.first().map(|step| work_of(step)) {
+            None => Ok(()),
+            Some(Work::Member(line)) => ipset(line).await,
+            Some(Work::Install(family, vips)) => self.install(family, vips).await,
+            Some(Work::Remove(family)) => self.remove(family).await,
+            Some(Work::AddVip) => self.add_vips(&vips).await,
+            Some(Work::RemoveVip) => self.remove_vips(&vips).await,
         }
     }
 
@@ -145,7 +147,7 @@ impl Iptables {
     async fn members(&self, mut steps: Vec<&FirewallStep>, failed: &mut Vec<StepError>) {
         let mut bad_lines = 0;
         while !steps.is_empty() {
-            let document = steps.iter().filter_map(|step| member_line(step)).collect();
+            let document = steps.iter().filter_map(|step| line_of(step)).collect();
             let Err(error) = ipset(document).await else {
                 return;
             };
@@ -201,7 +203,7 @@ impl Iptables {
     pub(crate) async fn apply(&mut self, steps: &[&FirewallStep], failed: &mut Vec<StepError>) {
         for batch in steps.chunk_by(|a, b| belong_together(a, b)) {
             let batch = executable(batch, failed);
-            let is_member = |step: &&FirewallStep| member_line(step).is_some();
+            let is_member = |step: &&FirewallStep| line_of(step).is_some();
             if batch.first().is_none_or(is_member) {
                 self.members(batch, failed).await;
                 continue;
@@ -236,12 +238,18 @@ impl Iptables {
 
 /// Whether two steps are executed in one process: both change members of sets, or both add or remove a VIP.
 fn belong_together(a: &FirewallStep, b: &FirewallStep) -> bool {
-    use FirewallStep::{AddVip, Install, Remove, RemoveVip};
-    match (a, b) {
-        (AddVip(_), AddVip(_)) | (RemoveVip(_), RemoveVip(_)) => true,
-        (Install(..) | Remove(_) | AddVip(_) | RemoveVip(_), _)
-        | (_, Install(..) | Remove(_) | AddVip(_) | RemoveVip(_)) => false,
-        _ => true,
+    matches!(
+        (work_of(a), work_of(b)),
+        (Work::Member(_), Work::Member(_))
+            | (Work::AddVip, Work::AddVip)
+            | (Work::RemoveVip, Work::RemoveVip)
+    )
+}
+
+fn line_of(step: &FirewallStep) -> Option<String> {
+    match work_of(step) {
+        Work::Member(line) => Some(line),
+        Work::Install(..) | Work::Remove(_) | Work::AddVip | Work::RemoveVip => None,
     }
 }
 

@@ -1,6 +1,6 @@
 //! The sets, and the `ipset restore` lines that change them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::time::Duration;
 
@@ -91,12 +91,22 @@ pub(super) fn create_vip(vip: IpAddr) -> String {
     create(&vip_set(vip), "hash:ip", family, "") + &format!("add {guard} {vip}\n")
 }
 
-/// The `ipset restore` line of a step that changes one member of a set; none of other steps.
-pub(super) fn member_line(step: &FirewallStep) -> Option<String> {
+/// How a step is executed.
+#[derive(Debug)]
+pub(super) enum Work<'a> {
+    /// By a line for `ipset restore`.
+    Member(String),
+    Install(Family, &'a BTreeSet<IpAddr>),
+    Remove(Family),
+    AddVip,
+    RemoveVip,
+}
+
+pub(super) fn work_of(step: &FirewallStep) -> Work<'_> {
     let of_nets = |set, net: &IpNet| StaticSet::Set(OwnSet::Nets(set)).name(Family::of_net(*net));
     let of_pods = |set, pod: &IpAddr| StaticSet::Set(OwnSet::Pods(set)).name(Family::of(*pod));
     let marks = |pod: &IpAddr| StaticSet::Mark.name(Family::of(*pod));
-    Some(match step {
+    Work::Member(match step {
         FirewallStep::AddNet(set, net) => format!("add {} {net}\n", of_nets(*set, net)),
         FirewallStep::RemoveNet(set, net) => format!("del {} {net}\n", of_nets(*set, net)),
         FirewallStep::AddPod(set, pod) => format!("add {} {pod}\n", of_pods(*set, pod)),
@@ -105,10 +115,10 @@ pub(super) fn member_line(step: &FirewallStep) -> Option<String> {
         FirewallStep::Unmark(pod) => format!("del {} {pod}\n", marks(pod)),
         FirewallStep::Translate { pod, vip } => format!("add {} {pod}\n", vip_set(*vip)),
         FirewallStep::Untranslate { pod, vip } => format!("del {} {pod}\n", vip_set(*vip)),
-        FirewallStep::Install(..)
-        | FirewallStep::Remove(_)
-        | FirewallStep::AddVip(_)
-        | FirewallStep::RemoveVip(_) => return None,
+        FirewallStep::Install(family, vips) => return Work::Install(*family, vips),
+        FirewallStep::Remove(family) => return Work::Remove(*family),
+        FirewallStep::AddVip(_) => return Work::AddVip,
+        FirewallStep::RemoveVip(_) => return Work::RemoveVip,
     })
 }
 
