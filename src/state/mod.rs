@@ -18,7 +18,7 @@ use crate::names::Interface;
 pub use self::routing::{Mark, NextHop, NextHops, RouteState, Rule, RuleAction, Table, TableId};
 pub use self::step::{ConnectionStep, FirewallStep, RouteStep, Step};
 
-/// An IP address family. Everything is kept for each family by itself: they share no kernel object.
+/// An IP address family. Everything is kept for each family by itself, though nftables has both in one table.
 #[derive(Clone, Copy, Debug, Display, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Family {
     #[display("IPv4")]
