@@ -12,11 +12,13 @@ use crate::runner::{Check, Row};
 use crate::stage::Stage;
 
 /// How often a VIP is moved, with the backend that is the default, and with the other one.
-const MOVES: [usize; 2] = [12, 6];
+const MOVES: [usize; 2] = [20, 8];
 /// Between two moves. Every 1.1 s a speaker says again that it has the VIP, for 5 s: when it says so in the moment in which
 /// it loses it, after the new one, servers ask the old one until the new one says so again. Between two such rounds it
 /// does not happen.
 const AFTER_MOVE: Duration = Duration::from_millis(2500);
+/// How long a speaker says so. A Service may be new when the first move is due, and nobody knows when its rounds began.
+const ROUNDS: Duration = Duration::from_secs(6);
 /// How long a stream may be silent at a graceful move: packets that are lost are sent again after 0.2 s, and 0.6 s.
 const STREAM_GOAL: Duration = Duration::from_secs(1);
 /// How long servers take to answer while their clients' VIP moves.
@@ -45,6 +47,7 @@ fn graceful(stage: &mut Stage, times: usize) -> Result<()> {
     } = stage;
     let mut watch = Watch::start(lab, &SHOP, Allowed::vips(vips), table)?;
     watch.aftermath = AFTER_MOVE;
+    std::thread::sleep(ROUNDS);
     for _ in 0..times {
         let seen = watch.unbroken(lab, "graceful move", |lab| {
             let from = lab.wait_for_announcer(vips[0], None)?;
