@@ -40,9 +40,10 @@ test-e2e: packages ## The product on real clusters, told by what the other end s
 	$(CARGO) test --locked --package metaleg --all-features --test e2e -- $(ROWS)
 
 .PHONY: lint
-lint: ## Formatting, clippy, licences and sources of dependencies
+lint: ## Formatting, clippy, links of the documentation, licences and sources of dependencies
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --locked --workspace --all-targets --all-features -- --deny warnings
+	RUSTDOCFLAGS='--deny warnings' $(CARGO) doc --locked --quiet --no-deps --workspace --document-private-items
 	@command -v cargo-deny >/dev/null || $(CARGO) install --locked --quiet cargo-deny@$(CARGO_DENY)
 	$(CARGO) deny --locked check licenses bans sources
 
