@@ -375,7 +375,8 @@ fn switch_backend(lab: &Lab, to: &str, vips: &[IpAddr]) -> Result<()> {
         streams.push((pod, lab.open_stream(pod, Outside::Far, family)?));
     }
     let gateway = lab.wait_for_announcer(vips[0], None)?;
-    let (_traffic, capture) = watch(lab)?;
+    // What the watcher sends is enough to look at: more would only keep the servers from answering at once.
+    let capture = lab.capture()?;
     let done = AtomicBool::new(false);
     let seen = std::thread::scope(|scope| {
         let watcher = scope.spawn(|| -> Result<usize> {
