@@ -85,11 +85,40 @@ pub(crate) fn settle_as_nodes(lab: &Lab, pods: &[&str], before: Before<'_>) -> R
     leave_as_nodes(lab, pods)
 }
 
+/// The same, to both outside servers and by all protocols.
+pub(crate) fn settle_for_good(
+    lab: &Lab,
+    pods: &[&str],
+    vips: &[IpAddr],
+    before: Before<'_>,
+) -> Result<()> {
+    for (family, pod) in every(pods.iter().copied()) {
+        let wanted = vip_of(vips, family)?;
+        for outside in Outside::BOTH {
+            for protocol in Protocol::ALL {
+                settle_by(lab, pod, (outside, family, protocol), wanted, before)?;
+            }
+        }
+    }
+    Ok(())
+}
+
 /// One pod and family.
 pub(crate) fn settle_one(
     lab: &Lab,
     pod: &str,
     family: Family,
+    wanted: IpAddr,
+    before: Before<'_>,
+) -> Result<()> {
+    let way = (Outside::Lan, family, Protocol::Tcp);
+    settle_by(lab, pod, way, wanted, before)
+}
+
+fn settle_by(
+    lab: &Lab,
+    pod: &str,
+    (outside, family, protocol): (Outside, Family, Protocol),
     wanted: IpAddr,
     before: Before<'_>,
 ) -> Result<()> {
@@ -102,7 +131,7 @@ pub(crate) fn settle_one(
     let own = is_iptables.then_some(lab.pod(pod)?.address(family));
     let mut wrong = None;
     eventually(SOON, &format!("{pod} leaves as {wanted}"), || {
-        let seen = lab.source_seen(pod, Outside::Lan, family, Protocol::Tcp)?;
+        let seen = lab.source_seen(pod, outside, family, protocol)?;
         Ok(match (seen.address(), before) {
             (Some(address), _) if address == wanted => Some(()),
             (None, _) => None,

@@ -13,8 +13,8 @@ use metaleg_lab::{
 use serde_json::json;
 
 use crate::leaving::{
-    Before, blocked, every, leave_as, leave_as_nodes, node_of, settle, settle_as_nodes, settle_one,
-    vip_of,
+    Before, blocked, every, leave_as, leave_as_nodes, node_of, settle, settle_as_nodes,
+    settle_for_good, settle_one, vip_of,
 };
 use crate::names;
 use crate::runner::{Check, Group, Row};
@@ -175,9 +175,7 @@ fn next_pod(stage: &mut Stage) -> Result<()> {
     lab.replace_pod("next-1", "shop-1", "shop")?;
     settle(lab, &SHOP, vips, Before::Nodes)?;
     // The other nodes may still have the slice of the first pod of this address, and let it go before they know the third.
-    eventually(SOON, "the pod leaves as the VIP for good", || {
-        Ok(leave_as(lab, &SHOP, vips).ok())
-    })
+    settle_for_good(lab, &SHOP, vips, Before::Same)
 }
 
 fn completed(stage: &mut Stage) -> Result<()> {
