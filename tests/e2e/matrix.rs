@@ -874,11 +874,16 @@ fn unlabel(stage: &mut Stage) -> Result<()> {
     lab.label_service("shop", false)?;
     settle_as_nodes(lab, &SHOP, Before::Vips(vips))?;
     for (pod, stream) in &mut streams {
-        // The server knows no connection from the node's address, and resets it.
-        let answer = stream.ask(Duration::from_secs(2));
-        let error = answer
+        // Its node forgets it a moment after new ones leave as the node: until then it goes on as it was.
+        let end = eventually(SOON, &format!("the connection of {pod} ends"), || {
+            let answer = stream.ask(Duration::from_secs(2));
+            let as_before = |seen: &Seen| seen.address().is_some_and(|seen| vips.contains(&seen));
+            Ok((!answer.as_ref().is_ok_and(as_before)).then_some(answer))
+        })?;
+        let error = end
             .err()
-            .with_context(|| format!("the connection of {pod} goes on"))?;
+            .with_context(|| format!("the connection of {pod} goes on as another"))?;
+        // The server knows no connection from the node's address, and resets it.
         let reset = error
             .downcast_ref::<std::io::Error>()
             .map(std::io::Error::kind);
