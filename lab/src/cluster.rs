@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use crate::api::Api;
 use crate::binaries::Binaries;
 use crate::host::{Host, PATH, Process, Program};
-use crate::{KubeProxy, Masquerade, eventually, net};
+use crate::{KubeProxy, Masquerade, SOON, eventually, net};
 
 /// Where the API server listens, as seen from every host.
 pub const SERVER: &str = "https://192.0.2.1:6443";
@@ -180,6 +180,7 @@ impl Cluster {
             "--all",
         ];
         self.kubectl(control_plane, &established, None)?;
+        served(api)?;
         let pools = "
 apiVersion: metallb.io/v1beta1
 kind: IPAddressPool
@@ -422,6 +423,36 @@ fn without_workloads(manifest: &str) -> String {
         text += "---\n";
     }
     text
+}
+
+/// Waits until every custom kind is in what the API server says that it serves, which is later than that it is established.
+/// A speaker that starts in between does without status objects, and waits for ever to write the first one.
+fn served(api: &Api) -> Result<()> {
+    let items = |list: &Value| list.as_array().cloned().unwrap_or_default();
+    let definitions = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions";
+    let all = api.request("GET", definitions, None)?.unwrap_or_default();
+    for definition in items(&all["items"]) {
+        let spec = &definition["spec"];
+        let group = spec["group"].as_str().context("a kind without a group")?;
+        let kind = spec["names"]["plural"]
+            .as_str()
+            .context("a kind without a name")?;
+        let versions = items(&spec["versions"]).into_iter();
+        for version in versions.filter(|version| version["served"] == true) {
+            let name = version["name"]
+                .as_str()
+                .context("a version without a name")?;
+            let path = format!("/apis/{group}/{name}");
+            eventually(SOON, &format!("{path} has {kind}"), || {
+                let served = api.request("GET", &path, None)?.unwrap_or_default();
+                let mut served = items(&served["resources"]).into_iter();
+                Ok(served
+                    .any(|resource| resource["name"] == *kind)
+                    .then_some(()))
+            })?;
+        }
+    }
+    Ok(())
 }
 
 /// A token of a ServiceAccount.
