@@ -9,28 +9,30 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 
 use crate::state::{
-    ConnectionStep, Family, FamilyState, FirewallState, FirewallStep, KernelState, NetSet, PodSet,
-    PodState, RouteState, RouteStep, Rule, RuleAction, Skeleton, Step, Table,
+    ConnectionStep, Family, FamilyState, FirewallState, FirewallStep, KernelState, Landmark, NetSet,
+    PodSet, PodState, RouteState, RouteStep, Skeleton, Step, Table,
 };
 
 /// When a step has its turn. The order of the variants is the order of the steps; between two steps of one
 /// phase the order does not matter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Phase {
-    /// A `goto` to a rule that does not exist yet matches nothing.
-    RuleTargets,
+    /// Before packets take them: until then they are dropped.
+    Ways,
     /// A table without it is open: the lookup falls through to `main`.
     Fallbacks,
+    /// What is excluded already goes past a new table from its beginning.
+    Throws,
     Gateways,
     LookupRules,
-    OtherRules,
 
     Skeletons,
+    Landmarks,
     /// Before any pod: else its traffic inside the cluster would be translated.
     Exclusions,
     /// After the NAT chains leave it alone: a marked packet keeps its own source there, and must not go elsewhere than to
     /// its gateway with it.
-    ExclusionRules,
+    NewThrows,
     Vips,
     /// Closing comes before any change that opens.
     Blocks,
@@ -42,7 +44,7 @@ enum Phase {
     /// After the new translation or mark is there: in between a pod has two, never none.
     OldTranslations,
     /// Before the NAT chains look at it again, for the same reason.
-    OldExclusionRules,
+    OldThrows,
     /// Before the connections are forgotten: one that is opened while its destination is still excluded is
     /// translated by others, and would stay so.
     OldExclusions,
@@ -59,14 +61,13 @@ enum Phase {
     OldPodNetworks,
     OldClassification,
     OldVips,
+    OldLandmarks,
     OldSkeletons,
     /// When ours does all of the work. Chains of a backend come before their sets.
     Remnants,
 
     /// From here on nothing is marked for what goes away.
-    OldLookupRules,
-    OldOtherRules,
-    OldRuleTargets,
+    OldRules,
     OldGateways,
     /// Last of a table, for the reason that it is the first.
     OldFallbacks,
@@ -85,8 +86,8 @@ pub fn diff(observed: &KernelState, desired: &KernelState) -> Vec<Step> {
     for family in Family::ALL {
         let from = observed.families.get(&family).unwrap_or(&nothing);
         let to = desired.families.get(&family).unwrap_or(&nothing);
-        routes(family, &from.routes, &to.routes, &mut steps);
         let (old, new) = (&from.firewall, &to.firewall);
+        routes(family, &from.routes, &to.routes, &old.excluded, &mut steps);
         firewall(family, old, new, observed.doubt, &mut steps);
         // What was opened to a destination that is egress again has the source that others gave it.
         wrong_sources |= becomes_egress(old, new);
@@ -152,20 +153,18 @@ fn challenges(rerouted: BTreeSet<IpAddr>, desired: &KernelState, steps: &mut Ste
     }
 }
 
-fn routes(family: Family, from: &RouteState, to: &RouteState, steps: &mut Steps) {
-    let phases = |rule: &Rule| match rule.action {
-        RuleAction::Nop => (Phase::RuleTargets, Phase::OldRuleTargets),
-        RuleAction::Lookup(_) => (Phase::LookupRules, Phase::OldLookupRules),
-        RuleAction::Goto(_) if rule.to.is_some() => {
-            (Phase::ExclusionRules, Phase::OldExclusionRules)
-        }
-        RuleAction::Unreachable | RuleAction::Goto(_) => (Phase::OtherRules, Phase::OldOtherRules),
-    };
+fn routes(
+    family: Family,
+    from: &RouteState,
+    to: &RouteState,
+    excluded: &BTreeSet<IpNet>,
+    steps: &mut Steps,
+) {
     for rule in to.rules.difference(&from.rules) {
-        steps.add(phases(rule).0, RouteStep::AddRule(family, *rule));
+        steps.add(Phase::LookupRules, RouteStep::AddRule(family, *rule));
     }
     for rule in from.rules.difference(&to.rules) {
-        steps.add(phases(rule).1, RouteStep::RemoveRule(family, *rule));
+        steps.add(Phase::OldRules, RouteStep::RemoveRule(family, *rule));
     }
     let none = Table::default();
     let ids: BTreeSet<_> = from.tables.keys().chain(to.tables.keys()).collect();
@@ -186,6 +185,16 @@ fn routes(family: Family, from: &RouteState, to: &RouteState, steps: &mut Steps)
                 steps.add(Phase::OldGateways, step);
             }
             (_, Some(_)) | (None, None) => {}
+        }
+        for net in new.throws.difference(&old.throws) {
+            let is_excluded = excluded.iter().any(|wider| wider.contains(net));
+            let phase = if is_excluded { Phase::Throws } else { Phase::NewThrows };
+            steps.add(phase, RouteStep::AddThrow(*id, *net));
+        }
+        let goes = *new == none;
+        for net in old.throws.difference(&new.throws) {
+            let phase = if goes { Phase::OldGateways } else { Phase::OldThrows };
+            steps.add(phase, RouteStep::RemoveThrow(*id, *net));
         }
     }
 }
@@ -221,6 +230,18 @@ fn firewall(
     }
     for vip in present.difference(&to.vips) {
         steps.add(Phase::OldVips, FirewallStep::RemoveVip(*vip));
+    }
+    for landmark in to.landmarks.difference(&from.landmarks) {
+        let phase = match landmark {
+            Landmark::Way(_) if from.skeleton == Skeleton::Intact => Phase::Ways,
+            Landmark::Way(_) | Landmark::Node(_) | Landmark::Lan(_) => Phase::Landmarks,
+        };
+        let step = FirewallStep::AddLandmark(family, landmark.clone());
+        steps.add(phase, step);
+    }
+    for landmark in from.landmarks.difference(&to.landmarks) {
+        let step = FirewallStep::RemoveLandmark(family, landmark.clone());
+        steps.add(Phase::OldLandmarks, step);
     }
     for set in NetSet::ALL {
         let (add, remove) = match set {

@@ -4,6 +4,7 @@
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::str::FromStr;
 
 use etherparse::{ArpEthIpv4Packet, ArpOperation, EtherType, Icmpv6Type, IpNumber, PacketBuilder};
 
@@ -35,6 +36,22 @@ impl fmt::Display for Mac {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let [a, b, c, d, e, g] = self.0;
         write!(f, "{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{g:02x}")
+    }
+}
+
+#[derive(Debug, thiserror::Error)]
+#[error("not a link-layer address: {0}")]
+pub struct NotAMac(String);
+
+impl FromStr for Mac {
+    type Err = NotAMac;
+
+    /// Six pairs of hexadecimal digits with colons between.
+    fn from_str(text: &str) -> Result<Mac, NotAMac> {
+        let octet = |part: &str| u8::from_str_radix(part, 16).ok().filter(|_| part.len() == 2);
+        let octets: Option<Vec<u8>> = text.split(':').map(octet).collect();
+        let octets = octets.and_then(|octets| octets.try_into().ok());
+        octets.map(Mac).ok_or_else(|| NotAMac(text.to_owned()))
     }
 }
 

@@ -23,6 +23,8 @@ pub struct Memory {
     announcers: Announcers,
     /// VIPs that this node may not have been the gateway of meanwhile, since the last pass that worked.
     interrupted: BTreeSet<IpAddr>,
+    /// When this node was found to be a gateway last.
+    was_gateway: Option<Instant>,
     last: Option<Desired>,
 }
 
@@ -43,6 +45,7 @@ impl Memory {
         Memory {
             announcers: Announcers::new(settings.node_name.clone(), settings.grace),
             interrupted: BTreeSet::new(),
+            was_gateway: None,
             last: None,
         }
     }
@@ -70,9 +73,13 @@ impl Memory {
     ) -> Pass {
         let mut view = facts.view;
         view.interfaces.clone_from(&kernel.interfaces);
+        view.traits = kernel.traits;
         let is_start = self.last.is_none();
         if is_start {
             let adopted = adopt::gateways(&kernel.state, &view.nodes, &settings.node_name);
+            if adopted.values().any(|node| *node == settings.node_name) {
+                self.was_gateway = Some(now);
+            }
             for (vip, node) in adopted {
                 self.announcers.adopt(vip, node, now);
             }
@@ -98,6 +105,8 @@ impl Memory {
         }
         kernel.state.interrupt(&self.interrupted);
         view.announcers = resolved.announcers;
+        let ends = self.gateway_until(&view, settings, now);
+        view.is_gateway = ends.is_some();
         let slots = match &self.last {
             Some(last) => last.slots.clone(),
             None => Slots::adopt(&kernel.state, settings),
@@ -109,8 +118,25 @@ impl Memory {
             view,
             wanted,
             disagreements: resolved.disagreements,
-            changes_at: resolved.ends,
+            changes_at: [resolved.ends, ends].into_iter().flatten().min(),
         }
+    }
+}
+
+impl Memory {
+    /// Until when this node counts as a gateway, if nothing else happens: for the grace period after it was one, because
+    /// others may learn late that it is none any more. `None` when it does not.
+    fn gateway_until(
+        &mut self,
+        view: &View,
+        settings: &Settings,
+        now: Instant,
+    ) -> Option<Instant> {
+        if view.announcers.values().any(|node| *node == settings.node_name) {
+            self.was_gateway = Some(now);
+        }
+        let until = self.was_gateway? + settings.grace;
+        (now < until).then_some(until)
     }
 }
 
@@ -262,7 +288,9 @@ mod tests {
         let mut memory = Memory::new(&settings());
         let tables = |pass: &Pass| -> Vec<TableId> {
             let routes = &pass.desired.kernel.families[&Family::V4].routes;
-            routes.tables.keys().copied().collect()
+            let tables = routes.tables.iter();
+            let to_gateways = tables.filter(|(_, table)| table.gateway.is_some());
+            to_gateways.map(|(id, _)| *id).collect()
         };
         let first = pass(&mut memory, announced_by(3), &mut kernel, now);
         assert_eq!(tables(&first), [TableId(100_001)]);

@@ -140,6 +140,8 @@ pub struct Settings {
     pub metallb_namespace: String,
     pub firewall: FirewallBackend,
     pub mask: FwMask,
+    /// Others may set bits of it. Not read from anywhere: found out at the start.
+    pub mask_is_shared: bool,
     pub excluded: ExcludedDestinations,
     /// Routing tables are numbered from here + 1.
     pub table_offset: u32,
@@ -199,6 +201,7 @@ impl Settings {
             metallb_namespace: value("METALLB_NAMESPACE").text,
             firewall: value("FIREWALL_BACKEND").one_of()?,
             mask: value("FIREWALL_MASK").mask()?,
+            mask_is_shared: false,
             excluded: value("FIREWALL_EXCLUDE_DST_CIDRS").excluded()?,
             table_offset: value("ROUTE_TABLE_ID_OFFSET").table_offset()?,
             rule_priority: value("ROUTE_RULE_PRIORITY").rule_priority()?,

@@ -7,7 +7,9 @@ use crate::cluster::Node;
 use crate::cluster::leases::BootId;
 use crate::kernel;
 use crate::names::NodeName;
-use crate::state::{Family, FamilyState, FirewallStep, KernelState, Skeleton};
+use crate::state::{
+    Family, FamilyState, FirewallStep, KernelState, Rule, RuleAction, Skeleton, TableId,
+};
 
 /// A kernel that remembers what was done to it, and fails where a test wants it.
 #[derive(Debug, Default)]
@@ -121,7 +123,11 @@ fn start(failing: Failing) -> Running {
     let task = tokio::spawn({
         let (cluster, report, stop) = (cluster.clone(), report.clone(), stop.clone());
         async move {
-            let settings = Settings::default_on("node1");
+            // Without a labelled Service, a strict start is what gives the agent something to do.
+            let settings = Settings {
+                strict_start: true,
+                ..Settings::default_on("node1")
+            };
             let stop = stop.notified();
             run(&settings, &cluster, &report, &mut kernel, None, stop).await;
         }
@@ -225,6 +231,20 @@ async fn a_node_is_programmed_for_others_when_all_but_its_routes_to_other_gatewa
     ];
     for (at, is_published) in cases {
         let running = start(Failing { applies: 1, at });
+        let surplus = Rule {
+            priority: 1000,
+            action: RuleAction::Lookup(TableId(100_001)),
+            mark: None,
+            not: false,
+            from: None,
+            to: None,
+        };
+        let mut state = FamilyState::default();
+        state.routes.rules.insert(surplus);
+        *running.kernel.state.lock().unwrap() = KernelState {
+            families: [(Family::V4, state)].into(),
+            ..KernelState::default()
+        };
         let node = Node {
             uid: "uid".to_owned(),
             ..Node::default()

@@ -20,8 +20,9 @@ use k8s_openapi::api::networking::v1 as networking;
 use kube::ResourceExt;
 
 use crate::cluster::leases::BootId;
+use crate::ethernet::Mac;
 use crate::names::{Interface, NodeName, ObjectKey};
-use crate::state::Family;
+use crate::state::{Family, Traits};
 
 /// Label that opts a Service in, when its value is [`EGRESS_VALUE`].
 pub const EGRESS_LABEL: &str = "metaleg.de/rewriteSrcIP";
@@ -119,7 +120,12 @@ pub struct View {
     pub service_cidrs: BTreeSet<IpNet>,
     /// Pod networks that the CNI plugin keeps in objects of its own.
     pub pod_pools: BTreeSet<IpNet>,
+    pub traits: Traits,
     pub interfaces: Vec<Interface>,
+    /// The link-layer addresses of nodes, as far as the kernel knows them.
+    pub neighbours: BTreeMap<IpAddr, Mac>,
+    /// Packets of other nodes' pods may come through this node as their gateway: it is one, or was one a moment ago.
+    pub is_gateway: bool,
 }
 
 impl Service {

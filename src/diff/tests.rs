@@ -5,8 +5,10 @@ use ipnet::IpNet;
 use proptest::prelude::*;
 
 use super::*;
+use crate::ethernet::Mac;
 use crate::state::{
-    ConnectionStep, FirewallStep, Mark, NextHop, PodSet, Remnant, Rule, Table, TableId,
+    ConnectionStep, FirewallStep, Mark, NextHop, PodSet, Remnant, Rule, RuleAction, Table, TableId,
+    Way,
 };
 
 fn ip(last: u8) -> IpAddr {
@@ -133,8 +135,12 @@ fn pods_whose_packets_take_another_way_are_woken_at_last() {
                 via: vip(via),
                 dev: "eth0".to_owned(),
             });
-            let fallback = true;
-            routes.tables.insert(table, Table { fallback, gateway });
+            let content = Table {
+                fallback: true,
+                gateway,
+                ..Table::default()
+            };
+            routes.tables.insert(table, content);
         }
         state
     };
@@ -296,6 +302,7 @@ fn a_table_has_its_floor_first_and_loses_it_last() {
         Table {
             fallback: true,
             gateway,
+            throws: [net(1)].into(),
         },
     );
     fn text(from: &KernelState, to: &KernelState) -> Vec<String> {
@@ -308,6 +315,7 @@ fn a_table_has_its_floor_first_and_loses_it_last() {
             format!("add {fallback}"),
             "route table 100001 via 192.0.2.12 dev eth0".to_owned(),
             "add IPv4 rule pref 1002 fwmark 0x100000/0xf00000 lookup 100001".to_owned(),
+            "let table 100001 leave 10.1.0.0/16 to later rules".to_owned(),
         ]
     );
     assert_eq!(
@@ -315,6 +323,7 @@ fn a_table_has_its_floor_first_and_loses_it_last() {
         [
             "remove IPv4 rule pref 1002 fwmark 0x100000/0xf00000 lookup 100001".to_owned(),
             "remove from table 100001 the route via 192.0.2.12 dev eth0".to_owned(),
+            "let table 100001 decide about 10.1.0.0/16".to_owned(),
             format!("remove {fallback}"),
         ]
     );
@@ -360,8 +369,23 @@ fn wanted_pod() -> impl Strategy<Value = PodState> {
     ]
 }
 
+fn net(n: u8) -> IpNet {
+    IpNet::new(IpAddr::from([10, n, 0, 0]), 16).unwrap()
+}
+
 fn any_net() -> impl Strategy<Value = IpNet> {
-    (0..4_u8).prop_map(|n| IpNet::new(IpAddr::from([10, n, 0, 0]), 16).unwrap())
+    (0..4_u8).prop_map(net)
+}
+
+fn any_landmark() -> impl Strategy<Value = Landmark> {
+    prop_oneof![
+        (1..4_u32, 11..13_u8).prop_map(|(slot, last)| Landmark::Way(Way {
+            mark: mark(slot),
+            via: vip(last),
+        })),
+        (1..4_u8).prop_map(|n| Landmark::Node(Mac([2, 0, 0, 0, 0, n]))),
+        (0..2_u8).prop_map(|n| Landmark::Lan(format!("eth{n}"))),
+    ]
 }
 
 fn any_routes() -> impl Strategy<Value = RouteState> {
@@ -383,8 +407,14 @@ fn any_routes() -> impl Strategy<Value = RouteState> {
         via: vip(last),
         dev: "eth0".to_owned(),
     });
-    let table = (any::<bool>(), proptest::option::of(gateway))
-        .prop_map(|(fallback, gateway)| Table { fallback, gateway });
+    let throws = proptest::collection::btree_set(any_net(), 0..3);
+    let table = (any::<bool>(), proptest::option::of(gateway), throws).prop_map(
+        |(fallback, gateway, throws)| Table {
+            fallback,
+            gateway,
+            throws,
+        },
+    );
     let tables = proptest::collection::btree_map((1..4_u32).prop_map(TableId), table, 0..3);
     (proptest::collection::btree_set(rule, 0..5), tables).prop_map(|(rules, mut tables)| {
         tables.retain(|_, table| *table != Table::default());
@@ -400,8 +430,11 @@ fn any_state(
     let nets = || proptest::collection::btree_set(any_net(), 0..4);
     let pods = proptest::collection::btree_map((11..15_u8).prop_map(ip), pod, 0..5);
     let vips = proptest::collection::btree_set((200..204_u8).prop_map(vip), 0..4);
-    (skeleton, nets(), nets(), nets(), vips, pods, any_routes()).prop_map(
-        move |(skeleton, excluded, remote_pods, local_pods, mut vips, mut pods, routes)| {
+    let landmarks = proptest::collection::btree_set(any_landmark(), 0..4);
+    let nets = (nets(), nets(), nets());
+    (skeleton, nets, vips, pods, landmarks, any_routes()).prop_map(
+        move |(skeleton, nets, mut vips, mut pods, landmarks, routes)| {
+            let (excluded, remote_pods, local_pods) = nets;
             pods.retain(|_, pod| *pod != PodState::default());
             if all_vips {
                 vips.extend(pods.values().flat_map(|pod| pod.vips.iter().copied()));
@@ -412,6 +445,7 @@ fn any_state(
                 remote_pods,
                 local_pods,
                 vips,
+                landmarks,
                 pods,
             };
             KernelState {

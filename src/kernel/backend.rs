@@ -16,6 +16,10 @@ pub(crate) struct Profile {
     pub(crate) nat_table: Option<&'static str>,
     /// What an operator can do about NAT chains of others that come first.
     pub(crate) advice: Option<&'static str>,
+    /// Packets are marked before their destination is translated.
+    pub(crate) marks_before_dnat: bool,
+    /// It keeps no record of what marks stand for: it sees by the routes' realm whether a packet takes one of them.
+    pub(crate) ways_are_routes: bool,
     /// What another backend would find as remnants of it.
     pub(crate) remnants: Vec<Remnant>,
 }

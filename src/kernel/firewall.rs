@@ -38,7 +38,7 @@ impl Firewall {
                 }
             }
         };
-        let iptables = Iptables::open(ranges.mask, families.to_vec()).await?;
+        let iptables = Iptables::open(ranges, families.to_vec()).await?;
         Ok((Firewall::Iptables(iptables), refusal))
     }
 
@@ -50,11 +50,14 @@ impl Firewall {
         }
     }
 
-    /// Reads everything of ours, by family.
-    pub(crate) async fn observe(&mut self) -> Result<BTreeMap<Family, FirewallState>, Error> {
+    /// Reads everything of ours, by family. `strict_tcp`: the node takes up no connection in its middle.
+    pub(crate) async fn observe(
+        &mut self,
+        strict_tcp: bool,
+    ) -> Result<BTreeMap<Family, FirewallState>, Error> {
         match self {
-            Firewall::Nftables(nftables) => Ok(nftables.observe()?),
-            Firewall::Iptables(iptables) => iptables.observe().await,
+            Firewall::Nftables(nftables) => Ok(nftables.observe(strict_tcp)?),
+            Firewall::Iptables(iptables) => iptables.observe(strict_tcp).await,
         }
     }
 

@@ -42,8 +42,8 @@ use crate::kernel::ours::Ranges;
 use crate::kernel::routes::Routes;
 use crate::settings::Settings;
 use crate::state::{
-    ConnectionStep, Family, FamilyState, FirewallStep, KernelState, NetSet, Observed, Remnant,
-    RouteStep, Step,
+    ConnectionStep, Family, FamilyState, FirewallStep, KernelState, Landmark, NetSet, Observed,
+    Remnant, RouteStep, Step, Traits,
 };
 
 /// A node's kernel, as the agent sees it.
@@ -62,6 +62,12 @@ pub trait Kernel: Send {
     fn apply(&mut self, steps: &[Step]) -> impl Future<Output = Vec<StepError>> + Send;
 }
 
+/// Whether a connection of TCP is known from its beginning or not at all. The file is there while connections are tracked.
+async fn is_tcp_strict() -> bool {
+    let loose = tokio::fs::read_to_string("/proc/sys/net/netfilter/nf_conntrack_tcp_loose").await;
+    loose.is_ok_and(|value| value.trim() == "0")
+}
+
 /// Whether every step is to be executed by itself.
 fn is_one_by_one() -> bool {
     #[cfg(feature = "kill-points")]
@@ -73,6 +79,7 @@ fn is_one_by_one() -> bool {
 #[derive(Debug)]
 pub struct NodeKernel {
     firewall: Firewall,
+    mask_is_shared: bool,
     routes: Routes,
     drift: DriftListener,
     families: Vec<Family>,
@@ -103,6 +110,7 @@ impl NodeKernel {
             slots: settings.mask.slots(),
             table_offset: settings.table_offset,
             priority: settings.rule_priority,
+            strict_tcp: false,
         };
         let routes = Routes::open(families.clone(), ranges)?;
         let (firewall, refusal) = Firewall::open(settings.firewall, ranges, &families).await?;
@@ -116,6 +124,7 @@ impl NodeKernel {
             DriftListener::open(own_ports, ranges, profile.watched, routes.watched.clone())?;
         Ok(NodeKernel {
             firewall,
+            mask_is_shared: settings.mask_is_shared,
             routes,
             drift,
             families,
@@ -169,10 +178,14 @@ impl NodeKernel {
 impl Kernel for NodeKernel {
     async fn observe(&mut self) -> Result<Observed, Error> {
         let mut routes = self.routes.observe().await?;
-        let firewall = self.firewall.observe().await?;
+        let firewall = self.firewall.observe(is_tcp_strict().await).await?;
+        let profile = self.firewall.profile();
         let mut families = BTreeMap::new();
-        for (family, firewall) in firewall {
+        for (family, mut firewall) in firewall {
             let routes = routes.states.remove(&family).unwrap_or_default();
+            if profile.ways_are_routes {
+                firewall.landmarks.extend(routes.ways().map(Landmark::Way));
+            }
             families.insert(family, FamilyState { routes, firewall });
         }
         let remnants = match &self.remnants {
@@ -190,6 +203,10 @@ impl Kernel for NodeKernel {
         self.excluded = state.excluded().collect();
         Ok(Observed {
             state,
+            traits: Traits {
+                marks_before_dnat: profile.marks_before_dnat,
+                mask_is_shared: self.mask_is_shared,
+            },
             interfaces: self.routes.interfaces().await?,
             occupied: routes.occupied,
             collisions,

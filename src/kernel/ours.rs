@@ -5,8 +5,10 @@ use crate::state::{Family, NetSet, PodSet, Rule, RuleAction, TableId};
 /// Protocol number of our rules and routes: in none of the lists of iproute2, FRR or BIRD. Shown by `ip rule`
 /// and `ip route` as `proto 77`.
 pub(crate) const PROTOCOL_NUMBER: u8 = 77;
+/// Realm of the routes to gateways (IPv4 only): by it the iptables backend sees whether a packet takes one.
+pub(crate) const REALM: u16 = PROTOCOL_NUMBER as u16;
 /// How many priorities of routing rules are ours.
-const PRIORITIES: u32 = 100;
+const PRIORITIES: u32 = 2;
 /// How long replies to forgotten connections are still dropped. Old gateway and server normally learn of the change
 /// within seconds.
 pub(crate) const LATE_REPLY_SECONDS: u32 = 60;
@@ -17,16 +19,18 @@ pub(crate) struct Ranges {
     /// Bits of the mark.
     pub(crate) mask: u32,
     pub(crate) slots: u32,
-    /// Tables are numbered from here + 1.
+    /// Tables are numbered from here; the first one rejects.
     pub(crate) table_offset: u32,
     /// First of our rules' priorities.
     pub(crate) priority: u32,
+    /// The node takes up no connection in its middle (`nf_conntrack_tcp_loose=0`).
+    pub(crate) strict_tcp: bool,
 }
 
 impl Ranges {
     /// Whether a table has a number of our range.
     pub(crate) fn has_table(&self, table: TableId) -> bool {
-        table.0 > self.table_offset
+        table.0 >= self.table_offset
     }
 
     /// Whether a rule of others takes packets away from ours: it stands among ours, or ahead of them and matches our
@@ -99,16 +103,21 @@ pub(crate) fn digit(family: Family) -> u8 {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::state::Mark;
-
-    const RANGES: Ranges = Ranges {
+impl Ranges {
+    /// Those of the default settings.
+    pub(crate) const DEFAULT: Ranges = Ranges {
         mask: 0x00f0_0000,
         slots: 15,
         table_offset: 100_000,
         priority: 1000,
+        strict_tcp: false,
     };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::state::Mark;
 
     /// `pref PRIORITY fwmark VALUE/MASK lookup TABLE`.
     fn rule(priority: u32, mark: (u32, u32), table: u32) -> Rule {
@@ -130,28 +139,28 @@ mod tests {
             (999, ours, true),
             (999, other, false),
             (1000, other, true),
-            (1099, other, true),
-            (1100, ours, false),
+            (1001, other, true),
+            (1002, ours, false),
         ] {
             let rule = rule(priority, mark, 254);
-            assert_eq!(RANGES.collides(&rule), expected, "{rule}");
+            assert_eq!(Ranges::DEFAULT.collides(&rule), expected, "{rule}");
         }
         let action = RuleAction::Nop;
         let nop = Rule {
             action,
             ..rule(999, ours, 0)
         };
-        assert!(!RANGES.collides(&nop));
+        assert!(!Ranges::DEFAULT.collides(&nop));
     }
 
     #[test]
     fn an_earlier_rule_pairs_a_mark_with_the_table_that_earlier_releases_gave_it() {
-        let first = rule(998, (0x0010_0000, RANGES.mask), 100_000);
-        assert!(RANGES.is_earlier(&first));
-        assert!(RANGES.is_earlier(&rule(998, (0x0020_0000, RANGES.mask), 100_001)));
+        let first = rule(998, (0x0010_0000, Ranges::DEFAULT.mask), 100_000);
+        assert!(Ranges::DEFAULT.is_earlier(&first));
+        assert!(Ranges::DEFAULT.is_earlier(&rule(998, (0x0020_0000, Ranges::DEFAULT.mask), 100_001)));
         for other in [
-            rule(998, (0x0010_0000, RANGES.mask), 100_001),
-            rule(998, (0, RANGES.mask), 100_000),
+            rule(998, (0x0010_0000, Ranges::DEFAULT.mask), 100_001),
+            rule(998, (0, Ranges::DEFAULT.mask), 100_000),
             rule(998, (0x0010_0000, 0x00ff_0000), 100_000),
             Rule { not: true, ..first },
             Rule {
@@ -159,7 +168,7 @@ mod tests {
                 ..first
             },
         ] {
-            assert!(!RANGES.is_earlier(&other), "{other}");
+            assert!(!Ranges::DEFAULT.is_earlier(&other), "{other}");
         }
     }
 }

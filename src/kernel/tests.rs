@@ -130,6 +130,7 @@ pub(super) fn documented_sets(column: usize) -> BTreeMap<String, String> {
     let rows = documented("## Sets and maps");
     rows.into_iter()
         .map(|row| (row[0].clone(), row[column].clone()))
+        .filter(|(_, name)| name != "-")
         .collect()
 }
 

@@ -73,6 +73,7 @@ mod tests {
             let content = Table {
                 fallback: true,
                 gateway: Some(gateway),
+                ..Table::default()
             };
             state.routes.tables.insert(table, content);
         }

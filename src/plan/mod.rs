@@ -5,6 +5,7 @@
 
 pub mod adopt;
 mod egress;
+mod landmarks;
 mod networks;
 mod pods;
 mod routes;
@@ -17,7 +18,8 @@ use std::net::IpAddr;
 use crate::cluster::{OnNoGateway, Service, View};
 use crate::names::{NodeName, ObjectKey};
 use crate::plan::egress::Egress;
-use crate::plan::pods::Lookup;
+use crate::plan::pods::{EgressPod, Lookup};
+use crate::plan::routes::Routing;
 use crate::plan::slots::Slots;
 pub use crate::plan::verdict::{Blocked, Ignored, Subject, Verdict};
 use crate::settings::Settings;
@@ -92,14 +94,21 @@ fn plan_family(
     let own = local.map(|(address, _)| *address);
     let excluded = networks::excluded(family, view, &settings.excluded, own);
 
-    let mut routes = routes::routes(family, settings, &excluded.nets, &slots, &hops);
+    let routing = Routing {
+        settings,
+        traits: view.traits,
+        slots: &slots,
+        hops: &hops,
+    };
+    let own_pods = networks::own_pods(view, settings);
+    let throws = routes::throws(family, view.traits, &excluded.nets, own_pods);
+    let mut routes = routing.state(&throws);
     let mut states = BTreeMap::new();
     for (address, pod) in &pods {
         let egress = egress.get(pod.service);
         if let Some(egress) = egress.filter(|egress| !egress.is_released()) {
             if let Some(slot) = egress.slot(&slots).filter(|_| pod.local) {
-                let rule = routes::of_pod(*address, slot, settings);
-                routes.rules.extend(rule);
+                routes.rules.extend(routing.of_pod(*address, slot));
             }
             states.insert(*address, pods::state(pod, egress, &slots, settings));
         }
@@ -116,17 +125,25 @@ fn plan_family(
         let verdicts = desired.services.entry((*key).clone()).or_default();
         verdicts.insert(family, egress.verdict());
     }
+    let vips: BTreeSet<IpAddr> = egress.values().filter_map(|egress| egress.vip).collect();
+    // Any node may become the gateway of a VIP at any moment. Where there is no VIP, and no pod is here, there is nothing to
+    // do.
+    let is_here = |(address, pod): (&IpAddr, &EgressPod<'_>)| pod.local && states.contains_key(address);
+    let has_work = settings.strict_start || !vips.is_empty() || pods.iter().any(is_here);
+    let landmarks = landmarks::landmarks(family, view, settings, &vips, &routes);
     let state = FamilyState {
         routes,
         firewall: FirewallState {
             skeleton: Skeleton::Intact,
             remote_pods: networks::remote_pods(family, view, settings),
             local_pods: networks::local_pods(family, view, settings),
-            vips: egress.values().filter_map(|egress| egress.vip).collect(),
+            landmarks,
+            vips,
             pods: states,
             excluded: excluded.nets,
         },
     };
+    let state = if has_work { state } else { FamilyState::default() };
     desired.kernel.families.insert(family, state);
     desired.slots.extend(slots);
     if let Some(pod) = excluded.unknown_network_of {

@@ -82,9 +82,10 @@ fn constant(nets: &'static [&'static str]) -> impl Iterator<Item = IpNet> {
     nets.iter().filter_map(|net| net.parse().ok())
 }
 
-/// The pod networks of the other nodes, unless this node may be their router.
+/// The pod networks of the other nodes, while this node is a gateway, unless it may be their router.
 pub(super) fn remote_pods(family: Family, view: &View, settings: &Settings) -> BTreeSet<IpNet> {
-    if !settings.guard_transit || !pods_are_where_their_nodes_say(family, view, settings) {
+    let is_wanted = settings.guard_transit && view.is_gateway;
+    if !is_wanted || !pods_are_where_their_nodes_say(family, view, settings) {
         return BTreeSet::new();
     }
     let nodes = view.nodes.iter();
@@ -113,9 +114,15 @@ pub(super) fn local_pods(family: Family, view: &View, settings: &Settings) -> BT
     if !settings.strict_start {
         return BTreeSet::new();
     }
+    let nets: Vec<IpNet> = own_pods(view, settings).collect();
+    merged(family, nets.iter())
+}
+
+/// The networks that pods of this node get addresses from, of both families.
+pub(super) fn own_pods(view: &View, settings: &Settings) -> impl Iterator<Item = IpNet> {
     let own = view.nodes.get(&settings.node_name);
     let nets = own.into_iter().flat_map(|node| &node.pod_cidrs);
-    merged(family, nets.chain(&view.pod_pools))
+    nets.chain(&view.pod_pools).copied()
 }
 
 pub(super) fn own_addresses(family: Family, view: &View) -> impl Iterator<Item = IpAddr> {

@@ -35,6 +35,14 @@ impl Slot {
 /// `default`, `main` and `local`.
 const KERNEL_TABLES: std::ops::RangeInclusive<u32> = 253..=255;
 
+/// The table that rejects what has a mark of ours and found no gateway: the first of our range. None where that is one of
+/// the kernel's.
+pub(super) fn floor(settings: &Settings) -> Option<TableId> {
+    let number = settings.table_offset;
+    let is_ours = number > 0 && !KERNEL_TABLES.contains(&number);
+    is_ours.then_some(TableId(number))
+}
+
 /// The slots in use, by gateway address.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Slots {

@@ -6,13 +6,14 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::cluster::{Node, OnNoGateway, Target};
+use crate::ethernet::Mac;
 use crate::fixtures::worlds::{World, any_settings, any_world};
 use crate::fixtures::{
     ServiceFixture, With, boot, cluster, endpoint, ip, key, key_in, node, node_name, own_pod,
     service, settings_on, slice,
 };
 use crate::settings::FwMask;
-use crate::state::{Mark, Rule, RuleAction, Table, TableId};
+use crate::state::{Landmark, Mark, Rule, RuleAction, Table, TableId, Way};
 
 /// Settings of an agent on a node.
 fn on(name: &str) -> Settings {
@@ -96,6 +97,15 @@ fn a_pod_is_marked_on_its_node_translated_on_the_gateway_and_known_everywhere() 
     }
 }
 
+fn v4(desired: &Desired) -> &FamilyState {
+    &desired.kernel.families[&Family::V4]
+}
+
+fn rules(desired: &Desired) -> Vec<String> {
+    let rules = v4(desired).routes.rules.iter();
+    rules.map(Rule::to_string).collect()
+}
+
 #[test]
 fn the_page_of_the_data_path_has_the_routing_rules() {
     let page = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/data-path.md");
@@ -103,21 +113,38 @@ fn the_page_of_the_data_path_has_the_routing_rules() {
     let (_, table) = page.split_once("| place | rule |\n|---|---|\n").unwrap();
     let rows = table.lines().take_while(|line| line.starts_with('|'));
     let documented: Vec<&str> = rows.map(|row| row.split('`').nth(1).unwrap()).collect();
-    let mut settings = on("node1");
-    settings.excluded.auto = false;
-    settings.excluded.listed = ["10.244.0.0/16".parse().unwrap()].into();
-    let desired = make(&usual(), &settings);
-    let rules = &desired.kernel.families[&Family::V4].routes.rules;
-    let rules: Vec<String> = rules.iter().map(Rule::to_string).collect();
-    assert_eq!(rules, documented);
+    assert_eq!(rules(&make(&usual(), &on("node1"))), documented);
+}
+
+/// The tables that packets may take, by number.
+fn tables(desired: &Desired) -> Vec<(u32, Option<&str>, Vec<String>)> {
+    let shown = |(id, table): (&TableId, &'_ Table)| {
+        assert!(table.fallback);
+        let throws = table.throws.iter().map(IpNet::to_string).collect();
+        (id.0, table.gateway.is_some().then_some("gateway"), throws)
+    };
+    v4(desired).routes.tables.iter().map(shown).collect()
 }
 
 #[test]
-fn the_routes_are_a_block_that_unmarked_packets_pass_and_marked_ones_cannot_leave() {
+fn no_rule_matches_an_unmarked_packet_and_none_leads_a_marked_one_to_main() {
     let desired = make(&usual(), &on("node1"));
-    let routes = &desired.kernel.families[&Family::V4].routes;
-    let rules: Vec<String> = routes.rules.iter().map(Rule::to_string).collect();
-    let excluded = [
+    let expected = [
+        "pref 1000 fwmark 0x100000/0xf00000 lookup 100001",
+        "pref 1001 fwmark 0x100000/0xf00000 lookup 100000",
+    ];
+    assert_eq!(rules(&desired), expected);
+    let own = vec!["10.244.1.0/24".to_owned()];
+    let expected = [(100_000, None, own.clone()), (100_001, Some("gateway"), own)];
+    assert_eq!(tables(&desired), expected);
+}
+
+#[test]
+fn where_marks_come_before_dnat_every_excluded_destination_is_left_to_others() {
+    let mut view = usual();
+    view.traits.marks_before_dnat = true;
+    let desired = make(&view, &on("node1"));
+    let excluded: Vec<String> = [
         "10.244.1.0/24",
         "10.244.2.0/23",
         "127.0.0.0/8",
@@ -127,26 +154,75 @@ fn the_routes_are_a_block_that_unmarked_packets_pass_and_marked_ones_cannot_leav
         "224.0.0.0/4",
         "255.255.255.255/32",
     ]
-    .map(|net| format!("pref 1001 to {net} goto 1099"));
-    let mut expected = vec!["pref 1000 fwmark 0x0/0xf00000 goto 1099".to_owned()];
-    expected.extend(excluded);
-    expected.extend(
-        [
-            "pref 1002 fwmark 0x100000/0xf00000 lookup 100001",
-            "pref 1098 not fwmark 0x0/0xf00000 unreachable",
-            "pref 1099 nop",
-        ]
-        .map(str::to_owned),
-    );
-    assert_eq!(rules, expected);
-    let table = Table {
-        fallback: true,
-        gateway: Some(NextHop {
-            via: ip("192.0.2.12"),
-            dev: "eth0".to_owned(),
-        }),
+    .map(str::to_owned)
+    .into();
+    for (_, _, throws) in tables(&desired) {
+        assert_eq!(throws, excluded);
+    }
+}
+
+#[test]
+fn where_others_set_bits_of_the_mask_a_mark_counts_only_with_the_pod() {
+    let mut view = usual();
+    view.traits.mask_is_shared = true;
+    let expected = [
+        "pref 1000 from 10.244.1.11 fwmark 0x100000/0xf00000 lookup 100001",
+        "pref 1001 from 10.244.1.11 fwmark 0x100000/0xf00000 lookup 100000",
+    ];
+    assert_eq!(rules(&make(&view, &on("node1"))), expected);
+}
+
+#[test]
+fn where_the_first_table_is_the_kernels_there_is_no_floor() {
+    let settings = Settings {
+        table_offset: 254,
+        ..on("node1")
     };
-    assert_eq!(routes.tables, [(TableId(100_001), table)].into());
+    // 255 is the kernel's, too.
+    let expected = ["pref 1000 fwmark 0x200000/0xf00000 lookup 256"];
+    assert_eq!(rules(&make(&usual(), &settings)), expected);
+}
+
+#[test]
+fn landmarks_are_ways_nodes_and_lans() {
+    let mut view = usual();
+    let mac = |last| Mac([2, 0, 0, 0, 0, last]);
+    view.neighbours = [(ip("192.0.2.12"), mac(12)), (ip("192.0.2.13"), mac(13))].into();
+    let landmarks = |node: &str| v4(&make(&view, &on(node))).firewall.landmarks.clone();
+    let beside = [
+        Landmark::Node(mac(12)),
+        Landmark::Node(mac(13)),
+        Landmark::Lan("eth0".to_owned()),
+    ];
+    let way = Landmark::Way(Way {
+        mark: SLOT_1,
+        via: ip("192.0.2.12"),
+    });
+    assert_eq!(landmarks("node2"), beside.clone().into());
+    assert_eq!(landmarks("node1"), beside.into_iter().chain([way]).collect());
+}
+
+#[test]
+fn a_node_that_no_labelled_service_concerns_has_nothing() {
+    let pending = |node: &str| {
+        let slice = slice("a-1", "a", [endpoint("10.244.1.11", node)]);
+        cluster().with(service("a")).with(slice)
+    };
+    let strict = Settings {
+        strict_start: true,
+        ..on("node1")
+    };
+    for (what, view, settings, has_work) in [
+        ("nothing labelled", cluster(), on("node1"), false),
+        ("a VIP, which may come here", usual(), on("node3"), true),
+        ("no VIP yet, and a pod here", pending("node1"), on("node1"), true),
+        ("no VIP yet, and a pod elsewhere", pending("node2"), on("node1"), false),
+        ("pods wait until they are known", cluster(), strict, true),
+    ] {
+        let state = v4(&make(&view, &settings)).clone();
+        assert_eq!(state != FamilyState::default(), has_work, "{what}");
+        assert_eq!(state.firewall.skeleton == Skeleton::Intact, has_work, "{what}");
+    }
 }
 
 #[test]
@@ -169,10 +245,12 @@ fn a_family_without_a_vip_yet_is_blocked_and_the_other_goes_on() {
         .with(pending.announced_by("node2"))
         .with(slice("a-6", "a", [endpoint("fd00:10:244:1::b", "node1")]))
         .with(slice("a-4", "a", [endpoint("10.244.1.11", "node1")]));
-    for on_node in ["node1", "node2"] {
+    // Where the pod is not, nothing comes of it.
+    for (on_node, is_blocked) in [("node1", Some(true)), ("node2", None)] {
         let desired = make(&view, &on(on_node));
         assert_eq!(blocked(&desired, Family::V6), Some(Blocked::NoVip));
-        assert!(pod_of(&desired, "fd00:10:244:1::b").unwrap().blocked);
+        let pod = pod_of(&desired, "fd00:10:244:1::b");
+        assert_eq!(pod.map(|pod| pod.blocked), is_blocked);
         assert!(!pod_of(&desired, "10.244.1.11").unwrap().blocked);
     }
 }
@@ -276,7 +354,7 @@ fn pods_of_gateways_beyond_the_marks_are_routed_by_their_address() {
     }
     let desired = make(&view, &settings);
     let state = &desired.kernel.families[&Family::V4];
-    assert_eq!(state.routes.tables.len(), 6);
+    assert_eq!(state.routes.tables.len(), 7, "six gateways, and the floor");
     let by_pod = |n: u8| {
         let from = Some(IpAddr::from([10, 244, 1, n]));
         state.routes.rules.iter().find(|rule| rule.from == from)
@@ -359,8 +437,9 @@ fn a_gateway_with_a_new_address_is_routed_to_by_it_in_a_table_of_its_own() {
     let second = plan(&renumbered, &settings, &Family::ALL.into(), &first.slots);
     let tables = |desired: &Desired| -> Vec<(TableId, IpAddr)> {
         let tables = &desired.kernel.families[&Family::V4].routes.tables;
-        let via = |table: &Table| table.gateway.as_ref().unwrap().via;
-        tables.iter().map(|(id, table)| (*id, via(table))).collect()
+        let via = |table: &Table| Some(table.gateway.as_ref()?.via);
+        let to_gateways = tables.iter().filter_map(|(id, table)| Some((*id, via(table)?)));
+        to_gateways.collect()
     };
     assert_eq!(tables(&first), [(TableId(100_001), ip("192.0.2.12"))]);
     assert_eq!(tables(&second), [(TableId(100_002), ip("192.0.2.99"))]);
@@ -511,7 +590,11 @@ fn without_the_filter_pods_of_other_nodes_are_routed_too() {
 #[test]
 fn networks_of_other_nodes_are_guarded_where_pods_have_addresses_of_their_nodes() {
     let guards = |view: &View| {
-        let desired = make(view, &on("node1"));
+        let view = View {
+            is_gateway: true,
+            ..view.clone()
+        };
+        let desired = make(&view, &on("node1"));
         !desired.kernel.families[&Family::V4]
             .firewall
             .remote_pods
@@ -602,21 +685,24 @@ fn with_a_strict_start_every_pod_of_this_node_waits_until_it_is_classified() {
 }
 
 #[test]
-fn only_other_nodes_pods_are_held_to_be_known_and_only_when_asked() {
-    let nets = |settings: &Settings| {
-        make(&usual(), settings).kernel.families[&Family::V4]
+fn only_other_nodes_pods_are_held_to_be_known_and_only_by_a_gateway() {
+    let mut view = usual();
+    view.is_gateway = true;
+    let nets = |view: &View, settings: &Settings| {
+        make(view, settings).kernel.families[&Family::V4]
             .firewall
             .remote_pods
             .clone()
     };
     // Those of two nodes, as the one network that they are to the kernel.
     let others: BTreeSet<IpNet> = ["10.244.2.0/23".parse().unwrap()].into();
-    assert_eq!(nets(&on("node1")), others);
+    assert_eq!(nets(&view, &on("node1")), others);
+    assert_eq!(nets(&usual(), &on("node1")), BTreeSet::new(), "no gateway");
     let router = Settings {
         guard_transit: false,
         ..on("node1")
     };
-    assert_eq!(nets(&router), BTreeSet::new());
+    assert_eq!(nets(&view, &router), BTreeSet::new());
 }
 
 #[test]

@@ -13,9 +13,12 @@ use derive_more::Display;
 use ipnet::IpNet;
 use strum::{IntoStaticStr, VariantNames};
 
+use crate::ethernet::Mac;
 use crate::names::Interface;
 
-pub use self::routing::{Mark, NextHop, NextHops, RouteState, Rule, RuleAction, Table, TableId};
+pub use self::routing::{
+    Mark, NextHop, NextHops, RouteState, Rule, RuleAction, Table, TableId, Way,
+};
 pub use self::step::{ConnectionStep, FirewallStep, RouteStep, Step};
 
 /// An IP address family. Everything is kept for each family by itself, though nftables has both in one table.
@@ -104,6 +107,21 @@ impl NetSet {
     pub const ALL: [NetSet; 3] = [NetSet::Excluded, NetSet::RemotePods, NetSet::LocalPods];
 }
 
+/// What tells guards where a packet goes, or where it comes from.
+#[derive(Clone, Debug, Display, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Landmark {
+    /// What a mark stands for. A mark alone is no way: rules of others may come ahead of ours, and ours may be lost.
+    #[display("way of mark {_0}")]
+    Way(Way),
+    /// The link-layer address of another node: what it hands over from outside belongs to a connection of a pod.
+    #[display("node at {_0}")]
+    Node(Mac),
+    /// An interface on which VIPs are announced: a packet to a VIP that would leave by the interface it came in by was meant
+    /// for this node.
+    #[display("LAN interface {_0}")]
+    Lan(String),
+}
+
 /// What this node does with one pod. The flags are independent because a crash can leave any of them.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct PodState {
@@ -129,6 +147,7 @@ pub struct FirewallState {
     pub local_pods: BTreeSet<IpNet>,
     /// All egress VIPs; each has its translation and is guarded.
     pub vips: BTreeSet<IpAddr>,
+    pub landmarks: BTreeSet<Landmark>,
     /// Pods by address: egress pods of every node of the cluster, and the ordinary ones of this node.
     pub pods: BTreeMap<IpAddr, PodState>,
 }
@@ -169,10 +188,20 @@ pub struct KernelState {
     pub doubt: bool,
 }
 
+/// What a node's kernel and its firewall backend are like, as far as a plan depends on it. Fixed while the agent runs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Traits {
+    /// Marks are set before DNAT, so on packets inside the cluster too: routing has to leave them alone.
+    pub marks_before_dnat: bool,
+    /// Others may set our bits of the mark: it counts only together with a pod's address.
+    pub mask_is_shared: bool,
+}
+
 /// What was read of a node's kernel.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Observed {
     pub state: KernelState,
+    pub traits: Traits,
     /// The interfaces that are up, with the networks that are directly reachable on them.
     pub interfaces: Vec<Interface>,
     /// Tables of our range that others use: not to be used by us.
@@ -283,6 +312,16 @@ impl KernelState {
             RouteStep::RemoveGateway(table, hop) => {
                 self.table(Family::of(hop.via), *table, |t| t.gateway = None);
             }
+            RouteStep::AddThrow(table, net) => {
+                self.table(Family::of_net(*net), *table, |t| {
+                    t.throws.insert(*net);
+                });
+            }
+            RouteStep::RemoveThrow(table, net) => {
+                self.table(Family::of_net(*net), *table, |t| {
+                    t.throws.remove(net);
+                });
+            }
         }
     }
 
@@ -307,6 +346,13 @@ impl KernelState {
             }
             FirewallStep::RemoveNet(set, net) => {
                 self.firewall(net.addr()).nets_mut(*set).remove(net);
+            }
+            FirewallStep::AddLandmark(family, landmark) => {
+                let landmarks = &mut self.family(*family).firewall.landmarks;
+                landmarks.insert(landmark.clone());
+            }
+            FirewallStep::RemoveLandmark(family, landmark) => {
+                self.family(*family).firewall.landmarks.remove(landmark);
             }
             FirewallStep::AddPod(set, pod) => self.change_pod(*pod, |p| p.set(*set, true)),
             FirewallStep::RemovePod(set, pod) => self.change_pod(*pod, |p| p.set(*set, false)),

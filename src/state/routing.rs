@@ -22,10 +22,11 @@ pub struct Mark {
     pub mask: u32,
 }
 
-/// What a routing rule does with a packet that it matches.
+/// What a routing rule does with a packet that it matches. The plan has `Lookup` only: the others are those of others, and
+/// of releases before 0.3.0.
 #[derive(Clone, Copy, Debug, Display, PartialEq, Eq, PartialOrd, Ord)]
 pub enum RuleAction {
-    /// Nothing: the target of `Goto` rules.
+    /// Nothing: a target of `Goto` rules.
     #[display("nop")]
     Nop,
     /// Route by a table; without a match there, go on with the next rule.
@@ -82,6 +83,14 @@ pub struct NextHop {
     pub dev: String,
 }
 
+/// What a mark stands for: packets that carry it go to this gateway, or nowhere.
+#[derive(Clone, Copy, Debug, Display, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[display("{mark} via {via}")]
+pub struct Way {
+    pub mark: Mark,
+    pub via: IpAddr,
+}
+
 /// One routing table of ours.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Table {
@@ -89,6 +98,8 @@ pub struct Table {
     /// gateway is empty, the lookup falls through to `main`, and the packet leaks.
     pub fallback: bool,
     pub gateway: Option<NextHop>,
+    /// Destinations that it leaves to the rules after ours (`throw` routes).
+    pub throws: BTreeSet<IpNet>,
 }
 
 /// Rules and tables of one family.
@@ -104,6 +115,19 @@ pub struct RouteState {
 pub struct NextHops<'a> {
     state: &'a FamilyState,
     by_mark: BTreeMap<(Mark, Option<IpAddr>), (TableId, &'a NextHop)>,
+}
+
+impl RouteState {
+    /// What each mark stands for.
+    pub fn ways(&self) -> impl Iterator<Item = Way> {
+        self.rules.iter().filter_map(|rule| match rule.action {
+            RuleAction::Lookup(table) => Some(Way {
+                mark: rule.mark?,
+                via: self.tables.get(&table)?.gateway.as_ref()?.via,
+            }),
+            RuleAction::Nop | RuleAction::Unreachable | RuleAction::Goto(_) => None,
+        })
+    }
 }
 
 impl FamilyState {

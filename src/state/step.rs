@@ -10,7 +10,7 @@ use derive_more::{Display, From};
 use ipnet::IpNet;
 use strum::{IntoStaticStr, VariantNames};
 
-use crate::state::{Family, Mark, NetSet, NextHop, PodSet, Remnant, Rule, TableId};
+use crate::state::{Family, Landmark, Mark, NetSet, NextHop, PodSet, Remnant, Rule, TableId};
 
 /// One change to one object of the kernel.
 #[derive(Clone, Debug, Display, From, PartialEq, Eq)]
@@ -38,6 +38,10 @@ pub enum RouteStep {
     SetGateway(TableId, NextHop),
     #[display("remove from table {_0} the route via {_1}")]
     RemoveGateway(TableId, NextHop),
+    #[display("let table {_0} leave {_1} to later rules")]
+    AddThrow(TableId, IpNet),
+    #[display("let table {_0} decide about {_1}")]
+    RemoveThrow(TableId, IpNet),
 }
 
 /// A change of chains and sets.
@@ -58,6 +62,10 @@ pub enum FirewallStep {
     AddNet(NetSet, IpNet),
     #[display("remove {_1} from the {_0}")]
     RemoveNet(NetSet, IpNet),
+    #[display("know the {_0} {_1}")]
+    AddLandmark(Family, Landmark),
+    #[display("no longer know the {_0} {_1}")]
+    RemoveLandmark(Family, Landmark),
     #[display("add {_1} to the {_0}")]
     AddPod(PodSet, IpAddr),
     #[display("remove {_1} from the {_0}")]
@@ -124,7 +132,9 @@ impl FirewallStep {
             | FirewallStep::AddVip(_)
             | FirewallStep::RemoveVip(_)
             | FirewallStep::AddNet(..)
-            | FirewallStep::RemoveNet(..) => None,
+            | FirewallStep::RemoveNet(..)
+            | FirewallStep::AddLandmark(..)
+            | FirewallStep::RemoveLandmark(..) => None,
         }
     }
 }
@@ -169,7 +179,7 @@ impl Step {
     #[must_use]
     pub fn needs(&self, failed: &Step) -> bool {
         use FirewallStep::{AddNet, AddPod, AddVip, Install, RemoveNet, Translate};
-        use RouteStep::{AddFallback, AddRule, RemoveRule};
+        use RouteStep::{AddFallback, AddRule, AddThrow, RemoveThrow};
         // Until ours does all of the work, it is done by what is left.
         if let Step::RemoveRemnant(_) = self {
             return true;
@@ -177,21 +187,22 @@ impl Step {
         // Where routes and translation do not agree on what is excluded, the pod's own address leaves.
         if let (
             Step::Firewall(RemoveNet(NetSet::Excluded, net)),
-            Step::Route(RemoveRule(_, rule)),
+            Step::Route(RemoveThrow(_, thrown)),
         )
-        | (Step::Route(AddRule(_, rule)), Step::Firewall(AddNet(NetSet::Excluded, net))) =
+        | (Step::Route(AddThrow(_, thrown)), Step::Firewall(AddNet(NetSet::Excluded, net))) =
             (self, failed)
         {
-            return rule.to == Some(*net);
+            return net.contains(thrown);
         }
         let blocks = matches!(self, Step::Firewall(AddPod(PodSet::Blocked, _)));
         let Some(pod) = self.pod().filter(|_| !blocks) else {
             return false;
         };
         match failed {
+            Step::Route(AddRule(_, Rule { from: Some(of), .. })) => pod == *of,
             Step::Route(AddRule(family, _) | AddFallback(family, _))
             | Step::Firewall(Install(family, _)) => Family::of(pod) == *family,
-            Step::Firewall(AddNet(NetSet::Excluded, net)) => {
+            Step::Route(AddThrow(_, net)) | Step::Firewall(AddNet(NetSet::Excluded, net)) => {
                 Family::of(pod) == Family::of_net(*net)
             }
             Step::Firewall(AddVip(failed)) => {

@@ -27,14 +27,14 @@ fn about(pod: &str, vip: &str, net: &str) -> About {
 fn kind(step: &Step) -> &'static str {
     match step {
         Step::Route(step) => match step {
-            RouteStep::AddRule(_, rule) if rule.to.is_some() => "add exclusion rule",
             RouteStep::AddRule(..) => "add rule",
-            RouteStep::RemoveRule(_, rule) if rule.to.is_some() => "remove exclusion rule",
             RouteStep::RemoveRule(..) => "remove rule",
             RouteStep::AddFallback(..) => "add fallback",
             RouteStep::RemoveFallback(..) => "remove fallback",
             RouteStep::SetGateway(..) => "set gateway",
             RouteStep::RemoveGateway(..) => "remove gateway",
+            RouteStep::AddThrow(..) => "add throw",
+            RouteStep::RemoveThrow(..) => "remove throw",
         },
         Step::Firewall(step) => match step {
             FirewallStep::Install(..) => "install",
@@ -59,6 +59,8 @@ fn kind(step: &Step) -> &'static str {
             FirewallStep::Untranslate { .. } => "untranslate",
             FirewallStep::Mark { .. } => "mark",
             FirewallStep::Unmark(_) => "unmark",
+            FirewallStep::AddLandmark(..) => "add landmark",
+            FirewallStep::RemoveLandmark(..) => "remove landmark",
         },
         Step::Connection(step) => match step {
             ConnectionStep::Forget(_) => "forget",
@@ -80,23 +82,24 @@ fn steps(about: About) -> Vec<Step> {
         value: 0x0010_0000,
         mask: 0x00f0_0000,
     };
-    let rule = |to| Rule {
-        priority: 1001,
-        action: RuleAction::Goto(1099),
-        mark: None,
+    let rule = Rule {
+        priority: 1000,
+        action: RuleAction::Lookup(table),
+        mark: Some(mark),
         not: false,
         from: None,
-        to,
+        to: None,
     };
+    let landmark = Landmark::Way(Way { mark, via: vip });
     let hop = NextHop {
         via: vip,
         dev: "eth0".to_owned(),
     };
     let mut steps: Vec<Step> = vec![
-        RouteStep::AddRule(family, rule(None)).into(),
-        RouteStep::AddRule(family, rule(Some(net))).into(),
-        RouteStep::RemoveRule(family, rule(None)).into(),
-        RouteStep::RemoveRule(family, rule(Some(net))).into(),
+        RouteStep::AddRule(family, rule).into(),
+        RouteStep::RemoveRule(family, rule).into(),
+        RouteStep::AddThrow(table, net).into(),
+        RouteStep::RemoveThrow(table, net).into(),
         RouteStep::AddFallback(family, table).into(),
         RouteStep::RemoveFallback(family, table).into(),
         RouteStep::SetGateway(table, hop.clone()).into(),
@@ -105,6 +108,8 @@ fn steps(about: About) -> Vec<Step> {
         FirewallStep::Remove(family).into(),
         FirewallStep::AddVip(vip).into(),
         FirewallStep::RemoveVip(vip).into(),
+        FirewallStep::AddLandmark(family, landmark.clone()).into(),
+        FirewallStep::RemoveLandmark(family, landmark).into(),
         FirewallStep::Translate { pod, vip }.into(),
         FirewallStep::Untranslate { pod, vip }.into(),
         FirewallStep::Mark { pod, mark }.into(),
@@ -138,7 +143,7 @@ fn steps(about: About) -> Vec<Step> {
 /// What fails for all pods of a family.
 const OF_FAMILY: [&str; 5] = [
     "add rule",
-    "add exclusion rule",
+    "add throw",
     "add fallback",
     "install",
     "exclude",
@@ -168,9 +173,9 @@ fn needed_by(step: &str) -> BTreeSet<&'static str> {
             all.iter().map(kind).collect()
         }
         // NAT looks at the destination again only when routes do.
-        "include" => ["remove exclusion rule"].into(),
+        "include" => ["remove throw"].into(),
         // Routes let it pass only when NAT leaves it alone.
-        "add exclusion rule" => ["exclude"].into(),
+        "add throw" => ["exclude"].into(),
         // Closing is always safe.
         "block" => [].into(),
         "translate" => &of_pod() | &["add VIP"].into(),

@@ -39,8 +39,8 @@ async fn damage_is_noticed_at_once(mode: Mode) {
     };
     let of_routes = [
         "ip rule del pref 1000",
-        "ip -6 rule del pref 1099",
-        "ip rule add pref 1002 fwmark 0x100000/0xf00000 lookup 7",
+        "ip -6 rule del pref 1001",
+        "ip rule add pref 1000 fwmark 0x100000/0xf00000 lookup 7",
         "ip route del default table 100001 metric 100",
         "ip -6 route flush table 100001",
         "ip route add 203.0.113.0/24 dev eth0 table 100001",
@@ -58,7 +58,7 @@ async fn damage_is_noticed_at_once(mode: Mode) {
         settle(&mut kernel).await;
     }
     // Several at once are noticed once.
-    sh("ip rule del pref 1098; ip rule del pref 1001; ip -6 rule del pref 1098");
+    sh("ip rule del pref 1001; ip -6 rule del pref 1000");
     assert!(has_drifted(&mut kernel, SOON).await);
     assert!(!has_drifted(&mut kernel, SOON).await);
 }
@@ -121,6 +121,7 @@ async fn what_is_none_of_our_business_is_passed_over(mode: Mode) {
     firewall.pods.remove(&ip("10.244.1.11"));
     let routes = &mut other.families.get_mut(&Family::V6).unwrap().routes;
     routes.tables.clear();
+    other.families.values_mut().for_each(rebuild_ways);
     reach(&mut kernel, &other).await;
     assert!(!has_drifted(&mut kernel, SOON).await, "by ourselves");
 }

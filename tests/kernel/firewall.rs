@@ -178,7 +178,7 @@ async fn damage_is_seen_and_healed(mode: Mode) {
     let of_routes = [
         "ip rule flush; ip rule add pref 32766 lookup main",
         "ip -6 rule del pref 1000",
-        "ip rule del pref 1099",
+        "ip rule del pref 1001",
         "ip -6 route flush table 100001",
         "ip route del default table 100001 metric 100",
         "echo 1 > /proc/sys/net/ipv6/conf/eth0/keep_addr_on_down; ip link set eth0 down; ip link set eth0 up",
@@ -221,30 +221,27 @@ async fn vips_come_and_go_beside_each_other(mode: Mode) {
 
 each_mode!(vips_come_and_go_beside_each_other: nftables, iptables_nft);
 
-/// A rule by which marked packets pass, while NAT does not exclude their destination, would let them out with the pod's own
+/// A route by which marked packets pass, while NAT does not exclude their destination, would let them out with the pod's own
 /// address.
 #[test]
-fn a_routing_rule_waits_for_the_exclusion_that_it_relies_on() {
+fn a_route_waits_for_the_exclusion_that_it_relies_on() {
     in_namespace(|| async {
         let mut kernel = open(Mode::IptablesNft).await;
         let (refused, installed) = ("10.9.0.0/16".parse().unwrap(), "fd09::/16".parse().unwrap());
-        let pass = |net| Rule {
-            to: Some(net),
-            ..rule(1, RuleAction::Goto(1099))
-        };
+        let pass = |net| Step::Route(RouteStep::AddThrow(FLOOR, net));
         let steps = [
             Step::Firewall(FirewallStep::Install(Family::V6, BTreeSet::new())),
             // Without the firewall of its family there is no set to put it into.
             Step::Firewall(FirewallStep::AddNet(NetSet::Excluded, refused)),
             Step::Firewall(FirewallStep::AddNet(NetSet::Excluded, installed)),
-            Step::Route(RouteStep::AddRule(Family::V4, pass(refused))),
-            Step::Route(RouteStep::AddRule(Family::V6, pass(installed))),
+            pass(refused),
+            pass(installed),
         ];
         let failed = kernel.apply(&steps).await;
         let failed: Vec<&Step> = failed.iter().map(|failure| &failure.step).collect();
         assert_eq!(failed, [&steps[1], &steps[3]]);
-        assert_eq!(sh("ip -4 rule show pref 1001"), "");
-        assert!(sh("ip -6 rule show pref 1001").contains("to fd09::/16"));
+        assert_eq!(sh("ip -4 route show table 100000 2>/dev/null || true"), "");
+        assert!(sh("ip -6 route show table 100000").contains("throw fd09::/16"));
     });
 }
 

@@ -25,7 +25,7 @@ pub(crate) fn connect_hosts(mode: Mode) {
     sh(
         "ip -n pods route add default via 10.244.1.1; ip -n pods route add default via fd00:10:244:1::1",
     );
-    add_host("outside", ["192.0.2.254/24", "2001:db8:1::fe/64"]);
+    add_host("outside", 254, ["192.0.2.254/24", "2001:db8:1::fe/64"]);
     // It knows its routes; a gateway, which sends on to the LAN that a packet came from, would tell it better ones.
     sh("ip -n outside addr add 198.51.100.10/32 dev lo; ip -n outside addr add 2001:db8:2::10/128 dev lo
         ip netns exec outside sysctl -qw net.ipv4.conf.all.accept_redirects=0 \
@@ -57,10 +57,10 @@ fn add_namespace(host: &str) {
 }
 
 /// Another host of the network that nodes are on.
-fn add_host(host: &str, addresses: [&str; 2]) {
+fn add_host(host: &str, last: u8, addresses: [&str; 2]) {
     add_namespace(host);
     sh(&format!(
-        "ip link add eth0 netns {host} type veth peer name {host} netns lan
+        "ip link add eth0 netns {host} address 02:00:00:00:00:{last:02x} type veth peer name {host} netns lan
          ip -n lan link set {host} master bridge up; ip -n {host} link set eth0 up"
     ));
     for address in addresses {
@@ -72,6 +72,7 @@ fn add_host(host: &str, addresses: [&str; 2]) {
 pub(crate) fn add_gateway(host: &str, last: u8, mode: Mode) {
     add_host(
         host,
+        last,
         [
             &format!("192.0.2.{last}/24"),
             &format!("2001:db8:1::{last}/64"),
@@ -103,6 +104,7 @@ pub(crate) fn gateway_of(pods: &[u8]) -> KernelState {
     let mut state = unlabelled();
     for (family, FamilyState { routes, firewall }) in &mut state.families {
         *routes = RouteState::default();
+        firewall.landmarks = [Landmark::Lan("eth0".to_owned())].into();
         let net = match family {
             Family::V4 => "10.244.1.0/24",
             Family::V6 => "fd00:10:244:1::/64",

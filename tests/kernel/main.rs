@@ -37,13 +37,14 @@ use metaleg::diff::diff;
 use metaleg::kernel::{Kernel, NodeKernel};
 use metaleg::settings::FirewallBackend;
 use metaleg::state::{
-    ConnectionStep, Family, FamilyState, FirewallStep, KernelState, Mark, NetSet, NextHop, PodSet,
-    PodState, Remnant, RouteState, RouteStep, Rule, RuleAction, Skeleton, Step, Table, TableId,
+    ConnectionStep, Family, FamilyState, FirewallStep, KernelState, Landmark, Mark, NetSet, NextHop,
+    PodSet, PodState, Remnant, RouteState, RouteStep, Rule, RuleAction, Skeleton, Step, Table,
+    TableId,
 };
 
 use crate::mode::{Mode, open, open_backend};
 use crate::namespace::{eventually, in_namespace, on, sh};
 use crate::states::{
-    MASK, apply, changed, example, idle, ip, node, nothing, observe, outside, pod, reach,
-    reach_and_die, rule, unlabelled, vip,
+    FLOOR, MASK, apply, changed, example, idle, ip, node, nothing, observe, outside, pod, reach,
+    reach_and_die, rebuild_ways, rule, unlabelled, vip,
 };

@@ -7,14 +7,19 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use metaleg::diff::diff;
 use metaleg::kernel::{Kernel as _, NodeKernel};
+use metaleg::ethernet::Mac;
 use metaleg::state::{
-    Family, FamilyState, FirewallState, KernelState, Mark, NextHop, PodState, RouteState, Rule,
-    RuleAction, Skeleton, Step, Table, TableId,
+    Family, FamilyState, FirewallState, KernelState, Landmark, Mark, NextHop, PodState, RouteState,
+    Rule, RuleAction, Skeleton, Step, Table, TableId, Way,
 };
 
 use crate::mode::{Mode, open};
 
 pub(crate) const MASK: u32 = 0x00f0_0000;
+/// The table that rejects.
+pub(crate) const FLOOR: TableId = TableId(100_000);
+/// The link-layer address of the other node that is known.
+pub(crate) const NODE_MAC: Mac = Mac([2, 0, 0, 0, 0, 12]);
 /// This node, in both families.
 const NODE: [&str; 2] = ["192.0.2.11", "2001:db8:1::11"];
 /// VIPs: the two of the example, and a new one.
@@ -74,16 +79,22 @@ pub(crate) fn rule(place: u32, action: RuleAction) -> Rule {
     }
 }
 
+/// The rules of a slot: to its gateway's table, and to the floor.
+pub(crate) fn lookups(number: u32) -> [Rule; 2] {
+    let mark = Some(slot(number));
+    let table = TableId(FLOOR.0 + number);
+    [(0, table), (1, FLOOR)].map(|(place, table)| Rule {
+        mark,
+        ..rule(place, RuleAction::Lookup(table))
+    })
+}
+
 /// What a plan for a small cluster looks like: pods in every state, in both families.
 pub(crate) fn example() -> KernelState {
     let slot_1 = Mark {
         value: 0x0010_0000,
         mask: MASK,
     };
-    let unmarked = Some(Mark {
-        value: 0,
-        mask: MASK,
-    });
     let mut families = BTreeMap::new();
     for (family, pod, vip, via, nets) in [
         (
@@ -143,26 +154,7 @@ pub(crate) fn example() -> KernelState {
             .map(|(last, state)| (ip(&format!("{pod}{last}")), state));
         let nets = nets.map(|net| net.parse().unwrap());
         let table = TableId(100_001);
-        let mut rules = BTreeSet::from([
-            Rule {
-                mark: unmarked,
-                ..rule(0, RuleAction::Goto(1099))
-            },
-            Rule {
-                mark: Some(slot_1),
-                ..rule(2, RuleAction::Lookup(table))
-            },
-            Rule {
-                mark: unmarked,
-                not: true,
-                ..rule(98, RuleAction::Unreachable)
-            },
-            rule(99, RuleAction::Nop),
-        ]);
-        rules.extend(nets.iter().map(|net| Rule {
-            to: Some(*net),
-            ..rule(1, RuleAction::Goto(1099))
-        }));
+        let throws: BTreeSet<IpNet> = nets.into();
         let gateway = NextHop {
             via: ip(via),
             dev: "eth0".to_owned(),
@@ -170,11 +162,21 @@ pub(crate) fn example() -> KernelState {
         let table_state = Table {
             fallback: true,
             gateway: Some(gateway),
+            throws: throws.clone(),
+        };
+        let floor = Table {
+            fallback: true,
+            gateway: None,
+            throws,
+        };
+        let way = Way {
+            mark: slot_1,
+            via: ip(via),
         };
         let state = FamilyState {
             routes: RouteState {
-                rules,
-                tables: [(table, table_state)].into(),
+                rules: lookups(1).into(),
+                tables: [(table, table_state), (FLOOR, floor)].into(),
             },
             firewall: FirewallState {
                 skeleton: Skeleton::Intact,
@@ -182,6 +184,12 @@ pub(crate) fn example() -> KernelState {
                 remote_pods: [nets[0]].into(),
                 local_pods: [nets[0]].into(),
                 vips,
+                landmarks: [
+                    Landmark::Way(way),
+                    Landmark::Node(NODE_MAC),
+                    Landmark::Lan("eth0".to_owned()),
+                ]
+                .into(),
                 pods: pods.collect(),
             },
         };
@@ -191,6 +199,13 @@ pub(crate) fn example() -> KernelState {
         families,
         ..KernelState::default()
     }
+}
+
+/// Marks stand for what the routes say.
+pub(crate) fn rebuild_ways(state: &mut FamilyState) {
+    let landmarks = &mut state.firewall.landmarks;
+    landmarks.retain(|landmark| !matches!(landmark, Landmark::Way(_)));
+    landmarks.extend(state.routes.ways().map(Landmark::Way));
 }
 
 /// Nothing of ours, as the agent wants it before it goes.
@@ -226,18 +241,12 @@ pub(crate) fn changed() -> KernelState {
         let FamilyState { routes, firewall } = state.families.get_mut(&family).unwrap();
         let [old_net, new_net, remote] =
             [old_net, new_net, remote].map(|net| net.parse::<IpNet>().unwrap());
-        let to = |net| Rule {
-            to: Some(net),
-            ..rule(1, RuleAction::Goto(1099))
-        };
-        routes.rules.remove(&to(old_net));
-        routes.rules.insert(to(new_net));
+        let floor = routes.tables.get_mut(&FLOOR).unwrap();
+        floor.throws.remove(&old_net);
+        floor.throws.insert(new_net);
+        let throws = floor.throws.clone();
         for (number, via) in (1..).zip(via) {
-            let table = TableId(100_000 + number);
-            routes.rules.insert(Rule {
-                mark: Some(slot(number)),
-                ..rule(2, RuleAction::Lookup(table))
-            });
+            routes.rules.extend(lookups(number));
             let gateway = NextHop {
                 via: ip(via),
                 dev: "eth0".to_owned(),
@@ -245,9 +254,15 @@ pub(crate) fn changed() -> KernelState {
             let table_state = Table {
                 fallback: true,
                 gateway: Some(gateway),
+                throws: throws.clone(),
             };
-            routes.tables.insert(table, table_state);
+            routes.tables.insert(TableId(FLOOR.0 + number), table_state);
         }
+        firewall.landmarks = [
+            Landmark::Node(Mac([2, 0, 0, 0, 0, 13])),
+            Landmark::Lan("eth1".to_owned()),
+        ]
+        .into();
         firewall.excluded.remove(&old_net);
         firewall.excluded.insert(new_net);
         firewall.remote_pods = [remote].into();
@@ -278,6 +293,7 @@ pub(crate) fn changed() -> KernelState {
             (16, here(2)),
         ];
         firewall.pods = pods.map(|(last, state)| (pod(family, last), state)).into();
+        rebuild_ways(state.families.get_mut(&family).unwrap());
     }
     state
 }
@@ -314,11 +330,10 @@ pub(crate) fn labelled_all(pods: &[u8]) -> KernelState {
         let vips = firewall.pods.values().flat_map(|pod| &pod.vips);
         firewall.vips = vips.copied().collect();
         if firewall.pods.values().all(|pod| pod.mark.is_none()) {
-            let is_lookup = |rule: &Rule| matches!(rule.action, RuleAction::Lookup(_));
-            routes.rules.retain(|rule| !is_lookup(rule));
-            routes.tables.clear();
+            *routes = RouteState::default();
         }
     }
+    state.families.values_mut().for_each(rebuild_ways);
     state
 }
 

@@ -249,7 +249,7 @@ fn slot(settings: &Settings, table: u32) -> metaleg::state::Mark {
 
 fn put_table(state: &mut FamilyState, settings: &Settings, id: TableId, via: IpAddr) {
     state.routes.rules.insert(Rule {
-        priority: settings.rule_priority + 2,
+        priority: settings.rule_priority,
         action: RuleAction::Lookup(id),
         mark: Some(slot(settings, id.0)),
         not: false,
@@ -263,6 +263,7 @@ fn put_table(state: &mut FamilyState, settings: &Settings, id: TableId, via: IpA
     let table = Table {
         fallback: true,
         gateway: Some(gateway),
+        ..Table::default()
     };
     state.routes.tables.insert(id, table);
 }

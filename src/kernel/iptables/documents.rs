@@ -3,8 +3,12 @@
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 
-use crate::kernel::iptables::chains::{EARLIER_MARK, NAT, chains, jumps_to_us, translation};
+use crate::ethernet::Mac;
+use crate::kernel::iptables::chains::{
+    NAT, NODES, Place, chains, from_node, jumps_to_us, translation,
+};
 use crate::kernel::iptables::save::Line;
+use crate::kernel::ours::Ranges;
 use crate::state::Family;
 
 /// A document that changes one table.
@@ -17,11 +21,12 @@ pub(super) fn table(name: &str, lines: impl Iterator<Item = String>) -> String {
 /// atomically; NAT comes first and marks last, because a marked packet needs the NAT.
 pub(super) fn install_document(
     family: Family,
-    mask: u32,
+    ranges: Ranges,
     vips: &BTreeSet<IpAddr>,
+    nodes: &BTreeSet<Mac>,
     present: &[Line],
 ) -> String {
-    let chains = chains(family, mask);
+    let chains = chains(family, ranges);
     let mut document = String::new();
     for name in ["nat", "filter", "mangle"] {
         let own = || chains.iter().filter(|chain| chain.table == name);
@@ -29,21 +34,19 @@ pub(super) fn install_document(
         for chain in own() {
             lines.extend(chain.rules.iter().map(|rule| rule.append(chain.name)));
         }
-        if name == "nat" {
-            lines.extend(vips.iter().map(|vip| translation(*vip).append(NAT)));
+        match name {
+            "nat" => lines.extend(vips.iter().map(|vip| translation(*vip).append(NAT))),
+            "mangle" => lines.extend(nodes.iter().map(|mac| from_node(*mac).append(NODES))),
+            _ => {}
         }
         let jumps = present
             .iter()
             .filter(|line| line.table == name && jumps_to_us(line));
         lines.extend(jumps.map(Line::delete));
-        lines.extend(own().map(|chain| {
-            // A mark of an earlier release means another gateway: ours is set after it, and replaces it.
-            let is_marked = |line: &Line| line.target() == Some(EARLIER_MARK);
-            if chain.base == "PREROUTING" && present.iter().any(is_marked) {
-                chain.jump.append(chain.base)
-            } else {
-                chain.jump.insert(chain.base)
-            }
+        let entries = own().filter_map(|chain| chain.entry.as_ref());
+        lines.extend(entries.map(|entry| match entry.place {
+            Place::First | Place::Anywhere => entry.jump.insert(entry.base),
+            Place::AfterMarks => entry.jump.append(entry.base),
         }));
         document += &table(name, lines.into_iter());
     }
@@ -96,7 +99,8 @@ mod tests {
         ] {
             let vip = vip.parse().unwrap();
             let sets: String = StaticSet::all().map(|set| set.create(family)).collect();
-            let chains = install_document(family, 0x00f0_0000, &[vip].into(), &[]);
+            let nodes = [Mac([2, 0, 0, 0, 0, 12])].into();
+            let chains = install_document(family, Ranges::DEFAULT, &[vip].into(), &nodes, &[]);
             assert_eq!(sets + &create_vip(vip) + &chains, golden);
         }
     }

@@ -19,7 +19,9 @@ use std::net::IpAddr;
 
 use nix::libc::NF_IP_PRI_NAT_SRC;
 
-use self::chains::{NAT, is_own_chain, translated_vips, translation};
+use self::chains::{
+    NAT, NODES, from_node, is_own_chain, known_nodes, translated_vips, translation,
+};
 use self::documents::{install_document, remove_document, table};
 pub(crate) use self::mode::Variant;
 use self::mode::detect;
@@ -28,13 +30,14 @@ use self::sets::{
     StaticSet, Work, create_vip, destroy, ipset, late_reply_line, read_sets, vip_of_set, vip_set,
     work_of,
 };
+use crate::ethernet::Mac;
 use crate::kernel::backend::{Profile, Watched};
 use crate::kernel::conntrack::LateReply;
 use crate::kernel::error::{Error, StepError, executable};
-use crate::kernel::ours::OwnSet;
+use crate::kernel::ours::{OwnSet, Ranges};
 use crate::kernel::tag::Rule;
 use crate::kernel::tool::ToolError;
-use crate::state::{Family, FirewallState, FirewallStep, Remnant};
+use crate::state::{Family, FirewallState, FirewallStep, Landmark, Remnant};
 
 /// How many bad input lines a batch may have before it is given up.
 const MOST_BAD_LINES: usize = 32;
@@ -43,22 +46,24 @@ const MOST_BAD_LINES: usize = 32;
 pub(crate) struct Iptables {
     variant: Variant,
     why: &'static str,
-    mask: u32,
+    ranges: Ranges,
     families: Vec<Family>,
-    /// VIPs that have a translation rule, as far as we know: keeps a repeated `AddVip` from doubling it.
+    /// VIPs and nodes that have a rule, as far as we know: keeps a repeated step from doubling it.
     translated: BTreeSet<IpAddr>,
+    nodes: BTreeSet<(Family, Mac)>,
 }
 
 impl Iptables {
     /// Finds out which mode to use. Changes nothing.
-    pub(crate) async fn open(mask: u32, families: Vec<Family>) -> Result<Iptables, Error> {
+    pub(crate) async fn open(ranges: Ranges, families: Vec<Family>) -> Result<Iptables, Error> {
         let (variant, why) = detect(&families).await?;
         Ok(Iptables {
             variant,
             why,
-            mask,
+            ranges,
             families,
             translated: BTreeSet::new(),
+            nodes: BTreeSet::new(),
         })
     }
 
@@ -67,10 +72,13 @@ impl Iptables {
         sets.extend(vips.iter().map(|vip| create_vip(*vip)));
         ipset(sets).await?;
         let present = save(self.variant, family).await?;
-        let document = install_document(family, self.mask, vips, &present);
+        let nodes = known_nodes(&present).collect();
+        let document = install_document(family, self.ranges, vips, &nodes, &present);
         restore(self.variant, family, document).await?;
         self.translated.retain(|vip| Family::of(*vip) != family);
         self.translated.extend(vips);
+        self.nodes.retain(|(of, _)| *of != family);
+        self.nodes.extend(nodes.into_iter().map(|mac| (family, mac)));
 
         let sets = read_sets().await?;
         let guarded = StaticSet::Set(OwnSet::Vips).name(family);
@@ -88,6 +96,7 @@ impl Iptables {
         let document = remove_document(&present, is_own_chain, |_| false);
         restore(self.variant, family, document).await?;
         self.translated.retain(|vip| Family::of(*vip) != family);
+        self.nodes.retain(|(of, _)| *of != family);
         let is_ours = |name: &String| {
             StaticSet::all().any(|set| set.name(family) == *name)
                 || vip_of_set(name).is_some_and(|vip| Family::of(vip) == family)
@@ -129,11 +138,34 @@ impl Iptables {
         Ok(())
     }
 
-    /// Executes steps that change more than members of sets: one, or several that add VIPs, or that remove them.
+    /// Gives nodes that have no rule one, or takes the rule from those that have one.
+    async fn know_nodes(&mut self, nodes: &[(Family, Mac)], wanted: bool) -> Result<(), ToolError> {
+        let change = if wanted { Rule::append } else { Rule::delete };
+        for family in self.families.clone() {
+            let differs = |node: &&(Family, Mac)| self.nodes.contains(node) != wanted;
+            let of_family = nodes.iter().filter(|(of, _)| *of == family);
+            let nodes: Vec<(Family, Mac)> = of_family.filter(differs).copied().collect();
+            if nodes.is_empty() {
+                continue;
+            }
+            let rules = nodes.iter().map(|(_, mac)| change(&from_node(*mac), NODES));
+            restore(self.variant, family, table("mangle", rules)).await?;
+            self.nodes.retain(|node| !nodes.contains(node));
+            if wanted {
+                self.nodes.extend(nodes);
+            }
+        }
+        Ok(())
+    }
+
+    /// Executes steps that change more than members of sets: one, or several of a kind that belong together.
     async fn execute(&mut self, steps: &[&FirewallStep]) -> Result<(), ToolError> {
         let vips: Vec<IpAddr> = steps.iter().filter_map(|step| vip_of(step)).collect();
+        let nodes: Vec<(Family, Mac)> = steps.iter().filter_map(|step| node_of(step)).collect();
         match steps.first().map(|step| work_of(step)) {
-            None => Ok(()),
+            None | Some(Work::Nothing) => Ok(()),
+            Some(Work::AddNode) => self.know_nodes(&nodes, true).await,
+            Some(Work::RemoveNode) => self.know_nodes(&nodes, false).await,
             Some(Work::Member(line)) => ipset(line).await,
             Some(Work::Install(family, vips)) => self.install(family, vips).await,
             Some(Work::Remove(family)) => self.remove(family).await,
@@ -184,18 +216,26 @@ impl Iptables {
             nat_priority: NF_IP_PRI_NAT_SRC,
             nat_table,
             advice: Some("FIREWALL_BACKEND=nftables would be ahead of it"),
+            marks_before_dnat: true,
+            ways_are_routes: true,
             remnants: vec![chains, Remnant::Ipsets],
         }
     }
 
-    pub(crate) async fn observe(&mut self) -> Result<BTreeMap<Family, FirewallState>, Error> {
+    pub(crate) async fn observe(
+        &mut self,
+        strict_tcp: bool,
+    ) -> Result<BTreeMap<Family, FirewallState>, Error> {
+        self.ranges.strict_tcp = strict_tcp;
         let sets = read_sets().await?;
         let mut states = BTreeMap::new();
         self.translated.clear();
+        self.nodes.clear();
         for family in self.families.clone() {
             let lines = save(self.variant, family).await?;
             self.translated.extend(translated_vips(&lines));
-            states.insert(family, read::state(family, self.mask, &lines, &sets));
+            self.nodes.extend(known_nodes(&lines).map(|mac| (family, mac)));
+            states.insert(family, read::state(family, self.ranges, &lines, &sets));
         }
         Ok(states)
     }
@@ -236,26 +276,43 @@ impl Iptables {
     }
 }
 
-/// Whether two steps are executed in one process: both change members of sets, or both add or remove a VIP.
+/// Whether two steps are executed in one process.
 fn belong_together(a: &FirewallStep, b: &FirewallStep) -> bool {
     matches!(
         (work_of(a), work_of(b)),
         (Work::Member(_), Work::Member(_))
             | (Work::AddVip, Work::AddVip)
             | (Work::RemoveVip, Work::RemoveVip)
+            | (Work::AddNode, Work::AddNode)
+            | (Work::RemoveNode, Work::RemoveNode)
+            | (Work::Nothing, Work::Nothing)
     )
 }
 
 fn line_of(step: &FirewallStep) -> Option<String> {
     match work_of(step) {
         Work::Member(line) => Some(line),
-        Work::Install(..) | Work::Remove(_) | Work::AddVip | Work::RemoveVip => None,
+        Work::Install(..)
+        | Work::Remove(_)
+        | Work::AddVip
+        | Work::RemoveVip
+        | Work::AddNode
+        | Work::RemoveNode
+        | Work::Nothing => None,
     }
 }
 
 fn vip_of(step: &FirewallStep) -> Option<IpAddr> {
     match step {
         FirewallStep::AddVip(vip) | FirewallStep::RemoveVip(vip) => Some(*vip),
+        _ => None,
+    }
+}
+
+fn node_of(step: &FirewallStep) -> Option<(Family, Mac)> {
+    match step {
+        FirewallStep::AddLandmark(family, Landmark::Node(mac))
+        | FirewallStep::RemoveLandmark(family, Landmark::Node(mac)) => Some((*family, *mac)),
         _ => None,
     }
 }

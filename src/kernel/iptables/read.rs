@@ -6,16 +6,19 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 
 use crate::kernel::iptables::chains::{
-    Chain, NAT, chains, is_own_chain, jumps_to_us, translated_vips, translation,
+    Chain, Entry, NAT, NODES, Place, chains, changes_marks, from_node, is_own_chain, jumps_to_us,
+    known_nodes, translated_vips, translation,
 };
 use crate::kernel::iptables::save::Line;
 use crate::kernel::iptables::sets::{Sets, StaticSet, vip_of_set};
-use crate::kernel::ours::OwnSet;
+use crate::kernel::ours::{OwnSet, Ranges};
 use crate::kernel::tag::Rule;
-use crate::state::{Family, FirewallState, Mark, NetSet, PodSet, PodState, Skeleton};
+use crate::state::{
+    Family, FirewallState, Landmark, Mark, NetSet, PodSet, PodState, Skeleton,
+};
 
 /// What the lines of `iptables-save` and `ipset save` say.
-pub(super) fn state(family: Family, mask: u32, lines: &[Line], sets: &Sets) -> FirewallState {
+pub(super) fn state(family: Family, ranges: Ranges, lines: &[Line], sets: &Sets) -> FirewallState {
     let members = |set: StaticSet| sets.get(&set.name(family)).map_or(&[][..], Vec::as_slice);
     let addresses = |set: StaticSet| {
         let addresses = members(set).iter();
@@ -44,12 +47,16 @@ pub(super) fn state(family: Family, mask: u32, lines: &[Line], sets: &Sets) -> F
     }
     let guarded: BTreeSet<IpAddr> = addresses(StaticSet::Set(OwnSet::Vips)).collect();
     let with_rule: BTreeSet<IpAddr> = translated_vips(lines).collect();
-    let skeleton = skeleton(family, mask, lines, sets, [&with_set, &guarded, &with_rule]);
+    let skeleton = skeleton(family, ranges, lines, sets, [&with_set, &guarded, &with_rule]);
     let mut state = FirewallState {
         skeleton,
         vips: with_set
             .into_iter()
             .filter(|vip| guarded.contains(vip) && with_rule.contains(vip))
+            .collect(),
+        landmarks: known_nodes(lines)
+            .map(Landmark::Node)
+            .chain(members(StaticSet::Lans).iter().filter_map(|(text, _)| lan(text)))
             .collect(),
         pods,
         ..FirewallState::default()
@@ -61,6 +68,12 @@ pub(super) fn state(family: Family, mask: u32, lines: &[Line], sets: &Sets) -> F
             .extend(nets.filter_map(|(text, _)| net(text)));
     }
     state
+}
+
+/// `0.0.0.0/0,eth0`.
+fn lan(text: &str) -> Option<Landmark> {
+    let (_, name) = text.split_once(',')?;
+    Some(Landmark::Lan(name.to_owned()))
 }
 
 /// ipset shows a network of one as an address.
@@ -84,7 +97,7 @@ fn skbmark(rest: &str) -> Option<Mark> {
 
 fn skeleton(
     family: Family,
-    mask: u32,
+    ranges: Ranges,
     lines: &[Line],
     sets: &Sets,
     [with_set, guarded, with_rule]: [&BTreeSet<IpAddr>; 3],
@@ -99,11 +112,11 @@ fn skeleton(
     if let Some(missing) = own_sets.iter().find(|set| !sets.contains_key(*set)) {
         return Skeleton::Damaged(format!("set {missing} is missing"));
     }
-    let chains = chains(family, mask);
+    let chains = chains(family, ranges);
     if let Some(what) = chains.iter().find_map(|chain| damage(chain, lines)) {
         return Skeleton::Damaged(what);
     }
-    let expected = chains.len();
+    let expected = chains.iter().filter(|chain| chain.entry.is_some()).count();
     let jumps = lines.iter().filter(|line| jumps_to_us(line)).count();
     if jumps != expected {
         return Skeleton::Damaged(format!("{jumps} jumps to our chains instead of {expected}"));
@@ -127,31 +140,41 @@ fn damage(chain: &Chain, lines: &[Line]) -> Option<String> {
         };
         lines.iter().filter(of_chain)
     };
-    let translated: BTreeSet<IpAddr> = match name {
-        NAT => translated_vips(lines).collect(),
-        _ => BTreeSet::new(),
+    let variable: Vec<Rule> = match name {
+        NAT => translated_vips(lines).collect::<BTreeSet<_>>().into_iter().map(translation).collect(),
+        NODES => known_nodes(lines).collect::<BTreeSet<_>>().into_iter().map(from_node).collect(),
+        _ => Vec::new(),
     };
-    let translations: Vec<Rule> = translated.into_iter().map(translation).collect();
-    let (fixed, mut rest) = (tags(&chain.rules), tags(&translations));
+    let (fixed, mut rest) = (tags(&chain.rules), tags(&variable));
     let mut found: Vec<Option<&str>> = rules_of(name).map(Line::tag).collect();
     let mut found_rest = found.split_off(fixed.len().min(found.len()));
-    // Translations stand in any order.
+    // They stand in any order.
     rest.sort_unstable();
     found_rest.sort_unstable();
     if found != fixed || found_rest != rest {
         return Some(format!("chain {name} is missing or changed"));
     }
-    let jumps: Vec<usize> = rules_of(chain.base)
+    // A chain that only our own rules lead to shows itself by these.
+    let Some(Entry { base, jump, place }) = &chain.entry else {
+        let of_chain = |line: &Line| line.table == chain.table && line.chain == name;
+        let is_there = lines.iter().any(of_chain);
+        return (!is_there).then(|| format!("chain {name} is missing"));
+    };
+    let jumps: Vec<usize> = rules_of(base)
         .enumerate()
-        .filter(|(_, line)| line.tag() == Some(chain.jump.tag.as_str()))
+        .filter(|(_, line)| line.tag() == Some(jump.tag.as_str()))
         .map(|(position, _)| position)
         .collect();
-    let what = match jumps.as_slice() {
-        [0] => return None,
-        [_] if !chain.first => return None,
-        [_] => "is not the first rule".to_owned(),
-        [] => "is missing".to_owned(),
-        several => format!("is there {} times", several.len()),
+    let marks = rules_of(base).enumerate().filter(|(_, line)| changes_marks(line));
+    let last_mark = marks.map(|(position, _)| position).last();
+    let what = match (jumps.as_slice(), place) {
+        ([position], Place::First) if *position > 0 => "is not the first rule".to_owned(),
+        ([position], Place::AfterMarks) if last_mark.is_some_and(|mark| mark > *position) => {
+            "comes before a rule that changes marks".to_owned()
+        }
+        ([_], _) => return None,
+        ([], _) => "is missing".to_owned(),
+        (several, _) => format!("is there {} times", several.len()),
     };
-    Some(format!("the jump from {} to {name} {what}", chain.base))
+    Some(format!("the jump from {base} to {name} {what}"))
 }

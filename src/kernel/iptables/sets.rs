@@ -11,7 +11,7 @@ use ipnet::IpNet;
 use crate::kernel::conntrack::LateReply;
 use crate::kernel::ours::{LATE_REPLY_SECONDS, OwnSet, digit};
 use crate::kernel::tool::{ToolError, run};
-use crate::state::{Family, FirewallStep};
+use crate::state::{Family, FirewallStep, Landmark};
 
 /// What every set of ours is called.
 const PREFIX: &str = "METALEG-";
@@ -28,18 +28,21 @@ pub(super) enum StaticSet {
     Set(OwnSet),
     /// Marks of pods that are routed to another node.
     Mark,
+    /// LAN interfaces, with any address.
+    Lans,
 }
 
 impl StaticSet {
     pub(super) fn all() -> impl Iterator<Item = StaticSet> {
         let sets = OwnSet::all().map(StaticSet::Set);
-        sets.chain([StaticSet::Mark])
+        sets.chain([StaticSet::Mark, StaticSet::Lans])
     }
 
     pub(super) fn name(self, family: Family) -> String {
         let word = match self {
             StaticSet::Set(set) => set.word(),
             StaticSet::Mark => "mark",
+            StaticSet::Lans => "lans",
         };
         let word = word.to_uppercase().replace('_', "-");
         format!("{PREFIX}{word}-{}", digit(family))
@@ -53,6 +56,7 @@ impl StaticSet {
                 ("hash:ip,port,ip", format!(" timeout {LATE_REPLY_SECONDS}"))
             }
             StaticSet::Mark => ("hash:ip", " skbinfo".to_owned()),
+            StaticSet::Lans => ("hash:net,iface", String::new()),
         };
         create(&self.name(family), kind, family, &extension)
     }
@@ -91,6 +95,14 @@ pub(super) fn create_vip(vip: IpAddr) -> String {
     create(&vip_set(vip), "hash:ip", family, "") + &format!("add {guard} {vip}\n")
 }
 
+/// The network of all addresses.
+pub(super) fn everything(family: Family) -> &'static str {
+    match family {
+        Family::V4 => "0.0.0.0/0",
+        Family::V6 => "::/0",
+    }
+}
+
 /// How a step is executed.
 #[derive(Debug)]
 pub(super) enum Work<'a> {
@@ -100,13 +112,28 @@ pub(super) enum Work<'a> {
     Remove(Family),
     AddVip,
     RemoveVip,
+    AddNode,
+    RemoveNode,
+    /// The routes' matter.
+    Nothing,
 }
 
 pub(super) fn work_of(step: &FirewallStep) -> Work<'_> {
     let of_nets = |set, net: &IpNet| StaticSet::Set(OwnSet::Nets(set)).name(Family::of_net(*net));
     let of_pods = |set, pod: &IpAddr| StaticSet::Set(OwnSet::Pods(set)).name(Family::of(*pod));
     let marks = |pod: &IpAddr| StaticSet::Mark.name(Family::of(*pod));
+    let lans = |family: &Family| StaticSet::Lans.name(*family);
     Work::Member(match step {
+        FirewallStep::AddLandmark(family, Landmark::Lan(name)) => {
+            format!("add {} {},{name}\n", lans(family), everything(*family))
+        }
+        FirewallStep::RemoveLandmark(family, Landmark::Lan(name)) => {
+            format!("del {} {},{name}\n", lans(family), everything(*family))
+        }
+        FirewallStep::AddLandmark(_, Landmark::Node(_)) => return Work::AddNode,
+        FirewallStep::RemoveLandmark(_, Landmark::Node(_)) => return Work::RemoveNode,
+        FirewallStep::AddLandmark(_, Landmark::Way(_))
+        | FirewallStep::RemoveLandmark(_, Landmark::Way(_)) => return Work::Nothing,
         FirewallStep::AddNet(set, net) => format!("add {} {net}\n", of_nets(*set, net)),
         FirewallStep::RemoveNet(set, net) => format!("del {} {net}\n", of_nets(*set, net)),
         FirewallStep::AddPod(set, pod) => format!("add {} {pod}\n", of_pods(*set, pod)),
@@ -216,6 +243,7 @@ mod tests {
         let name = |set: OwnSet| (page_name(set), StaticSet::Set(set).name(Family::V4));
         let mut sets: BTreeMap<String, String> = OwnSet::all().map(name).collect();
         sets.insert("slot".to_owned(), StaticSet::Mark.name(Family::V4));
+        sets.insert("lans".to_owned(), StaticSet::Lans.name(Family::V4));
         sets.insert("vip".to_owned(), vip_set("192.0.2.200".parse().unwrap()));
         assert_eq!(sets, documented_sets(2));
     }

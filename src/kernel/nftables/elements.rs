@@ -4,11 +4,15 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 
 use ipnet::IpNet;
+use nix::libc::IF_NAMESIZE;
 
+use crate::ethernet::Mac;
 use crate::kernel::conntrack::LateReply;
 use crate::kernel::nftables::ruleset::{mark_of_chain, slot_chain};
 use crate::kernel::ours::{LATE_REPLY_SECONDS, OwnSet, digit};
-use crate::state::{Family, FirewallState, NetSet, PodSet, PodState, Skeleton};
+use crate::state::{
+    Family, FirewallState, Landmark, Mark, NetSet, PodSet, PodState, Skeleton, Way,
+};
 
 /// A set or map of one family.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -19,12 +23,18 @@ pub(crate) enum Kind {
     Slot,
     /// Pod to VIP.
     Vip,
+    /// Mark and gateway.
+    Ways,
+    /// Link-layer addresses of nodes.
+    Nodes,
+    /// LAN interfaces, each as a pair with itself: a packet that leaves by the one that it came in by.
+    Lans,
 }
 
 impl Kind {
     pub(crate) fn all() -> impl Iterator<Item = Kind> {
         let sets = OwnSet::all().map(Kind::Set);
-        sets.chain([Kind::Slot, Kind::Vip])
+        sets.chain([Kind::Slot, Kind::Vip, Kind::Ways, Kind::Nodes, Kind::Lans])
     }
 
     /// Whether its keys are networks.
@@ -37,6 +47,9 @@ impl Kind {
             Kind::Set(set) => set.word(),
             Kind::Slot => "slot",
             Kind::Vip => "vip",
+            Kind::Ways => "ways",
+            Kind::Nodes => "nodes",
+            Kind::Lans => "lans",
         };
         format!("{word}{}", digit(family))
     }
@@ -45,7 +58,7 @@ impl Kind {
     pub(crate) fn text<'a>(
         self,
         family: Family,
-        elements: impl Iterator<Item = (&'a IpNet, &'a Value)>,
+        elements: impl Iterator<Item = (&'a Key, &'a Value)>,
     ) -> String {
         let address = match family {
             Family::V4 => "ipv4_addr",
@@ -62,13 +75,15 @@ impl Kind {
                 ("set", format!("{kind};\n    {timeout}"))
             }
             Kind::Set(OwnSet::Pods(_) | OwnSet::Vips) => ("set", format!("{address};")),
+            Kind::Ways => ("set", format!("mark . {address};")),
+            Kind::Nodes => ("set", "ether_addr;".to_owned()),
+            Kind::Lans => ("set", "ifname . ifname;".to_owned()),
         };
         let elements: Vec<String> = elements
             .map(|(key, value)| match value {
-                Value::None if self.of_networks() => key.to_string(),
-                Value::None => key.addr().to_string(),
-                Value::Chain(chain) => format!("{} : goto {chain}", key.addr()),
-                Value::Address(address) => format!("{} : {address}", key.addr()),
+                Value::None => key.text(),
+                Value::Chain(chain) => format!("{} : goto {chain}", key.text()),
+                Value::Address(address) => format!("{} : {address}", key.text()),
             })
             .collect();
         let elements = if elements.is_empty() {
@@ -91,14 +106,79 @@ pub(crate) enum Value {
     Address(IpAddr),
 }
 
-/// Elements by set; an address is a network of one.
-pub(crate) type Elements = BTreeMap<Kind, BTreeMap<IpNet, Value>>;
+/// What an element is found by.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Key {
+    Address(IpAddr),
+    Net(IpNet),
+    Landmark(Landmark),
+}
+
+impl Key {
+    fn text(&self) -> String {
+        match self {
+            Key::Address(address) => address.to_string(),
+            Key::Net(net) => net.to_string(),
+            Key::Landmark(Landmark::Way(Way { mark, via })) => format!("{:#010x} . {via}", mark.value),
+            Key::Landmark(Landmark::Node(mac)) => mac.to_string(),
+            Key::Landmark(Landmark::Lan(name)) => format!("\"{name}\" . \"{name}\""),
+        }
+    }
+
+    /// The key as the kernel has it; of a network the first address.
+    pub(crate) fn bytes(&self) -> Vec<u8> {
+        match self {
+            Key::Address(address) => octets(*address),
+            Key::Net(net) => octets(net.network()),
+            Key::Landmark(Landmark::Way(Way { mark, via })) => {
+                [mark.value.to_ne_bytes().to_vec(), octets(*via)].concat()
+            }
+            Key::Landmark(Landmark::Node(Mac(mac))) => mac.to_vec(),
+            Key::Landmark(Landmark::Lan(name)) => {
+                let mut bytes = name.clone().into_bytes();
+                bytes.resize(IF_NAMESIZE, 0);
+                bytes.repeat(2)
+            }
+        }
+    }
+
+    /// The key of an element that is no network's; `None` for one that we would not have made.
+    pub(crate) fn parse(kind: Kind, bytes: &[u8], mask: u32) -> Option<Key> {
+        Some(match kind {
+            Kind::Ways => {
+                let (value, via) = bytes.split_first_chunk()?;
+                let value = u32::from_ne_bytes(*value);
+                let mark = Mark { value, mask };
+                let via = address(via)?;
+                Key::Landmark(Landmark::Way(Way { mark, via }))
+            }
+            Kind::Nodes => Key::Landmark(Landmark::Node(Mac(bytes.try_into().ok()?))),
+            Kind::Lans => {
+                let (name, again) = bytes.split_at_checked(IF_NAMESIZE)?;
+                let text = name.split(|byte| *byte == 0).next()?;
+                let text = std::str::from_utf8(text).ok()?;
+                (name == again).then(|| Key::Landmark(Landmark::Lan(text.to_owned())))?
+            }
+            Kind::Set(_) | Kind::Slot | Kind::Vip => Key::Address(address(bytes)?),
+        })
+    }
+}
+
+/// An address as the kernel has it.
+pub(crate) fn address(bytes: &[u8]) -> Option<IpAddr> {
+    let v4 = || <[u8; 4]>::try_from(bytes).ok().map(IpAddr::from);
+    let v6 = || <[u8; 16]>::try_from(bytes).ok().map(IpAddr::from);
+    v4().or_else(v6)
+}
+
+/// Elements by set.
+pub(crate) type Elements = BTreeMap<Kind, BTreeMap<Key, Value>>;
 
 /// The elements of a pod.
 pub(crate) fn of_pod(address: IpAddr, pod: &PodState, elements: &mut Elements) {
     let mut put = |kind: Kind, value: Value| {
         let set = elements.entry(kind).or_default();
-        set.insert(IpNet::from(address), value);
+        set.insert(Key::Address(address), value);
     };
     for set in PodSet::ALL {
         if pod.is_in(set) {
@@ -119,17 +199,25 @@ pub(crate) fn of_networks(state: &FirewallState, elements: &mut Elements) {
     // In the middle of a change one network may contain another; the intervals of a set must not overlap.
     let disjoint = |nets: &BTreeSet<IpNet>| {
         let nets = IpNet::aggregate(&nets.iter().copied().collect());
-        nets.into_iter().map(|net| (net, Value::None)).collect()
+        let nets = nets.into_iter().map(Key::Net);
+        nets.map(|net| (net, Value::None)).collect()
     };
     for set in NetSet::ALL {
         let nets = disjoint(state.nets(set));
         elements.insert(Kind::Set(OwnSet::Nets(set)), nets);
     }
-    let vips = state
-        .vips
-        .iter()
-        .map(|vip| (IpNet::from(*vip), Value::None));
+    let vips = state.vips.iter();
+    let vips = vips.map(|vip| (Key::Address(*vip), Value::None));
     elements.insert(Kind::Set(OwnSet::Vips), vips.collect());
+    for landmark in &state.landmarks {
+        let kind = match landmark {
+            Landmark::Way(_) => Kind::Ways,
+            Landmark::Node(_) => Kind::Nodes,
+            Landmark::Lan(_) => Kind::Lans,
+        };
+        let set = elements.entry(kind).or_default();
+        set.insert(Key::Landmark(landmark.clone()), Value::None);
+    }
 }
 
 pub(crate) fn of_state(state: &FirewallState) -> Elements {
@@ -144,32 +232,47 @@ pub(crate) fn of_state(state: &FirewallState) -> Elements {
 /// The state that elements stand for.
 pub(crate) fn state_of(elements: &Elements, mask: u32, skeleton: Skeleton) -> FirewallState {
     let keys = |kind: Kind| elements.get(&kind).into_iter().flatten();
+    let addresses = |kind: Kind| {
+        keys(kind).filter_map(|(key, value)| match key {
+            Key::Address(address) => Some((*address, value)),
+            Key::Net(_) | Key::Landmark(_) => None,
+        })
+    };
     let mut pods: BTreeMap<IpAddr, PodState> = BTreeMap::new();
     for set in PodSet::ALL {
-        for (net, _) in keys(Kind::Set(OwnSet::Pods(set))) {
-            pods.entry(net.addr()).or_default().set(set, true);
+        for (pod, _) in addresses(Kind::Set(OwnSet::Pods(set))) {
+            pods.entry(pod).or_default().set(set, true);
         }
     }
-    for (net, value) in keys(Kind::Slot) {
+    for (pod, value) in addresses(Kind::Slot) {
         if let Value::Chain(chain) = value {
-            pods.entry(net.addr()).or_default().mark = mark_of_chain(chain, mask);
+            pods.entry(pod).or_default().mark = mark_of_chain(chain, mask);
         }
     }
-    for (net, value) in keys(Kind::Vip) {
+    for (pod, value) in addresses(Kind::Vip) {
         if let Value::Address(vip) = value {
-            pods.entry(net.addr()).or_default().vips.insert(*vip);
+            pods.entry(pod).or_default().vips.insert(*vip);
         }
     }
+    let landmarks = [Kind::Ways, Kind::Nodes, Kind::Lans].into_iter().flat_map(keys);
+    let landmarks = landmarks.filter_map(|(key, _)| match key {
+        Key::Landmark(landmark) => Some(landmark.clone()),
+        Key::Address(_) | Key::Net(_) => None,
+    });
+    let vips = addresses(Kind::Set(OwnSet::Vips));
     let mut state = FirewallState {
         skeleton,
-        vips: keys(Kind::Set(OwnSet::Vips))
-            .map(|(net, _)| net.addr())
-            .collect(),
+        vips: vips.map(|(vip, _)| vip).collect(),
+        landmarks: landmarks.collect(),
         pods,
         ..FirewallState::default()
     };
     for set in NetSet::ALL {
-        let nets = keys(Kind::Set(OwnSet::Nets(set))).map(|(net, _)| *net);
+        let nets = keys(Kind::Set(OwnSet::Nets(set)));
+        let nets = nets.filter_map(|(key, _)| match key {
+            Key::Net(net) => Some(*net),
+            Key::Address(_) | Key::Landmark(_) => None,
+        });
         state.nets_mut(set).extend(nets);
     }
     state
@@ -209,6 +312,9 @@ mod tests {
                 Kind::Set(set) => (page_name(set), name),
                 Kind::Slot => ("slot".to_owned(), name),
                 Kind::Vip => ("vip".to_owned(), name),
+                Kind::Ways => ("ways".to_owned(), name),
+                Kind::Nodes => ("nodes".to_owned(), name),
+                Kind::Lans => ("lans".to_owned(), name),
             }
         };
         let sets: BTreeMap<String, String> = Kind::all().map(name).collect();
@@ -225,7 +331,7 @@ mod tests {
             ..PodState::default()
         };
         let marked = PodState {
-            mark: Some(crate::state::Mark {
+            mark: Some(Mark {
                 value: 0x0020_0000,
                 mask,
             }),
@@ -237,6 +343,15 @@ mod tests {
             remote_pods: ["10.244.2.0/24".parse().unwrap()].into(),
             local_pods: ["10.244.1.0/24".parse().unwrap()].into(),
             vips: [ip("192.0.2.200")].into(),
+            landmarks: [
+                Landmark::Way(Way {
+                    mark: Mark { value: 0x0020_0000, mask },
+                    via: ip("192.0.2.12"),
+                }),
+                Landmark::Node(Mac([2, 0, 0, 0, 0, 12])),
+                Landmark::Lan("eth0".to_owned()),
+            ]
+            .into(),
             pods: [
                 (ip("10.244.1.11"), pod.clone()),
                 (ip("10.244.1.12"), marked),

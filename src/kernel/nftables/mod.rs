@@ -12,7 +12,6 @@ mod ruleset;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
-use ipnet::IpNet;
 use netlink_packet_core::{NLM_F_ACK, NLM_F_CREATE};
 use netlink_packet_netfilter::nftables::{
     ChainMessage, DataAttribute, ListAttribute, NfTablesMessage, RuleAttribute, RuleMessage,
@@ -22,7 +21,7 @@ use netlink_packet_netfilter::nftables::{
 use netlink_packet_netfilter::none::ControlMessage;
 use netlink_packet_netfilter::{NetfilterMessageInner, NetfilterProtoFamily};
 
-use self::elements::{Elements, Kind, Value, late_reply_key, octets};
+use self::elements::{Elements, Key, Kind, Value, address, late_reply_key, octets};
 pub(crate) use self::read::{BaseChain, any_chain};
 pub(crate) use self::ruleset::TABLE;
 use self::ruleset::{Chain, TRANSLATION_PRIORITY, chains};
@@ -129,7 +128,7 @@ impl Nftables {
                 return Ok(Some(format!("set {set} is missing")));
             }
         }
-        let expected = chains(&self.families, self.ranges.mask, self.ranges.slots);
+        let expected = chains(&self.families, self.ranges);
         let changed = expected.iter().find(|chain| {
             let found = tags.get(&chain.name).into_iter().flatten();
             let same_rules = found.eq(chain.rules.iter().map(|rule| &rule.tag));
@@ -138,7 +137,7 @@ impl Nftables {
         Ok(changed.map(|chain| format!("chain {} is missing or changed", chain.name)))
     }
 
-    fn members(&self, kind: Kind, family: Family) -> Result<BTreeMap<IpNet, Value>, NetlinkError> {
+    fn members(&self, kind: Kind, family: Family) -> Result<BTreeMap<Key, Value>, NetlinkError> {
         let attributes = vec![
             SetElementList::Table(TABLE.to_owned()),
             SetElementList::Set(kind.name(family)),
@@ -146,12 +145,16 @@ impl Nftables {
         let question = NfTablesMessage::GetSetElement(SetElementMessage { attributes });
         let elements: Vec<read::Element> = self.dump(question, read::elements)?;
         if kind.of_networks() {
-            let ends = elements.iter().map(|element| (element.key, element.is_end));
+            let end = |element: &read::Element| Some((address(&element.key)?, element.is_end));
+            let ends = elements.iter().filter_map(end);
             let nets = intervals::networks(family, ends.collect());
-            return Ok(nets.into_iter().map(|net| (net, Value::None)).collect());
+            let nets = nets.into_iter().map(Key::Net);
+            return Ok(nets.map(|net| (net, Value::None)).collect());
         }
-        let member = |element: read::Element| (IpNet::from(element.key), element.value);
-        Ok(elements.into_iter().map(member).collect())
+        let member = |element: read::Element| {
+            Some((Key::parse(kind, &element.key, self.ranges.mask)?, element.value))
+        };
+        Ok(elements.into_iter().filter_map(member).collect())
     }
 
     /// Executes steps in one transaction: all of them or none. After a failure what is held must be read again.
@@ -209,11 +212,17 @@ impl Nftables {
             nat_priority: TRANSLATION_PRIORITY,
             nat_table: Some(TABLE),
             advice: None,
+            marks_before_dnat: false,
+            ways_are_routes: false,
             remnants: vec![Remnant::Nftables],
         }
     }
 
-    pub(crate) fn observe(&mut self) -> Result<BTreeMap<Family, FirewallState>, NetlinkError> {
+    pub(crate) fn observe(
+        &mut self,
+        strict_tcp: bool,
+    ) -> Result<BTreeMap<Family, FirewallState>, NetlinkError> {
+        self.ranges.strict_tcp = strict_tcp;
         let states = self.read()?;
         self.held = KernelState::default();
         for (family, state) in &states {
@@ -228,7 +237,7 @@ impl Nftables {
             return;
         }
         // The table may differ from what we held: read it again. Then one by one, so that a bad step costs no other.
-        if let Err(error) = self.observe() {
+        if let Err(error) = self.observe(self.ranges.strict_tcp) {
             failed.extend(StepError::of_batch(batch, error));
             return;
         }
@@ -322,7 +331,7 @@ fn document(families: &[Family], ranges: Ranges, state: &KernelState) -> String 
             text += &kind.text(family, elements.get(&kind).into_iter().flatten());
         }
     }
-    for chain in chains(families, ranges.mask, ranges.slots) {
+    for chain in chains(families, ranges) {
         text += &chain.text();
     }
     text + "}\n"
@@ -338,11 +347,11 @@ fn changes(from: &BTreeMap<Family, Elements>, to: &BTreeMap<Family, Elements>) -
             for kind in Kind::all() {
                 let these = these.and_then(|elements| elements.get(&kind));
                 let those = those.and_then(|elements| elements.get(&kind));
-                let differs = |(key, value): &(&IpNet, &Value)| {
+                let differs = |(key, value): &(&Key, &Value)| {
                     those.and_then(|those| those.get(*key)) != Some(*value)
                 };
                 let differing: Vec<_> = these.into_iter().flatten().filter(differs).collect();
-                let elements = |(net, value): &(&IpNet, &Value)| elements_of(kind, net, value);
+                let elements = |(key, value): &(&Key, &Value)| elements_of(key, value);
                 batch.extend(operation.messages(&kind.name(family), &differing, elements));
             }
         }
@@ -386,20 +395,20 @@ impl Change {
 }
 
 /// The elements of one key of a set or map: those of networks are intervals, with two ends.
-fn elements_of(kind: Kind, net: &IpNet, value: &Value) -> Vec<Element> {
-    let mut elements = vec![element(net.network(), value, false)];
-    if kind.of_networks() {
-        elements.extend(intervals::after(net).map(|end| element(end, value, true)));
+fn elements_of(key: &Key, value: &Value) -> Vec<Element> {
+    let mut elements = vec![element(key.bytes(), value, false)];
+    if let Key::Net(net) = key {
+        elements.extend(intervals::after(net).map(|end| element(octets(end), value, true)));
     }
     elements
 }
 
-fn element(key: IpAddr, value: &Value, is_end: bool) -> Element {
+fn element(key: Vec<u8>, value: &Value, is_end: bool) -> Element {
     let mut attributes = Vec::new();
     if is_end {
         attributes.push(SetElementAttribute::Flags(SetElementFlags::IntervalEnd));
     }
-    attributes.push(SetElementAttribute::Key(DataAttribute::Value(octets(key))));
+    attributes.push(SetElementAttribute::Key(DataAttribute::Value(key)));
     let data = match value {
         Value::None => None,
         Value::Address(address) => Some(DataAttribute::Value(octets(*address))),
@@ -432,7 +441,8 @@ fn transaction(messages: &[u8]) -> Vec<u8> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::state::{Mark, NetSet, PodSet};
+    use crate::ethernet::Mac;
+    use crate::state::{Landmark, Mark, NetSet, PodSet, Way};
 
     #[test]
     fn the_table_is_as_written_down() {
@@ -442,28 +452,39 @@ mod tests {
             slots: 3,
             table_offset: 100_000,
             priority: 1000,
+            strict_tcp: false,
         };
         let mark = Mark {
             value: 0x0040_0000,
             mask: ranges.mask,
         };
         let mut state = KernelState::default();
-        for (family, pod, vip, net) in [
-            (Family::V4, "10.244.1.11", "192.0.2.200", "10.244.0.0/16"),
+        for (family, pod, vip, node, net) in [
+            (
+                Family::V4,
+                "10.244.1.11",
+                "192.0.2.200",
+                "192.0.2.12",
+                "10.244.0.0/16",
+            ),
             (
                 Family::V6,
                 "fd00:10:244:1::b",
                 "2001:db8:1::c8",
+                "2001:db8:1::12",
                 "fd00:10:244::/48",
             ),
         ] {
-            let (pod, vip) = (ip(pod), ip(vip));
+            let (pod, vip, node) = (ip(pod), ip(vip), ip(node));
             for step in [
                 FirewallStep::Install(family, [vip].into()),
                 FirewallStep::AddNet(NetSet::Excluded, net.parse().unwrap()),
                 FirewallStep::AddPod(PodSet::Egress, pod),
                 FirewallStep::Translate { pod, vip },
                 FirewallStep::Mark { pod, mark },
+                FirewallStep::AddLandmark(family, Landmark::Way(Way { mark, via: node })),
+                FirewallStep::AddLandmark(family, Landmark::Node(Mac([2, 0, 0, 0, 0, 12]))),
+                FirewallStep::AddLandmark(family, Landmark::Lan("eth0".to_owned())),
             ] {
                 state.apply_firewall(&step);
             }

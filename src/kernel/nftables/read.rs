@@ -2,12 +2,10 @@
 //!
 //! The numbers are those of nf_tables.h.
 
-use std::net::IpAddr;
-
 use nix::libc::{NF_ACCEPT, c_int};
 
 use crate::kernel::netfilter::{Message, attribute, attributes};
-use crate::kernel::nftables::elements::Value;
+use crate::kernel::nftables::elements::{Value, address};
 use crate::kernel::nftables::ruleset::TABLE;
 use crate::kernel::tag::TAG;
 
@@ -47,7 +45,7 @@ pub(crate) struct BaseChain {
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Element {
-    pub(crate) key: IpAddr,
+    pub(crate) key: Vec<u8>,
     pub(crate) value: Value,
     /// The key is the first address after an interval.
     pub(crate) is_end: bool,
@@ -106,7 +104,7 @@ pub(crate) fn elements(message: Message<'_>) -> Vec<Element> {
 fn element(bytes: &[u8]) -> Option<Element> {
     let data = attribute(bytes, ELEMENT_DATA).unwrap_or_default();
     let chain = attribute(data, DATA_VERDICT).and_then(|verdict| attribute(verdict, VERDICT_CHAIN));
-    let value = match (chain, address(data)) {
+    let value = match (chain, attribute(data, DATA_VALUE).and_then(address)) {
         (Some(chain), _) => Value::Chain(text(chain).to_owned()),
         (None, Some(address)) => Value::Address(address),
         (None, None) => Value::None,
@@ -116,7 +114,7 @@ fn element(bytes: &[u8]) -> Option<Element> {
         None => false,
     };
     Some(Element {
-        key: address(attribute(bytes, ELEMENT_KEY)?)?,
+        key: attribute(attribute(bytes, ELEMENT_KEY)?, DATA_VALUE)?.to_vec(),
         value,
         is_end,
     })
@@ -141,14 +139,6 @@ fn comment(mut data: &[u8]) -> Option<String> {
         data = rest.get(usize::from(*length)..)?;
     }
     None
-}
-
-/// The address in data.
-fn address(data: &[u8]) -> Option<IpAddr> {
-    let value = attribute(data, DATA_VALUE)?;
-    let v4 = || <[u8; 4]>::try_from(value).ok().map(IpAddr::from);
-    let v6 = || <[u8; 16]>::try_from(value).ok().map(IpAddr::from);
-    v4().or_else(v6)
 }
 
 fn number(bytes: &[u8]) -> Option<u32> {

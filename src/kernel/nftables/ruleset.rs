@@ -7,7 +7,7 @@ use nix::libc::{
     NF_INET_FORWARD, NF_INET_LOCAL_OUT, NF_INET_POST_ROUTING, NF_INET_PRE_ROUTING, c_int,
 };
 
-use crate::kernel::ours::digit;
+use crate::kernel::ours::{Ranges, digit};
 use crate::kernel::tag::{Rule, rules};
 use crate::state::{Family, Mark};
 
@@ -48,18 +48,19 @@ pub(crate) fn mark_of_chain(name: &str, mask: u32) -> Option<Mark> {
     Some(Mark { value, mask })
 }
 
-/// Every chain of the table, for these families and marks.
-pub(crate) fn chains(families: &[Family], mask: u32, slots: u32) -> Vec<Chain> {
+/// Every chain of the table, for these families.
+pub(crate) fn chains(families: &[Family], ranges: Ranges) -> Vec<Chain> {
     let words: Vec<Words> = families.iter().copied().map(Words::of).collect();
-    let marked = format!("meta mark and {mask:#010x} != 0");
+    let mark = format!("meta mark and {:#010x}", ranges.mask);
     // A chain must be there before the rule or the element that goes to it.
-    let mut chains: Vec<Chain> = (1..=slots).map(|number| slot(number, mask)).collect();
+    let slots = 1..=ranges.slots;
+    let mut chains: Vec<Chain> = slots.map(|number| slot(number, ranges.mask)).collect();
     chains.extend([
-        marking(&words),
+        marking(&words, &mark),
         errors(&words),
-        guard(&words),
-        translation(&words, &marked),
-        leak(&words, &marked),
+        guard(&words, ranges.strict_tcp),
+        translation(&words),
+        leak(&words, &mark),
     ]);
     chains
 }
@@ -98,10 +99,12 @@ fn slot(number: u32, mask: u32) -> Chain {
 
 /// Egress packets whose gateway is another node go to its slot. After DNAT (-100): the destination is looked at as it will
 /// be routed, not as it was sent.
-fn marking(families: &[Words]) -> Chain {
+fn marking(families: &[Words], mark: &str) -> Chain {
+    // Somebody else uses our bits. Counted, so that it can be told.
+    let mut rules = rules! { "foreign" => "{mark} != 0 counter" };
     // The reply of an inbound connection goes back the way that the connection came. Not `ct direction original` where
     // pods are looked up: untracked and INVALID packets have no direction, and must not slip through.
-    let mut rules = reply();
+    rules.extend(reply());
     for &Words { ip, n, .. } in families {
         rules.extend(rules! {
             "excluded-{n}" => "{ip} daddr @excluded{n} return",
@@ -127,24 +130,36 @@ fn errors(families: &[Words]) -> Chain {
 
 /// Drops or rejects what must neither become a connection nor leave. Before the filters of others (0): where they accept,
 /// that ends only their own chain, while a drop is final.
-fn guard(families: &[Words]) -> Chain {
+fn guard(families: &[Words], strict_tcp: bool) -> Chain {
     let mut rules = Vec::new();
     for &Words { ip, n, .. } in families {
+        // From outside to an egress pod, and not by way of a Service, whose answers come from the VIP.
+        let to_pod = format!(
+            "ct state new ct status and dnat == 0 {ip} daddr @egress{n} {ip} saddr != @excluded{n}"
+        );
+        // No Service has taken it, and it would leave by the interface that it came in by: it was meant for the announcer
+        // of the VIP, and belongs to a pod's connection.
+        let to_vip = format!(
+            "{ip} daddr @vips{n} {ip} saddr != @excluded{n} ct state new,invalid \
+             meta iifname . meta oifname @lans{n}"
+        );
+        let midway = "tcp flags & (fin | syn | rst | ack) != syn";
         rules.extend(rules! {
             // A reply of a connection that this node has just forgotten. As NEW it would begin a connection from
             // outside; the pod's next packet would count as a reply, skip marking, and leave with the pod's own address.
             "late-reply-{n}" => "ct state new {ip} saddr . meta l4proto . th sport . {ip} daddr . th dport \
                                  @late_replies{n} counter drop",
-            // The gateway may still hold an entry that the pod's node has lost. A packet other than a bare SYN to an
-            // egress pod must not create one here, as above. Only TCP shows where a connection begins.
-            "midway-{n}" => "ct state new tcp flags & (fin | syn | rst | ack) != syn \
-                             {ip} daddr @egress{n} {ip} saddr != @excluded{n} counter drop",
+            // The gateway may still hold an entry that the pod's node has lost: what another node hands over must not create
+            // one here, as above. But for a bare SYN, which begins a connection and nothing else does.
+            "midway-{n}" => "{to_pod} {midway} ether saddr @nodes{n} counter drop",
+            // Where answers come by a tunnel nobody's link-layer address says so.
+            "tunnelled-{n}" => "{to_pod} {midway} meta iifname . meta iifname != @lans{n} counter drop",
+            "astray-{n}" => "{to_pod} meta l4proto != tcp ether saddr @nodes{n} counter drop",
             // A VIP moves before routes and objects do. A server's packet that comes here ahead of the pod's own next
             // packet would create an entry that clashes with the pod's; an INVALID one would be routed, and answered
             // with an error that the server believes.
-            "to-vip-{n}" => "{ip} daddr @vips{n} ct state new,invalid counter drop",
-            // Translated by a node that was the gateway and is none any more.
-            "from-vip-{n}" => "{ip} saddr @vips{n} counter drop",
+            "to-vip-{n}" => "{to_vip} {midway} counter drop",
+            "to-vip-other-{n}" => "{to_vip} meta l4proto != tcp counter drop",
         });
     }
     // From here on only packets to outside are left, and no replies of inbound connections.
@@ -153,6 +168,13 @@ fn guard(families: &[Words]) -> Chain {
     }
     rules.extend(reply());
     for &Words { ip, n, icmp, .. } in families {
+        if strict_tcp {
+            // The middle of a connection that another node was the gateway of is INVALID, for ever.
+            rules.extend(rules! {
+                "strict-{n}" => "{ip} saddr @egress{n} ct state invalid meta l4proto tcp counter \
+                                 reject with tcp reset",
+            });
+        }
         rules.extend(rules! {
             // A connection that cannot go on ends at once instead of hanging.
             "reset-{n}" => "{ip} saddr @blocked{n} meta l4proto tcp counter reject with tcp reset",
@@ -173,7 +195,7 @@ fn guard(families: &[Words]) -> Chain {
 }
 
 /// The source that a new connection of an egress pod gets.
-fn translation(families: &[Words], marked: &str) -> Chain {
+fn translation(families: &[Words]) -> Chain {
     let mut rules = Vec::new();
     for &Words { ip, n, .. } in families {
         rules.extend(rules! {
@@ -182,7 +204,7 @@ fn translation(families: &[Words], marked: &str) -> Chain {
             "excluded-{n}" => "{ip} daddr @excluded{n} return",
             // On its way to the gateway a packet keeps its source. Translating it to itself takes the decision away
             // from the masquerade of the CNI plugin.
-            "identity-{n}" => "{marked} snat {ip} to {ip} saddr",
+            "identity-{n}" => "{ip} saddr @slot{n} snat {ip} to {ip} saddr",
             // This node is the gateway, or the packet passes here by chance: the VIP is right.
             "vip-{n}" => "snat {ip} to {ip} saddr map @vip{n}",
             // A pod without a VIP must not fall to a masquerade either.
@@ -197,14 +219,16 @@ fn translation(families: &[Words], marked: &str) -> Chain {
 }
 
 /// Drops what would leave with a wrong source. After every translation: the source is the one that will be on the wire.
-fn leak(families: &[Words], marked: &str) -> Chain {
+fn leak(families: &[Words], mark: &str) -> Chain {
     let mut rules = reply();
     for &Words { ip, n, l4, .. } in families {
         rules.extend(rules! {
             "excluded-{n}" => "{ip} daddr @excluded{n} return",
+            // On its way to the gateway, and really so: rules of others may come before ours, and ours may be lost.
+            "way-{n}" => "{ip} saddr @egress{n} {mark} . rt {ip} nexthop @ways{n} return",
+            // A VIP where another node is the gateway: a connection of the time when this one was.
+            "moved-{n}" => "{ip} saddr @vips{n} ct original {ip} saddr @slot{n} counter drop",
             "translated-{n}" => "{ip} saddr @vips{n} return",
-            // On its way to the gateway.
-            "marked-{n}" => "{marked} {ip} saddr @egress{n} return",
             // This node's own ICMP errors, see `errors`.
             "error-{n}" => "{ip} saddr != @egress{n} ct state related meta l4proto {l4} return",
             // Whoever gave it another source: a masquerade of others, or a connection that is older than what we
@@ -271,7 +295,14 @@ mod tests {
 
     #[test]
     fn the_chains_are_as_documented() {
-        let chains: Vec<Vec<String>> = chains(&[Family::V4], 0x0010_0000, 1)
+        let ranges = Ranges {
+            mask: 0x0010_0000,
+            slots: 1,
+            table_offset: 100_000,
+            priority: 1000,
+            strict_tcp: true,
+        };
+        let chains: Vec<Vec<String>> = chains(&[Family::V4], ranges)
             .iter()
             .map(|chain| {
                 let names: Vec<&str> = chain

@@ -6,13 +6,14 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use netlink_packet_route::AddressFamily;
 use netlink_packet_route::route::{
-    RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType,
+    RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteRealm, RouteScope,
+    RouteType,
 };
 use netlink_packet_route::rule::{
     RuleAction as NetlinkAction, RuleAttribute, RuleFlags, RuleMessage,
 };
 
-use crate::kernel::ours::PROTOCOL_NUMBER;
+use crate::kernel::ours::{PROTOCOL_NUMBER, REALM};
 use crate::state::{Family, Mark, NextHop, Rule, RuleAction, Table, TableId};
 
 const PROTOCOL: RouteProtocol = RouteProtocol::Other(PROTOCOL_NUMBER);
@@ -144,36 +145,70 @@ pub(super) fn gateway_message(table: TableId, via: IpAddr, interface: Option<u32
     message.header.kind = RouteType::Unicast;
     let gateway = RouteAttribute::Gateway(RouteAddress::from(via));
     message.attributes.push(gateway);
+    if via.is_ipv4() {
+        let realm = RouteRealm {
+            source: 0,
+            destination: REALM,
+        };
+        message.attributes.push(RouteAttribute::Realm(realm));
+    }
     message
         .attributes
         .extend(interface.map(RouteAttribute::Oif));
     message
 }
 
-/// Notes a default route of ours in its table; returns the table of a route of others.
+/// The route that leaves a destination to the rules after ours.
+pub(super) fn throw_message(table: TableId, net: IpNet) -> RouteMessage {
+    let mut message = route_message(Family::of_net(net), table, GATEWAY_METRIC);
+    message.header.kind = RouteType::Throw;
+    message.header.destination_prefix_length = net.prefix_len();
+    let destination = RouteAddress::from(net.network());
+    message.attributes.push(RouteAttribute::Destination(destination));
+    message
+}
+
+/// Notes a route of ours in its table; returns the table of a route of others.
 pub(super) fn take_route(
     message: &RouteMessage,
     names: &BTreeMap<u32, String>,
     tables: &mut BTreeMap<TableId, Table>,
 ) -> Option<TableId> {
     let table = table_of(message);
-    if message.header.protocol != PROTOCOL || message.header.destination_prefix_length != 0 {
+    if message.header.protocol != PROTOCOL {
         return Some(table);
     }
-    let (mut metric, mut via, mut dev) = (0, None, None);
+    let (mut metric, mut via, mut dev, mut destination) = (0, None, None, None);
+    let mut has_realm = message.header.address_family == AddressFamily::Inet6;
     for attribute in &message.attributes {
         match attribute {
             RouteAttribute::Priority(found) => metric = *found,
             RouteAttribute::Gateway(RouteAddress::Inet(found)) => via = Some(IpAddr::from(*found)),
             RouteAttribute::Gateway(RouteAddress::Inet6(found)) => via = Some(IpAddr::from(*found)),
             RouteAttribute::Oif(found) => dev = names.get(found).cloned(),
+            RouteAttribute::Realm(realm) => has_realm |= realm.destination == REALM,
+            RouteAttribute::Destination(RouteAddress::Inet(found)) => {
+                destination = Some(IpAddr::from(*found));
+            }
+            RouteAttribute::Destination(RouteAddress::Inet6(found)) => {
+                destination = Some(IpAddr::from(*found));
+            }
             _ => {}
         }
+    }
+    if let Some(destination) = destination {
+        let net = IpNet::new(destination, message.header.destination_prefix_length).ok()?;
+        if message.header.kind == RouteType::Throw {
+            tables.entry(table).or_default().throws.insert(net);
+        }
+        return None;
     }
     if message.header.kind == RouteType::Unreachable && metric == FALLBACK_METRIC {
         tables.entry(table).or_default().fallback = true;
     }
-    if let (RouteType::Unicast, Some(via), Some(dev)) = (message.header.kind, via, dev) {
+    // One without the realm was made by an earlier release: it is set again.
+    let kind = message.header.kind;
+    if let (RouteType::Unicast, Some(via), Some(dev), true) = (kind, via, dev, has_realm) {
         tables.entry(table).or_default().gateway = Some(NextHop { via, dev });
     }
     None

@@ -17,7 +17,7 @@ use rtnetlink::Handle;
 
 use self::codec::{
     Found, address_family, fallback_message, gateway_message, is_default_in, parse_rule,
-    rule_message, take_route,
+    rule_message, take_route, throw_message,
 };
 use crate::kernel::interfaces::{self, WatchedInterfaces};
 use crate::kernel::ours::Ranges;
@@ -219,6 +219,14 @@ impl Routes {
             }
             RouteStep::RemoveGateway(table, hop) => {
                 let request = routes().del(gateway_message(*table, hop.via, None));
+                absent(request.execute().await).map_err(refused("remove the route"))
+            }
+            RouteStep::AddThrow(table, net) => {
+                let request = routes().add(throw_message(*table, *net));
+                present(request.execute().await).map_err(refused("add the route"))
+            }
+            RouteStep::RemoveThrow(table, net) => {
+                let request = routes().del(throw_message(*table, *net));
                 absent(request.execute().await).map_err(refused("remove the route"))
             }
         }

@@ -59,6 +59,8 @@ fn after(mode: Mode, from: &KernelState, steps: &[Step]) -> KernelState {
                 pod.vips = pod.vips.pop_last().into_iter().collect();
             }
         }
+    } else {
+        state.families.values_mut().for_each(rebuild_ways);
     }
     state.doubt = true;
     state
