@@ -1,3 +1,5 @@
+use std::collections::BTreeSet;
+use std::net::IpAddr;
 use std::sync::Mutex;
 
 use tokio::sync::{Notify, watch};
@@ -65,6 +67,14 @@ impl Kernel for FakeKernel {
             state,
             ..Observed::default()
         })
+    }
+
+    async fn look_up(
+        &mut self,
+        _: &BTreeSet<IpAddr>,
+        _: &mut Observed,
+    ) -> Result<(), kernel::Error> {
+        Ok(())
     }
 
     async fn drifted(&mut self) {

@@ -20,7 +20,7 @@ use k8s_openapi::api::networking::v1 as networking;
 use kube::ResourceExt;
 
 use crate::cluster::leases::BootId;
-use crate::names::{Interface, NodeName, ObjectKey};
+use crate::names::{Interface, NodeName, ObjectKey, Reach};
 use crate::state::Family;
 
 /// Label that opts a Service in, when its value is [`EGRESS_VALUE`].
@@ -119,7 +119,10 @@ pub struct View {
     pub service_cidrs: BTreeSet<IpNet>,
     /// Pod networks that the CNI plugin keeps in objects of its own.
     pub pod_pools: BTreeSet<IpNet>,
+    /// The interfaces of this node that are up, but for loopback.
     pub interfaces: Vec<Interface>,
+    /// How this node reaches the addresses of nodes, and VIPs in no network of an interface.
+    pub reach: BTreeMap<IpAddr, Reach>,
 }
 
 impl Service {
@@ -232,9 +235,10 @@ impl Node {
         self.programmed.is_some() && (self.boot.is_none() || self.boot == self.programmed)
     }
 
-    pub fn address(&self, family: Family) -> Option<IpAddr> {
-        let mut addresses = self.addresses.iter().copied();
-        addresses.find(|address| Family::of(*address) == family)
+    /// Its addresses of a family, in the order of the object.
+    pub fn addresses(&self, family: Family) -> impl Iterator<Item = IpAddr> {
+        let addresses = self.addresses.iter().copied();
+        addresses.filter(move |address| Family::of(*address) == family)
     }
 }
 
@@ -381,8 +385,8 @@ mod tests {
         assert_eq!(node("2026-01-01T00:00:00Z"), node("2026-01-01T00:00:10Z"));
         assert_eq!(node("2026-01-01T00:00:00Z").pod_cidrs.len(), 2);
         assert_eq!(
-            node("2026-01-01T00:00:00Z").address(Family::V4),
-            Some("192.0.2.11".parse().unwrap())
+            node("2026-01-01T00:00:00Z").addresses,
+            ["192.0.2.11".parse::<IpAddr>().unwrap()]
         );
     }
 }

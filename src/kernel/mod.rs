@@ -18,6 +18,7 @@ pub(crate) mod neighbours;
 mod netfilter;
 mod nftables;
 mod ours;
+mod reach;
 mod remnants;
 mod routes;
 mod tag;
@@ -27,6 +28,7 @@ mod tool;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
+use std::net::IpAddr;
 
 use ipnet::IpNet;
 use tracing::debug;
@@ -39,6 +41,7 @@ use crate::kernel::error::executable;
 pub use crate::kernel::error::{Error, StepError};
 use crate::kernel::firewall::Firewall;
 use crate::kernel::ours::Ranges;
+use crate::kernel::reach::Lookup;
 use crate::kernel::routes::Routes;
 use crate::settings::Settings;
 use crate::state::{
@@ -54,7 +57,18 @@ pub trait Kernel: Send {
     /// When any part cannot be read: a partial picture would make the agent repeat or remove the wrong things.
     fn observe(&mut self) -> impl Future<Output = Result<Observed, Error>> + Send;
 
-    /// Waits until others may have changed what is ours. Cancel-safe.
+    /// Completes what was read with how these addresses are reached, as far as that is not known since it was read, and
+    /// forgets other addresses.
+    ///
+    /// # Errors
+    /// When the kernel cannot be asked. That an address is not reached is an answer.
+    fn look_up(
+        &mut self,
+        addresses: &BTreeSet<IpAddr>,
+        observed: &mut Observed,
+    ) -> impl Future<Output = Result<(), Error>> + Send;
+
+    /// Waits until others may have changed what is ours, or how addresses that were looked up are reached. Cancel-safe.
     fn drifted(&mut self) -> impl Future<Output = ()> + Send;
 
     /// Executes the steps in order. Returns the steps that failed. A failed step keeps no other from being tried than
@@ -74,6 +88,7 @@ fn is_one_by_one() -> bool {
 pub struct NodeKernel {
     firewall: Firewall,
     routes: Routes,
+    lookup: Lookup,
     drift: DriftListener,
     families: Vec<Family>,
     ranges: Ranges,
@@ -112,11 +127,15 @@ impl NodeKernel {
             choice += &format!(", because nftables cannot be used: {}", chain(&error));
         }
         let own_ports = [routes.port].into_iter().chain(profile.port).collect();
-        let drift =
-            DriftListener::open(own_ports, ranges, profile.watched, routes.watched.clone())?;
+        let lookup = Lookup {
+            interfaces: routes.watched.clone(),
+            ..Lookup::default()
+        };
+        let drift = DriftListener::open(own_ports, ranges, profile.watched, lookup.clone())?;
         Ok(NodeKernel {
             firewall,
             routes,
+            lookup,
             drift,
             families,
             ranges,
@@ -191,9 +210,18 @@ impl Kernel for NodeKernel {
         Ok(Observed {
             state,
             interfaces: self.routes.interfaces().await?,
+            reach: BTreeMap::new(),
             occupied: routes.occupied,
             collisions,
         })
+    }
+
+    async fn look_up(
+        &mut self,
+        addresses: &BTreeSet<IpAddr>,
+        observed: &mut Observed,
+    ) -> Result<(), Error> {
+        Ok(self.lookup.complete(addresses, &mut observed.reach)?)
     }
 
     async fn drifted(&mut self) {

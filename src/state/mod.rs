@@ -13,7 +13,7 @@ use derive_more::Display;
 use ipnet::IpNet;
 use strum::{IntoStaticStr, VariantNames};
 
-use crate::names::Interface;
+use crate::names::{Interface, Reach};
 
 pub use self::routing::{Mark, NextHop, NextHops, RouteState, Rule, RuleAction, Table, TableId};
 pub use self::step::{ConnectionStep, FirewallStep, RouteStep, Step};
@@ -173,8 +173,10 @@ pub struct KernelState {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Observed {
     pub state: KernelState,
-    /// The interfaces that are up, with the networks that are directly reachable on them.
+    /// The interfaces that are up, but for loopback.
     pub interfaces: Vec<Interface>,
+    /// How addresses are reached, as far as they were asked for since.
+    pub reach: BTreeMap<IpAddr, Reach>,
     /// Tables of our range that others use: not to be used by us.
     pub occupied: BTreeSet<(Family, TableId)>,
     /// What of others comes before ours or among it, as sentences for the operator.

@@ -26,6 +26,7 @@ mod firewall;
 mod foreign_nat;
 mod guard;
 mod lan;
+mod on_link;
 mod remnants;
 mod routes;
 
