@@ -144,8 +144,8 @@ impl<K: Kernel> Agent<'_, K> {
         };
         let heard = self.lan.map(Lan::heard).unwrap_or_default();
         let (facts, now) = (self.cluster.facts(), started.into_std());
-        let addresses = pass::to_look_up(&facts, &confirmed.interfaces);
-        let looked_up = self.kernel.look_up(&addresses, &mut confirmed).await;
+        let asked = pass::to_look_up(&facts, &confirmed.interfaces);
+        let looked_up = self.kernel.look_up(&asked, &mut confirmed).await;
         looked_up.map_err(|error| chain(&error))?;
         let memory = &mut self.memory;
         let pass = memory.plan(facts, &heard, &mut confirmed, self.settings, now);

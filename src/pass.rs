@@ -15,7 +15,7 @@ use crate::names::{Interface, NodeName, Reach};
 use crate::plan::slots::Slots;
 use crate::plan::{Desired, adopt, plan};
 use crate::settings::Settings;
-use crate::state::Observed;
+use crate::state::{Asked, Observed};
 
 /// What a pass leaves for the next one.
 #[derive(Clone, Debug)]
@@ -71,6 +71,7 @@ impl Memory {
         let mut view = facts.view;
         view.interfaces.clone_from(&kernel.interfaces);
         view.reach.clone_from(&kernel.reach);
+        view.neighbours.clone_from(&kernel.neighbours);
         let is_start = self.last.is_none();
         if is_start {
             let adopted = adopt::gateways(&kernel.state, &view.nodes, &settings.node_name);
@@ -116,12 +117,15 @@ impl Memory {
 }
 
 /// The addresses that a plan must know how to reach: those of the nodes, and VIPs that are in no network of an interface.
-pub fn to_look_up(facts: &Snapshot, interfaces: &[Interface]) -> BTreeSet<IpAddr> {
+pub fn to_look_up(facts: &Snapshot, interfaces: &[Interface]) -> Asked {
     let nodes = facts.view.nodes.values();
     let nodes = nodes.flat_map(|node| &node.addresses);
     let vips = facts.view.services.values().flat_map(|s| s.vips.values());
     let vips = vips.filter(|vip| connected(**vip, interfaces).is_none());
-    nodes.chain(vips).copied().collect()
+    Asked {
+        nodes: nodes.copied().collect(),
+        vips: vips.copied().collect(),
+    }
 }
 
 /// The interface whose network holds an address: the longest such network, as in the kernel. An address that stands for
@@ -488,13 +492,15 @@ mod tests {
     #[test]
     fn the_way_to_nodes_is_looked_up_and_to_vips_where_no_network_of_an_interface_tells() {
         let nodes: BTreeSet<IpAddr> = (1..=3).map(|n| IpAddr::from([192, 0, 2, 10 + n])).collect();
-        let mut expected = nodes.clone();
-        expected.insert(ip(VIPS[1]));
+        let mut expected = Asked {
+            nodes,
+            vips: [ip(VIPS[1])].into(),
+        };
         assert_eq!(to_look_up(&facts(), &kernel().interfaces), expected);
-        expected.insert(ip(VIPS[0]));
+        expected.vips.insert(ip(VIPS[0]));
         assert_eq!(to_look_up(&facts(), &[]), expected);
         let none = Snapshot::default();
-        assert_eq!(to_look_up(&none, &kernel().interfaces), BTreeSet::new());
+        assert_eq!(to_look_up(&none, &kernel().interfaces), Asked::default());
     }
 
     #[test]

@@ -1,5 +1,3 @@
-use std::collections::BTreeSet;
-use std::net::IpAddr;
 use std::sync::Mutex;
 
 use tokio::sync::{Notify, watch};
@@ -9,7 +7,7 @@ use crate::cluster::Node;
 use crate::cluster::leases::BootId;
 use crate::kernel;
 use crate::names::NodeName;
-use crate::state::{Family, FamilyState, FirewallStep, KernelState, Skeleton};
+use crate::state::{Asked, Family, FamilyState, FirewallStep, KernelState, Skeleton};
 
 /// A kernel that remembers what was done to it, and fails where a test wants it.
 #[derive(Debug, Default)]
@@ -69,11 +67,7 @@ impl Kernel for FakeKernel {
         })
     }
 
-    async fn look_up(
-        &mut self,
-        _: &BTreeSet<IpAddr>,
-        _: &mut Observed,
-    ) -> Result<(), kernel::Error> {
+    async fn look_up(&mut self, _: &Asked, _: &mut Observed) -> Result<(), kernel::Error> {
         Ok(())
     }
 

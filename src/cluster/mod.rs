@@ -20,6 +20,7 @@ use k8s_openapi::api::networking::v1 as networking;
 use kube::ResourceExt;
 
 use crate::cluster::leases::BootId;
+use crate::ethernet::Mac;
 use crate::names::{Interface, NodeName, ObjectKey, Reach};
 use crate::state::Family;
 
@@ -123,6 +124,8 @@ pub struct View {
     pub interfaces: Vec<Interface>,
     /// How this node reaches the addresses of nodes, and VIPs in no network of an interface.
     pub reach: BTreeMap<IpAddr, Reach>,
+    /// The link-layer addresses of other nodes that are on link, as far as this node's kernel has learned them.
+    pub neighbours: BTreeMap<IpAddr, Mac>,
 }
 
 impl Service {

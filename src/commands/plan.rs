@@ -87,8 +87,8 @@ pub async fn run(
     let mut observed = kernel.observe().await?;
     let (heard, now) = (BTreeMap::new(), Instant::now());
     let facts = cluster.facts();
-    let addresses = pass::to_look_up(&facts, &observed.interfaces);
-    kernel.look_up(&addresses, &mut observed).await?;
+    let asked = pass::to_look_up(&facts, &observed.interfaces);
+    kernel.look_up(&asked, &mut observed).await?;
     let mut memory = Memory::new(settings);
     let pass = memory.plan(facts, &heard, &mut observed, settings, now);
     let shown = Shown::of(&pass.desired, &pass.view, settings);

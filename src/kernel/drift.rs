@@ -4,7 +4,7 @@
 //! iptables rules in nf_tables mode. Notifications of our own changes, and of what is none of our business, are ignored.
 //! Legacy iptables and ipset notify of nothing: damage there is found when the state is read back.
 //!
-//! How nodes are reached is noticed here, too.
+//! How nodes are reached is noticed here, too, and by which link-layer addresses.
 
 use std::time::Duration;
 
@@ -15,14 +15,16 @@ use nix::libc;
 use tokio::time::Instant;
 
 use crate::kernel::backend::Watched;
+use crate::kernel::neighbours;
 use crate::kernel::netfilter::{Message, NetlinkError, attribute, attributes, messages};
 use crate::kernel::ours::{PROTOCOL_NUMBER, Ranges};
 use crate::kernel::reach::{self, Lookup};
 use crate::state::TableId;
 
-/// Links, addresses, routes and rules, of both families.
-const ROUTE_GROUPS: [u32; 7] = [
+/// Links, neighbours, addresses, routes and rules, of both families.
+const ROUTE_GROUPS: [u32; 8] = [
     libc::RTNLGRP_LINK,
+    libc::RTNLGRP_NEIGH,
     libc::RTNLGRP_IPV4_IFADDR,
     libc::RTNLGRP_IPV4_ROUTE,
     libc::RTNLGRP_IPV4_RULE,
@@ -159,6 +161,9 @@ impl Filter {
                         .is_some_and(|net| self.lookup.addresses.any_in(net))
             }
             libc::RTM_NEWRULE | libc::RTM_DELRULE => true,
+            // Nodes' alone, and not that they were heard of again.
+            libc::RTM_NEWNEIGH => neighbours::notified(&message)
+                .is_some_and(|neighbour| self.lookup.neighbours.take(neighbour)),
             _ => false,
         }
     }

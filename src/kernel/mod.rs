@@ -28,7 +28,6 @@ mod tool;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
-use std::net::IpAddr;
 
 use ipnet::IpNet;
 use tracing::debug;
@@ -45,8 +44,8 @@ use crate::kernel::reach::Lookup;
 use crate::kernel::routes::Routes;
 use crate::settings::Settings;
 use crate::state::{
-    ConnectionStep, Family, FamilyState, FirewallStep, KernelState, NetSet, Observed, Remnant,
-    RouteStep, Step,
+    Asked, ConnectionStep, Family, FamilyState, FirewallStep, KernelState, NetSet, Observed,
+    Remnant, RouteStep, Step,
 };
 
 /// A node's kernel, as the agent sees it.
@@ -57,14 +56,14 @@ pub trait Kernel: Send {
     /// When any part cannot be read: a partial picture would make the agent repeat or remove the wrong things.
     fn observe(&mut self) -> impl Future<Output = Result<Observed, Error>> + Send;
 
-    /// Completes what was read with how these addresses are reached, as far as that is not known since it was read, and
-    /// forgets other addresses.
+    /// Completes what was read with how these addresses are reached, as far as that is not known since it was read, and with
+    /// the link-layer addresses of those nodes that are on link; forgets other addresses.
     ///
     /// # Errors
     /// When the kernel cannot be asked. That an address is not reached is an answer.
     fn look_up(
         &mut self,
-        addresses: &BTreeSet<IpAddr>,
+        asked: &Asked,
         observed: &mut Observed,
     ) -> impl Future<Output = Result<(), Error>> + Send;
 
@@ -211,17 +210,23 @@ impl Kernel for NodeKernel {
             state,
             interfaces: self.routes.interfaces().await?,
             reach: BTreeMap::new(),
+            neighbours: BTreeMap::new(),
             occupied: routes.occupied,
             collisions,
         })
     }
 
-    async fn look_up(
-        &mut self,
-        addresses: &BTreeSet<IpAddr>,
-        observed: &mut Observed,
-    ) -> Result<(), Error> {
-        Ok(self.lookup.complete(addresses, &mut observed.reach)?)
+    async fn look_up(&mut self, asked: &Asked, observed: &mut Observed) -> Result<(), Error> {
+        let all = asked.nodes.union(&asked.vips).copied().collect();
+        if self.lookup.complete(all, &mut observed.reach)? {
+            self.lookup.watch(&asked.nodes, &observed.reach);
+            for neighbour in self.routes.neighbours().await? {
+                self.lookup.neighbours.take(neighbour);
+            }
+        }
+        observed.neighbours = self.lookup.neighbours.known();
+        observed.neighbours.retain(|a, _| asked.nodes.contains(a));
+        Ok(())
     }
 
     async fn drifted(&mut self) {

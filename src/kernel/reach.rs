@@ -13,10 +13,11 @@ use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use netlink_sys::protocols::NETLINK_ROUTE;
 use netlink_sys::{Socket, SocketAddr};
 use nix::libc::{self, MSG_DONTWAIT};
-use nix::net::if_::if_indextoname;
+use nix::net::if_::{if_indextoname, if_nametoindex};
 
 use crate::kernel::interfaces::WatchedInterfaces;
-use crate::kernel::netfilter::{Message, NetlinkError, attribute, messages};
+use crate::kernel::neighbours::WatchedNeighbours;
+use crate::kernel::netfilter::{Message, NetlinkError, address, attribute, messages};
 use crate::names::Reach;
 
 /// Questions at a time: the answers, of less than 1 KiB each in the kernel's memory, must fit into a socket's buffer of the
@@ -61,25 +62,26 @@ impl WatchedAddresses {
 pub(crate) struct Lookup {
     pub(crate) interfaces: WatchedInterfaces,
     pub(crate) addresses: WatchedAddresses,
+    pub(crate) neighbours: WatchedNeighbours,
 }
 
 impl Lookup {
-    /// Completes what is known of these addresses, and forgets others.
+    /// Completes what is known of these addresses, and forgets others. Returns whether there was anything to look up.
     pub(crate) fn complete(
         &self,
-        addresses: &BTreeSet<IpAddr>,
+        addresses: BTreeSet<IpAddr>,
         known: &mut BTreeMap<IpAddr, Reach>,
-    ) -> Result<(), ReachError> {
-        // Before they are looked up: what changes from now on is heard.
-        self.addresses.all().clone_from(addresses);
+    ) -> Result<bool, ReachError> {
         known.retain(|address, _| addresses.contains(address));
         let unknown: Vec<IpAddr> = addresses
             .iter()
             .filter(|address| !known.contains_key(address))
             .copied()
             .collect();
+        // Before they are looked up: what changes from now on is heard.
+        *self.addresses.all() = addresses;
         if unknown.is_empty() {
-            return Ok(());
+            return Ok(false);
         }
         let socket = open().map_err(ReachError::Open)?;
         for some in unknown.chunks(AT_A_TIME) {
@@ -101,7 +103,21 @@ impl Lookup {
                 );
             }
         }
-        Ok(())
+        Ok(true)
+    }
+
+    /// Watches which link-layer addresses those of these nodes have that are on link.
+    pub(crate) fn watch(&self, nodes: &BTreeSet<IpAddr>, reach: &BTreeMap<IpAddr, Reach>) {
+        let mut indexes: BTreeMap<&str, Option<u32>> = BTreeMap::new();
+        let places = nodes.iter().filter_map(|node| {
+            let Reach::OnLink(name) = reach.get(node)? else {
+                return None;
+            };
+            let index = indexes.entry(name);
+            let index = *index.or_insert_with(|| if_nametoindex(name.as_str()).ok());
+            Some((*node, index?))
+        });
+        self.neighbours.watch(places);
     }
 
     fn answer(&self, bytes: &[u8]) -> Result<Reach, NetlinkError> {
@@ -189,10 +205,4 @@ pub(crate) fn changed_by(route: &Message<'_>) -> Option<IpNet> {
 fn gateway(message: &Message<'_>) -> Option<IpAddr> {
     let via = || attribute_of(message, RTA_VIA)?.get(2..);
     address(attribute_of(message, libc::RTA_GATEWAY).or_else(via)?)
-}
-
-fn address(bytes: &[u8]) -> Option<IpAddr> {
-    let v4 = <[u8; 4]>::try_from(bytes).map(|v4| Ipv4Addr::from(v4).into());
-    let v6 = || <[u8; 16]>::try_from(bytes).map(|v6| Ipv6Addr::from(v6).into());
-    v4.or_else(|_| v6()).ok()
 }

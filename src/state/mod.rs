@@ -13,6 +13,7 @@ use derive_more::Display;
 use ipnet::IpNet;
 use strum::{IntoStaticStr, VariantNames};
 
+use crate::ethernet::Mac;
 use crate::names::{Interface, Reach};
 
 pub use self::routing::{Mark, NextHop, NextHops, RouteState, Rule, RuleAction, Table, TableId};
@@ -169,6 +170,14 @@ pub struct KernelState {
     pub doubt: bool,
 }
 
+/// Addresses of others that the kernel is asked about.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Asked {
+    /// Those of nodes.
+    pub nodes: BTreeSet<IpAddr>,
+    pub vips: BTreeSet<IpAddr>,
+}
+
 /// What was read of a node's kernel.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Observed {
@@ -177,6 +186,8 @@ pub struct Observed {
     pub interfaces: Vec<Interface>,
     /// How addresses are reached, as far as they were asked for since.
     pub reach: BTreeMap<IpAddr, Reach>,
+    /// The link-layer addresses of other nodes that are on link, as far as the kernel has learned them, by IP address.
+    pub neighbours: BTreeMap<IpAddr, Mac>,
     /// Tables of our range that others use: not to be used by us.
     pub occupied: BTreeSet<(Family, TableId)>,
     /// What of others comes before ours or among it, as sentences for the operator.

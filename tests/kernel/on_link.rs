@@ -2,8 +2,9 @@
 
 use std::time::Duration;
 
+use metaleg::ethernet::Mac;
 use metaleg::names::Reach;
-use metaleg::state::Observed;
+use metaleg::state::{Asked, Observed};
 
 use super::*;
 
@@ -22,11 +23,17 @@ async fn complete(
     addresses: &[&str],
     observed: &mut Observed,
 ) -> Vec<Reach> {
-    let asked: BTreeSet<IpAddr> = addresses.iter().map(|a| ip(a)).collect();
-    kernel.look_up(&asked, observed).await.unwrap();
-    assert_eq!(observed.reach.len(), asked.len());
+    kernel.look_up(&nodes(addresses), observed).await.unwrap();
+    assert_eq!(observed.reach.len(), addresses.len());
     let reach = addresses.iter().map(|a| observed.reach[&ip(a)].clone());
     reach.collect()
+}
+
+fn nodes(addresses: &[&str]) -> Asked {
+    Asked {
+        nodes: addresses.iter().map(|a| ip(a)).collect(),
+        ..Asked::default()
+    }
 }
 
 fn on_link(interface: &str) -> Reach {
@@ -174,7 +181,10 @@ fn only_unknown_addresses_are_looked_up_and_thousands_at_once() {
             IpAddr::from(octets)
         });
         sh("ip addr add 192.0.3.1/16 dev eth0; ip route add default via 192.0.2.254");
-        let many: BTreeSet<IpAddr> = many.collect();
+        let many = Asked {
+            vips: many.collect(),
+            ..Asked::default()
+        };
         kernel.look_up(&many, &mut observed).await.unwrap();
         for (address, reach) in &observed.reach {
             let expected = match address {
@@ -215,5 +225,110 @@ fn what_changes_the_way_to_a_node_is_noticed_and_other_routes_are_not() {
             ip -6 route add default via 2001:db8:1::fe; ip route del 10.244.1.50/32
             ip link del pod1");
         assert!(!has_drifted(&mut kernel).await, "none of it is on the way");
+    });
+}
+
+/// The link-layer addresses of other nodes, as a pass that reads everything finds them.
+async fn neighbours(kernel: &mut NodeKernel, asked: &Asked) -> Vec<(String, Mac)> {
+    let mut observed = kernel.observe().await.unwrap();
+    kernel.look_up(asked, &mut observed).await.unwrap();
+    let found = observed.neighbours.into_iter();
+    found.map(|(a, mac)| (a.to_string(), mac)).collect()
+}
+
+#[test]
+fn the_link_layer_addresses_of_nodes_are_known_and_news_only_when_they_change() {
+    in_namespace(|| async {
+        sh("ip link add eth1 type veth peer name wire1; ip link set wire1 up; ip link set eth1 up");
+        let mut kernel = open(Mode::Nftables).await;
+        let asked = Asked {
+            nodes: [
+                "192.0.2.12",
+                "192.0.2.13",
+                "198.51.100.14",
+                "2001:db8:1::12",
+            ]
+            .map(ip)
+            .into(),
+            // On link, and announced by one node after the other.
+            vips: [ip("192.0.2.200")].into(),
+        };
+        assert_eq!(neighbours(&mut kernel, &asked).await, []);
+        settle(&mut kernel).await;
+        let of = |n: u8| Mac([2, 0, 0, 0, 0, n]);
+        let v4 = |n: u8| ("192.0.2.12".to_owned(), of(n));
+        let v6 = |n: u8| ("2001:db8:1::12".to_owned(), of(n));
+        let at = |change: &str| format!("ip neigh replace {change}");
+        for (change, is_news, expected) in [
+            (
+                at("192.0.2.12 lladdr 02:00:00:00:00:02 dev eth0 nud reachable"),
+                true,
+                vec![v4(2)],
+            ),
+            (
+                at("192.0.2.12 lladdr 02:00:00:00:00:02 dev eth0 nud stale"),
+                false,
+                vec![v4(2)],
+            ),
+            (
+                at("192.0.2.12 lladdr 02:00:00:00:00:02 dev eth0 nud permanent"),
+                false,
+                vec![v4(2)],
+            ),
+            (
+                at("2001:db8:1::12 lladdr 02:00:00:00:00:02 dev eth0 nud stale"),
+                true,
+                vec![v4(2), v6(2)],
+            ),
+            (
+                at("192.0.2.12 lladdr 02:00:00:00:00:22 dev eth0 nud stale"),
+                true,
+                vec![v4(0x22), v6(2)],
+            ),
+            // Nobody answers any more, and nobody has asked for long.
+            (
+                at("192.0.2.12 dev eth0 nud failed"),
+                false,
+                vec![v4(0x22), v6(2)],
+            ),
+            (
+                "ip neigh flush dev eth0".to_owned(),
+                false,
+                vec![v4(0x22), v6(2)],
+            ),
+            (
+                at("192.0.2.12 lladdr 02:00:00:00:00:22 dev eth0 nud stale"),
+                false,
+                vec![v4(0x22), v6(2)],
+            ),
+            // Not asked about, not on link, on another interface.
+            (
+                at("10.244.1.11 lladdr 02:00:00:00:00:31 dev eth0 nud reachable"),
+                false,
+                vec![v4(0x22), v6(2)],
+            ),
+            (
+                at("192.0.2.200 lladdr 02:00:00:00:00:32 dev eth0 nud reachable"),
+                false,
+                vec![v4(0x22), v6(2)],
+            ),
+            (
+                at("198.51.100.14 lladdr 02:00:00:00:00:33 dev eth0 nud reachable"),
+                false,
+                vec![v4(0x22), v6(2)],
+            ),
+            (
+                at("192.0.2.13 lladdr 02:00:00:00:00:34 dev eth1 nud reachable"),
+                false,
+                vec![v4(0x22), v6(2)],
+            ),
+        ] {
+            sh(&change);
+            assert_eq!(has_drifted(&mut kernel).await, is_news, "{change}");
+            assert!(!has_drifted(&mut kernel).await, "{change}: told twice");
+            assert_eq!(neighbours(&mut kernel, &asked).await, expected, "{change}");
+        }
+        let fewer = nodes(&["2001:db8:1::12"]);
+        assert_eq!(neighbours(&mut kernel, &fewer).await, [v6(2)]);
     });
 }

@@ -234,8 +234,9 @@ impl Scenario {
         let heard = heard.map(|(vip, node)| (*vip, Heard::new(NodeName(node.clone()), now)));
         // The head of a pass of an agent that has just been started, and the steps that come of it.
         let facts = self.objects()?.facts(&settings);
-        let addresses = pass::to_look_up(&facts, &node.interfaces).into_iter();
-        let reach = addresses.map(|a| (a, self.reach(a, &node.interfaces)));
+        let asked = pass::to_look_up(&facts, &node.interfaces);
+        let addresses = asked.nodes.union(&asked.vips);
+        let reach = addresses.map(|a| (*a, self.reach(*a, &node.interfaces)));
         node.reach = reach.collect();
         let heard = heard.collect();
         let pass = Memory::new(&settings).plan(facts, &heard, &mut node, &settings, now);
