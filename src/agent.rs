@@ -18,7 +18,7 @@ use crate::diff::diff;
 use crate::error::chain;
 use crate::kernel::{Kernel, StepError};
 use crate::lan::Lan;
-use crate::pass::{Memory, Pass};
+use crate::pass::{self, Memory, Pass};
 use crate::plan::Desired;
 use crate::report::log::{self, Change, Log};
 use crate::report::{Report, events};
@@ -144,6 +144,9 @@ impl<K: Kernel> Agent<'_, K> {
         };
         let heard = self.lan.map(Lan::heard).unwrap_or_default();
         let (facts, now) = (self.cluster.facts(), started.into_std());
+        let asked = pass::to_look_up(&facts, &confirmed.interfaces);
+        let looked_up = self.kernel.look_up(&asked, &mut confirmed).await;
+        looked_up.map_err(|error| chain(&error))?;
         let memory = &mut self.memory;
         let pass = memory.plan(facts, &heard, &mut confirmed, self.settings, now);
         self.publish(&pass);

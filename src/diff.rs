@@ -9,8 +9,8 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 
 use crate::state::{
-    ConnectionStep, Family, FamilyState, FirewallState, FirewallStep, KernelState, Landmark, NetSet,
-    PodSet, PodState, RouteState, RouteStep, Skeleton, Step, Table,
+    ConnectionStep, Family, FamilyState, FirewallState, FirewallStep, KernelState, Landmark,
+    NetSet, PodSet, PodState, RouteState, RouteStep, Skeleton, Step, Table,
 };
 
 /// When a step has its turn. The order of the variants is the order of the steps; between two steps of one
@@ -188,12 +188,20 @@ fn routes(
         }
         for net in new.throws.difference(&old.throws) {
             let is_excluded = excluded.iter().any(|wider| wider.contains(net));
-            let phase = if is_excluded { Phase::Throws } else { Phase::NewThrows };
+            let phase = if is_excluded {
+                Phase::Throws
+            } else {
+                Phase::NewThrows
+            };
             steps.add(phase, RouteStep::AddThrow(*id, *net));
         }
         let goes = *new == none;
         for net in old.throws.difference(&new.throws) {
-            let phase = if goes { Phase::OldGateways } else { Phase::OldThrows };
+            let phase = if goes {
+                Phase::OldGateways
+            } else {
+                Phase::OldThrows
+            };
             steps.add(phase, RouteStep::RemoveThrow(*id, *net));
         }
     }

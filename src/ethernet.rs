@@ -48,7 +48,11 @@ impl FromStr for Mac {
 
     /// Six pairs of hexadecimal digits with colons between.
     fn from_str(text: &str) -> Result<Mac, NotAMac> {
-        let octet = |part: &str| u8::from_str_radix(part, 16).ok().filter(|_| part.len() == 2);
+        let octet = |part: &str| {
+            u8::from_str_radix(part, 16)
+                .ok()
+                .filter(|_| part.len() == 2)
+        };
         let octets: Option<Vec<u8>> = text.split(':').map(octet).collect();
         let octets = octets.and_then(|octets| octets.try_into().ok());
         octets.map(Mac).ok_or_else(|| NotAMac(text.to_owned()))

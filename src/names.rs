@@ -2,7 +2,9 @@
 
 use std::collections::BTreeSet;
 use std::fmt;
+use std::net::IpAddr;
 
+use derive_more::Display;
 use ipnet::IpNet;
 
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -26,9 +28,27 @@ impl fmt::Display for ObjectKey {
     }
 }
 
-/// An interface of this node with the networks that are directly reachable on it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// An interface of this node.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Interface {
     pub name: String,
+    /// The node's own addresses on it.
+    pub addresses: BTreeSet<IpAddr>,
+    /// The networks of these addresses. What is on link there is another question, see [`Reach`]: an address of /128 names
+    /// no network.
     pub nets: BTreeSet<IpNet>,
+}
+
+/// How this node's kernel would send to an address.
+#[derive(Clone, Debug, Display, PartialEq, Eq)]
+pub enum Reach {
+    /// Directly, on this interface.
+    #[display("on link at {_0}")]
+    OnLink(String),
+    #[display("reached through {_0}")]
+    Router(IpAddr),
+    #[display("this node's own")]
+    Own,
+    #[display("not reached: {_0}")]
+    Unreachable(String),
 }

@@ -11,11 +11,11 @@ use crate::announcers::{Announcers, Resolved, Source, Sources};
 use crate::cluster::View;
 use crate::cluster::index::Snapshot;
 use crate::lan::{Heard, Wanted};
-use crate::names::{Interface, NodeName};
+use crate::names::{Interface, NodeName, Reach};
 use crate::plan::slots::Slots;
 use crate::plan::{Desired, adopt, plan};
 use crate::settings::Settings;
-use crate::state::Observed;
+use crate::state::{Asked, Observed};
 
 /// What a pass leaves for the next one.
 #[derive(Clone, Debug)]
@@ -74,6 +74,8 @@ impl Memory {
         let mut view = facts.view;
         view.interfaces.clone_from(&kernel.interfaces);
         view.traits = kernel.traits;
+        view.reach.clone_from(&kernel.reach);
+        view.neighbours.clone_from(&kernel.neighbours);
         let is_start = self.last.is_none();
         if is_start {
             let adopted = adopt::gateways(&kernel.state, &view.nodes, &settings.node_name);
@@ -126,13 +128,12 @@ impl Memory {
 impl Memory {
     /// Until when this node counts as a gateway, if nothing else happens: for the grace period after it was one, because
     /// others may learn late that it is none any more. `None` when it does not.
-    fn gateway_until(
-        &mut self,
-        view: &View,
-        settings: &Settings,
-        now: Instant,
-    ) -> Option<Instant> {
-        if view.announcers.values().any(|node| *node == settings.node_name) {
+    fn gateway_until(&mut self, view: &View, settings: &Settings, now: Instant) -> Option<Instant> {
+        if view
+            .announcers
+            .values()
+            .any(|node| *node == settings.node_name)
+        {
             self.was_gateway = Some(now);
         }
         let until = self.was_gateway? + settings.grace;
@@ -140,14 +141,60 @@ impl Memory {
     }
 }
 
+/// The addresses that a plan must know how to reach: those of the nodes, and VIPs that are in no network of an interface.
+pub fn to_look_up(facts: &Snapshot, interfaces: &[Interface]) -> Asked {
+    let nodes = facts.view.nodes.values();
+    let nodes = nodes.flat_map(|node| &node.addresses);
+    let vips = facts.view.services.values().flat_map(|s| s.vips.values());
+    let vips = vips.filter(|vip| connected(**vip, interfaces).is_none());
+    Asked {
+        nodes: nodes.copied().collect(),
+        vips: vips.copied().collect(),
+    }
+}
+
+/// The interface whose network holds an address: the longest such network, as in the kernel. An address that stands for
+/// itself is no network: kube-proxy in IPVS mode gives VIPs to an interface of its own.
+fn connected(address: IpAddr, interfaces: &[Interface]) -> Option<&str> {
+    let nets = interfaces.iter().flat_map(|interface| {
+        let nets = interface.nets.iter();
+        let nets = nets.filter(|net| net.contains(&address));
+        let nets = nets.filter(|net| net.prefix_len() < net.max_prefix_len());
+        nets.map(|net| (net.prefix_len(), interface.name.as_str()))
+    });
+    // Of the same length it is the first.
+    let longest = nets.reduce(|one, other| if other.0 > one.0 { other } else { one });
+    Some(longest?.1)
+}
+
+/// The interface on which VIPs are announced: where most of them are on link, else where this node's own address is.
+fn lan<'a>(view: &'a View, own: &NodeName) -> Option<&'a str> {
+    let interface = |vip: &IpAddr| {
+        let on_link = || match view.reach.get(vip)? {
+            Reach::OnLink(name) => Some(name.as_str()),
+            Reach::Router(_) | Reach::Own | Reach::Unreachable(_) => None,
+        };
+        connected(*vip, &view.interfaces).or_else(on_link)
+    };
+    let vips = view.services.values().flat_map(|s| s.vips.values());
+    let vips: BTreeSet<&IpAddr> = vips.collect();
+    let mut counts: BTreeMap<&str, usize> = BTreeMap::new();
+    for name in vips.into_iter().filter_map(interface) {
+        *counts.entry(name).or_default() += 1;
+    }
+    // Of the same number it is the first by name.
+    let most = counts.into_iter().rev().max_by_key(|(_, count)| *count);
+    let own = || {
+        let addresses = &view.nodes.get(own)?.addresses;
+        let has = |link: &&Interface| addresses.iter().any(|a| link.addresses.contains(a));
+        Some(view.interfaces.iter().find(has)?.name.as_str())
+    };
+    most.map(|(name, _)| name).or_else(own)
+}
+
 /// What of a view is of interest on the LAN.
 fn wanted(view: &View, resolved: &Resolved, settings: &Settings) -> Wanted {
-    let own = view.nodes.get(&settings.node_name);
-    let is_lan = |interface: &&Interface| {
-        let mut addresses = own.into_iter().flat_map(|node| &node.addresses);
-        addresses.any(|a| interface.nets.iter().any(|net| net.contains(a)))
-    };
-    let found = || Some(view.interfaces.iter().find(is_lan)?.name.clone());
+    let found = || lan(view, &settings.node_name).map(str::to_owned);
     let nodes = view.nodes.iter().flat_map(|(name, node)| {
         let addresses = node.addresses.iter();
         addresses.map(move |address| (*address, name.clone()))
@@ -222,10 +269,13 @@ mod tests {
         }
     }
 
-    fn interface(name: &str, net: &str) -> Interface {
+    /// With an address, and its prefix length.
+    fn interface(name: &str, address: &str) -> Interface {
+        let net: ipnet::IpNet = address.parse().unwrap();
         Interface {
             name: name.to_owned(),
-            nets: [net.parse().unwrap()].into(),
+            addresses: [net.addr()].into(),
+            nets: [net.trunc()].into(),
         }
     }
 
@@ -236,9 +286,15 @@ mod tests {
                 ..KernelState::default()
             },
             interfaces: vec![
-                interface("cni0", "10.244.1.0/24"),
-                interface("eth0", "192.0.2.0/24"),
+                interface("cni0", "10.244.1.1/24"),
+                interface("eth0", "192.0.2.11/24"),
             ],
+            reach: [2, 3]
+                .map(|n| {
+                    let on_link = Reach::OnLink("eth0".to_owned());
+                    (IpAddr::from([192, 0, 2, 10 + n]), on_link)
+                })
+                .into(),
             ..Observed::default()
         }
     }
@@ -361,29 +417,117 @@ mod tests {
     }
 
     #[test]
-    fn the_interface_to_listen_on_is_the_named_one_or_that_of_the_nodes_address() {
-        let named = |name: Option<&str>| Settings {
-            lan_interface: name.map(str::to_owned),
-            ..settings()
+    fn the_interface_to_listen_on_is_the_named_one_or_that_of_the_vips_or_of_the_nodes_address() {
+        let usual = || {
+            vec![
+                interface("cni0", "10.244.1.1/24"),
+                interface("eth0", "192.0.2.11/24"),
+            ]
         };
-        for (lan_interface, on, expected) in [
-            (None, "node1", Some("eth0")),
-            (Some("lan0"), "node1", Some("lan0")),
-            (None, "unknown", None),
-            (Some("lan0"), "unknown", Some("lan0")),
-        ] {
+        let with = |more: Interface| [usual(), vec![more]].concat();
+        // DHCPv6 and some providers give such addresses.
+        let alone = || {
+            vec![
+                interface("cni0", "10.244.1.1/24"),
+                interface("eth0", "192.0.2.11/32"),
+            ]
+        };
+        let on_link = [(ip(VIPS[0]), Reach::OnLink("eth7".to_owned()))];
+        let by_router = [(ip(VIPS[0]), Reach::Router(ip("192.0.2.254")))];
+        let cases: [(&str, _, &[_], _, _, _); 9] = [
+            ("the usual", usual(), &[], None, "node1", Some("eth0")),
+            ("named", usual(), &[], Some("lan0"), "node1", Some("lan0")),
+            ("named", alone(), &[], Some("lan0"), "unknown", Some("lan0")),
+            (
+                "a VIP's network",
+                usual(),
+                &[],
+                None,
+                "unknown",
+                Some("eth0"),
+            ),
+            (
+                "the longer network",
+                [vec![interface("eth8", "192.0.0.1/16")], usual()].concat(),
+                &[],
+                None,
+                "node1",
+                Some("eth0"),
+            ),
+            (
+                "a VIP that kube-proxy has given to an interface",
+                with(interface("kube-ipvs0", "192.0.2.200/32")),
+                &[],
+                None,
+                "node1",
+                Some("eth0"),
+            ),
+            (
+                "a VIP on link",
+                alone(),
+                &on_link,
+                None,
+                "node1",
+                Some("eth7"),
+            ),
+            (
+                "its own address",
+                alone(),
+                &by_router,
+                None,
+                "node1",
+                Some("eth0"),
+            ),
+            ("none", alone(), &by_router, None, "unknown", None),
+        ];
+        for (what, interfaces, reach, lan_interface, on, expected) in cases {
             let settings = Settings {
                 node_name: NodeName(on.to_owned()),
-                ..named(lan_interface)
+                lan_interface: lan_interface.map(str::to_owned),
+                ..settings()
             };
             let view = View {
-                interfaces: kernel().interfaces,
+                interfaces,
+                reach: reach.iter().cloned().collect(),
                 ..facts().view
             };
             let wanted = wanted(&view, &Resolved::default(), &settings);
-            assert_eq!(wanted.interface.as_deref(), expected);
+            assert_eq!(wanted.interface.as_deref(), expected, "{what}");
             assert_eq!(wanted.own, Some(settings.node_name));
         }
+    }
+
+    #[test]
+    fn the_interface_of_most_vips_is_listened_on() {
+        let view = View {
+            interfaces: vec![
+                interface("eth0", "192.0.2.11/24"),
+                interface("eth1", "198.51.100.11/24"),
+            ],
+            ..facts().view
+        };
+        let view = view.with(service("b").vip("198.51.100.200"));
+        assert_eq!(
+            lan(&view, &node(1)),
+            Some("eth0"),
+            "the first of the same number"
+        );
+        let view = view.with(service("c").vip("198.51.100.201"));
+        assert_eq!(lan(&view, &node(1)), Some("eth1"));
+    }
+
+    #[test]
+    fn the_way_to_nodes_is_looked_up_and_to_vips_where_no_network_of_an_interface_tells() {
+        let nodes: BTreeSet<IpAddr> = (1..=3).map(|n| IpAddr::from([192, 0, 2, 10 + n])).collect();
+        let mut expected = Asked {
+            nodes,
+            vips: [ip(VIPS[1])].into(),
+        };
+        assert_eq!(to_look_up(&facts(), &kernel().interfaces), expected);
+        expected.vips.insert(ip(VIPS[0]));
+        assert_eq!(to_look_up(&facts(), &[]), expected);
+        let none = Snapshot::default();
+        assert_eq!(to_look_up(&none, &kernel().interfaces), Asked::default());
     }
 
     #[test]

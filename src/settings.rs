@@ -78,7 +78,8 @@ pub const DEFINITIONS: &[Definition] = definitions! {
         "Where a VIP's announcer is read from: `status` (MetalLB's ServiceL2Status objects), or `status,wire`: \
          ARP and neighbour discovery on the LAN too, where it is known first and never lost";
     LAN_INTERFACE = "":
-        "Interface on which the other nodes are reached; empty: the one whose subnet holds the gateway";
+        "Interface on which VIPs are announced and the other nodes are on link; empty: found out for each, by networks \
+         and routes";
     STRICT_START = "false":
         "Drop what a pod of this node sends to outside until it is known whether it is an egress pod";
     METRICS_BIND_ADDRESS = ":21793": "Address of `/metrics`; `0` for none";

@@ -8,7 +8,7 @@ use crate::cluster::leases::BootId;
 use crate::kernel;
 use crate::names::NodeName;
 use crate::state::{
-    Family, FamilyState, FirewallStep, KernelState, Rule, RuleAction, Skeleton, TableId,
+    Asked, Family, FamilyState, FirewallStep, KernelState, Rule, RuleAction, Skeleton, TableId,
 };
 
 /// A kernel that remembers what was done to it, and fails where a test wants it.
@@ -67,6 +67,10 @@ impl Kernel for FakeKernel {
             state,
             ..Observed::default()
         })
+    }
+
+    async fn look_up(&mut self, _: &Asked, _: &mut Observed) -> Result<(), kernel::Error> {
+        Ok(())
     }
 
     async fn drifted(&mut self) {

@@ -21,7 +21,7 @@ use kube::ResourceExt;
 
 use crate::cluster::leases::BootId;
 use crate::ethernet::Mac;
-use crate::names::{Interface, NodeName, ObjectKey};
+use crate::names::{Interface, NodeName, ObjectKey, Reach};
 use crate::state::{Family, Traits};
 
 /// Label that opts a Service in, when its value is [`EGRESS_VALUE`].
@@ -121,8 +121,11 @@ pub struct View {
     /// Pod networks that the CNI plugin keeps in objects of its own.
     pub pod_pools: BTreeSet<IpNet>,
     pub traits: Traits,
+    /// The interfaces of this node that are up, but for loopback.
     pub interfaces: Vec<Interface>,
-    /// The link-layer addresses of nodes, as far as the kernel knows them.
+    /// How this node reaches the addresses of nodes, and VIPs in no network of an interface.
+    pub reach: BTreeMap<IpAddr, Reach>,
+    /// The link-layer addresses of other nodes that are on link, as far as this node's kernel has learned them.
     pub neighbours: BTreeMap<IpAddr, Mac>,
     /// Packets of other nodes' pods may come through this node as their gateway: it is one, or was one a moment ago.
     pub is_gateway: bool,
@@ -238,9 +241,10 @@ impl Node {
         self.programmed.is_some() && (self.boot.is_none() || self.boot == self.programmed)
     }
 
-    pub fn address(&self, family: Family) -> Option<IpAddr> {
-        let mut addresses = self.addresses.iter().copied();
-        addresses.find(|address| Family::of(*address) == family)
+    /// Its addresses of a family, in the order of the object.
+    pub fn addresses(&self, family: Family) -> impl Iterator<Item = IpAddr> {
+        let addresses = self.addresses.iter().copied();
+        addresses.filter(move |address| Family::of(*address) == family)
     }
 }
 
@@ -387,8 +391,8 @@ mod tests {
         assert_eq!(node("2026-01-01T00:00:00Z"), node("2026-01-01T00:00:10Z"));
         assert_eq!(node("2026-01-01T00:00:00Z").pod_cidrs.len(), 2);
         assert_eq!(
-            node("2026-01-01T00:00:00Z").address(Family::V4),
-            Some("192.0.2.11".parse().unwrap())
+            node("2026-01-01T00:00:00Z").addresses,
+            ["192.0.2.11".parse::<IpAddr>().unwrap()]
         );
     }
 }

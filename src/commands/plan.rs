@@ -13,7 +13,7 @@ use crate::cluster::View;
 use crate::cluster::watch::Cluster;
 use crate::kernel::{self, Kernel};
 use crate::names::ObjectKey;
-use crate::pass::Memory;
+use crate::pass::{self, Memory};
 use crate::plan::{self, Desired, Verdict};
 use crate::settings::Settings;
 use crate::state::{Family, NextHop, PodState, TableId};
@@ -86,8 +86,11 @@ pub async fn run(
     }
     let mut observed = kernel.observe().await?;
     let (heard, now) = (BTreeMap::new(), Instant::now());
+    let facts = cluster.facts();
+    let asked = pass::to_look_up(&facts, &observed.interfaces);
+    kernel.look_up(&asked, &mut observed).await?;
     let mut memory = Memory::new(settings);
-    let pass = memory.plan(cluster.facts(), &heard, &mut observed, settings, now);
+    let pass = memory.plan(facts, &heard, &mut observed, settings, now);
     let shown = Shown::of(&pass.desired, &pass.view, settings);
     match format {
         PlanFormat::Table => Ok(shown.to_string()),

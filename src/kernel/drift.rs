@@ -3,6 +3,8 @@
 //! The kernel notifies of every change of links, addresses, routes, rules and nftables objects, which include
 //! iptables rules in nf_tables mode. Notifications of our own changes, and of what is none of our business, are ignored.
 //! Legacy iptables and ipset notify of nothing: damage there is found when the state is read back.
+//!
+//! How nodes are reached is noticed here, too, and by which link-layer addresses.
 
 use std::time::Duration;
 
@@ -13,14 +15,16 @@ use nix::libc;
 use tokio::time::Instant;
 
 use crate::kernel::backend::Watched;
-use crate::kernel::interfaces::WatchedInterfaces;
+use crate::kernel::neighbours;
 use crate::kernel::netfilter::{Message, NetlinkError, attribute, attributes, messages};
 use crate::kernel::ours::{PROTOCOL_NUMBER, Ranges};
+use crate::kernel::reach::{self, Lookup};
 use crate::state::TableId;
 
-/// Links, addresses, routes and rules, of both families.
-const ROUTE_GROUPS: [u32; 7] = [
+/// Links, neighbours, addresses, routes and rules, of both families.
+const ROUTE_GROUPS: [u32; 8] = [
     libc::RTNLGRP_LINK,
+    libc::RTNLGRP_NEIGH,
     libc::RTNLGRP_IPV4_IFADDR,
     libc::RTNLGRP_IPV4_ROUTE,
     libc::RTNLGRP_IPV4_RULE,
@@ -62,7 +66,7 @@ struct Filter {
     own_ports: Vec<u32>,
     ranges: Ranges,
     watched: Watched,
-    interfaces: WatchedInterfaces,
+    lookup: Lookup,
 }
 
 fn listen(protocol: isize, groups: &[u32]) -> Result<TokioSocket, NetlinkError> {
@@ -79,7 +83,7 @@ impl DriftListener {
         own_ports: Vec<u32>,
         ranges: Ranges,
         watched: Watched,
-        interfaces: WatchedInterfaces,
+        lookup: Lookup,
     ) -> Result<DriftListener, NetlinkError> {
         Ok(DriftListener {
             routes: listen(NETLINK_ROUTE, &ROUTE_GROUPS)?,
@@ -88,7 +92,7 @@ impl DriftListener {
                 own_ports,
                 ranges,
                 watched,
-                interfaces,
+                lookup,
             },
             heard: None,
             reported: None,
@@ -142,7 +146,7 @@ impl Filter {
         match message.kind {
             libc::RTM_NEWLINK | libc::RTM_DELLINK => message
                 .number_at(4)
-                .is_some_and(|index| self.interfaces.contains(index)),
+                .is_some_and(|index| self.lookup.interfaces.contains(index)),
             // Every pod's interface has a link-local address.
             libc::RTM_NEWADDR | libc::RTM_DELADDR => {
                 !attributes(message.tail(8)).any(|(_, value)| is_link_local(value))
@@ -153,8 +157,13 @@ impl Filter {
                 let table = table.map(|table| TableId(u32::from_ne_bytes(table)));
                 table.is_some_and(|table| self.ranges.has_table(table))
                     || message.byte_at(5) == Some(PROTOCOL_NUMBER)
+                    || reach::changed_by(&message)
+                        .is_some_and(|net| self.lookup.addresses.any_in(net))
             }
             libc::RTM_NEWRULE | libc::RTM_DELRULE => true,
+            // Nodes' alone, and not that they were heard of again.
+            libc::RTM_NEWNEIGH => neighbours::notified(&message)
+                .is_some_and(|neighbour| self.lookup.neighbours.take(neighbour)),
             _ => false,
         }
     }

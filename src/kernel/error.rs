@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use crate::kernel::conntrack::ConntrackError;
 use crate::kernel::netfilter::NetlinkError;
+use crate::kernel::reach::ReachError;
 use crate::kernel::routes::RouteError;
 use crate::kernel::tool::ToolError;
 use crate::state::Step;
@@ -44,6 +45,8 @@ pub enum Error {
     Batch(Arc<Error>),
     #[error(transparent)]
     Route(#[from] RouteError),
+    #[error(transparent)]
+    Reach(#[from] ReachError),
     #[error("nftables")]
     Netlink(#[from] NetlinkError),
     #[error(transparent)]

@@ -11,14 +11,18 @@ use rtnetlink::{Error, Handle};
 
 use crate::names::Interface;
 
-/// Interfaces whose state matters, by index: those that have or had an address of global scope, because a gateway may be
-/// behind them when they come up again. Shared between what reads interfaces and what listens for drift.
+/// Interfaces whose state matters, by index: those that have or had an address of global scope, or a node on link, because
+/// a gateway may be behind them when they come up again. Shared between what reads interfaces and what listens for drift.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct WatchedInterfaces(Arc<Mutex<BTreeSet<u32>>>);
 
 impl WatchedInterfaces {
     pub(crate) fn contains(&self, index: u32) -> bool {
         self.indexes().contains(&index)
+    }
+
+    pub(crate) fn add(&self, index: u32) {
+        self.indexes().insert(index);
     }
 
     fn indexes(&self) -> MutexGuard<'_, BTreeSet<u32>> {
@@ -50,7 +54,7 @@ pub(crate) async fn links(handle: &Handle) -> Result<Vec<Link>, Error> {
     Ok(links.into_iter().filter_map(link).collect())
 }
 
-/// Those of the interfaces that are up, but for loopback, with their connected networks.
+/// Those of the interfaces that are up, but for loopback, with their addresses and networks.
 pub(crate) async fn connected(
     handle: &Handle,
     links: Vec<Link>,
@@ -61,25 +65,34 @@ pub(crate) async fn connected(
     };
     let mut interfaces = BTreeMap::new();
     for Link { index, name, .. } in links.into_iter().filter(is_usable) {
-        let nets = BTreeSet::new();
-        interfaces.insert(index, Interface { name, nets });
+        let interface = Interface {
+            name,
+            ..Interface::default()
+        };
+        interfaces.insert(index, interface);
     }
     let mut addresses = handle.address().get().execute();
     while let Some(message) = addresses.try_next().await? {
         if message.header.scope == AddressScope::Universe {
-            watched.indexes().insert(message.header.index);
+            watched.add(message.header.index);
         }
         let Some(interface) = interfaces.get_mut(&message.header.index) else {
             continue;
         };
         let length = message.header.prefix_len;
-        // `Address` is the peer's on a point-to-point link, which is what can be reached there.
+        // On a point-to-point link `Address` is the peer's, which is what can be reached there, and `Local` our own. IPv6 has
+        // no `Local` elsewhere.
+        let (mut peer, mut local) = (None, None);
         for attribute in &message.attributes {
-            if let AddressAttribute::Address(address) = attribute {
-                let net = IpNet::new(*address, length).ok();
-                interface.nets.extend(net.map(|net| net.trunc()));
+            match attribute {
+                AddressAttribute::Address(address) => peer = Some(*address),
+                AddressAttribute::Local(address) => local = Some(*address),
+                _ => {}
             }
         }
+        let net = peer.and_then(|peer| IpNet::new(peer, length).ok());
+        interface.nets.extend(net.map(|net| net.trunc()));
+        interface.addresses.extend(local.or(peer));
     }
     Ok(interfaces.into_values().collect())
 }

@@ -18,6 +18,7 @@ pub(crate) mod neighbours;
 mod netfilter;
 mod nftables;
 mod ours;
+mod reach;
 mod remnants;
 mod routes;
 mod tag;
@@ -39,11 +40,12 @@ use crate::kernel::error::executable;
 pub use crate::kernel::error::{Error, StepError};
 use crate::kernel::firewall::Firewall;
 use crate::kernel::ours::Ranges;
+use crate::kernel::reach::Lookup;
 use crate::kernel::routes::Routes;
 use crate::settings::Settings;
 use crate::state::{
-    ConnectionStep, Family, FamilyState, FirewallStep, KernelState, Landmark, NetSet, Observed,
-    Remnant, RouteStep, Step, Traits,
+    Asked, ConnectionStep, Family, FamilyState, FirewallStep, KernelState, Landmark, NetSet,
+    Observed, Remnant, RouteStep, Step, Traits,
 };
 
 /// A node's kernel, as the agent sees it.
@@ -54,7 +56,18 @@ pub trait Kernel: Send {
     /// When any part cannot be read: a partial picture would make the agent repeat or remove the wrong things.
     fn observe(&mut self) -> impl Future<Output = Result<Observed, Error>> + Send;
 
-    /// Waits until others may have changed what is ours. Cancel-safe.
+    /// Completes what was read with how these addresses are reached, as far as that is not known since it was read, and with
+    /// the link-layer addresses of those nodes that are on link; forgets other addresses.
+    ///
+    /// # Errors
+    /// When the kernel cannot be asked. That an address is not reached is an answer.
+    fn look_up(
+        &mut self,
+        asked: &Asked,
+        observed: &mut Observed,
+    ) -> impl Future<Output = Result<(), Error>> + Send;
+
+    /// Waits until others may have changed what is ours, or how addresses that were looked up are reached. Cancel-safe.
     fn drifted(&mut self) -> impl Future<Output = ()> + Send;
 
     /// Executes the steps in order. Returns the steps that failed. A failed step keeps no other from being tried than
@@ -81,6 +94,7 @@ pub struct NodeKernel {
     firewall: Firewall,
     mask_is_shared: bool,
     routes: Routes,
+    lookup: Lookup,
     drift: DriftListener,
     families: Vec<Family>,
     ranges: Ranges,
@@ -120,12 +134,16 @@ impl NodeKernel {
             choice += &format!(", because nftables cannot be used: {}", chain(&error));
         }
         let own_ports = [routes.port].into_iter().chain(profile.port).collect();
-        let drift =
-            DriftListener::open(own_ports, ranges, profile.watched, routes.watched.clone())?;
+        let lookup = Lookup {
+            interfaces: routes.watched.clone(),
+            ..Lookup::default()
+        };
+        let drift = DriftListener::open(own_ports, ranges, profile.watched, lookup.clone())?;
         Ok(NodeKernel {
             firewall,
             mask_is_shared: settings.mask_is_shared,
             routes,
+            lookup,
             drift,
             families,
             ranges,
@@ -208,9 +226,24 @@ impl Kernel for NodeKernel {
                 mask_is_shared: self.mask_is_shared,
             },
             interfaces: self.routes.interfaces().await?,
+            reach: BTreeMap::new(),
+            neighbours: BTreeMap::new(),
             occupied: routes.occupied,
             collisions,
         })
+    }
+
+    async fn look_up(&mut self, asked: &Asked, observed: &mut Observed) -> Result<(), Error> {
+        let all = asked.nodes.union(&asked.vips).copied().collect();
+        if self.lookup.complete(all, &mut observed.reach)? {
+            self.lookup.watch(&asked.nodes, &observed.reach);
+            for neighbour in self.routes.neighbours().await? {
+                self.lookup.neighbours.take(neighbour);
+            }
+        }
+        observed.neighbours = self.lookup.neighbours.known();
+        observed.neighbours.retain(|a, _| asked.nodes.contains(a));
+        Ok(())
     }
 
     async fn drifted(&mut self) {

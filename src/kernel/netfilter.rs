@@ -2,6 +2,8 @@
 //!
 //! Blocking, because the kernel answers before `send` returns; what may take long runs in a thread of its own.
 
+use std::net::IpAddr;
+
 use netlink_packet_core::{
     DecodeError, ErrorBuffer, ErrorMessage, NLA_TYPE_MASK, NLM_F_DUMP, NLM_F_DUMP_INTR,
     NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR, NetlinkBuffer, NetlinkHeader, NetlinkMessage,
@@ -105,6 +107,13 @@ pub(crate) fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])>
 pub(crate) fn attribute(bytes: &[u8], wanted: u16) -> Option<&[u8]> {
     let mut attributes = attributes(bytes);
     Some(attributes.find(|(kind, _)| *kind == wanted)?.1)
+}
+
+/// The IP address that an attribute is.
+pub(crate) fn address(bytes: &[u8]) -> Option<IpAddr> {
+    let v4 = <[u8; 4]>::try_from(bytes).map(IpAddr::from);
+    let v6 = || <[u8; 16]>::try_from(bytes).map(IpAddr::from);
+    v4.or_else(|_| v6()).ok()
 }
 
 /// The messages in a buffer that the kernel filled.

@@ -157,7 +157,11 @@ mod tests {
     fn an_earlier_rule_pairs_a_mark_with_the_table_that_earlier_releases_gave_it() {
         let first = rule(998, (0x0010_0000, Ranges::DEFAULT.mask), 100_000);
         assert!(Ranges::DEFAULT.is_earlier(&first));
-        assert!(Ranges::DEFAULT.is_earlier(&rule(998, (0x0020_0000, Ranges::DEFAULT.mask), 100_001)));
+        assert!(Ranges::DEFAULT.is_earlier(&rule(
+            998,
+            (0x0020_0000, Ranges::DEFAULT.mask),
+            100_001
+        )));
         for other in [
             rule(998, (0x0010_0000, Ranges::DEFAULT.mask), 100_001),
             rule(998, (0, Ranges::DEFAULT.mask), 100_000),

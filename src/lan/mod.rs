@@ -150,7 +150,9 @@ async fn hear(
             is_stale = false;
             match neighbour_table(neighbours).await {
                 Ok(table) => {
-                    let table: Vec<_> = table.iter().map(|n| (n.mac, n.address)).collect();
+                    // A node may have several interfaces, each with a link-layer address of its own.
+                    let table = table.iter().filter(|n| n.interface == socket.index());
+                    let table: Vec<_> = table.map(|n| (n.mac, n.address)).collect();
                     if shared.hearing().neighbours(&table, socket.mac(), now) {
                         shared.changed.notify_one();
                     }

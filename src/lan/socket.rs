@@ -47,6 +47,8 @@ fn filter() -> [SockFilter; 9] {
 pub(crate) struct LanSocket {
     // Not UDP: to tokio, any bound datagram socket is the same.
     socket: UdpSocket,
+    /// That of the interface.
+    index: u32,
     own: Own,
 }
 
@@ -63,7 +65,13 @@ impl LanSocket {
         let mut buffer = [MaybeUninit::uninit(); FRAME_BYTES];
         while socket.recv(&mut buffer).is_ok() {}
         let socket = UdpSocket::from_std(OwnedFd::from(socket).into())?;
-        Ok(LanSocket { socket, own })
+        let index = u32::try_from(link.ifindex()).map_err(io::Error::other)?;
+        Ok(LanSocket { socket, index, own })
+    }
+
+    /// The number of its interface.
+    pub(crate) fn index(&self) -> u32 {
+        self.index
     }
 
     /// Our link-layer address there.

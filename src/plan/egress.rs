@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 
 use crate::cluster::{OnNoGateway, Service, View};
-use crate::names::NodeName;
+use crate::names::{NodeName, Reach};
 use crate::plan::slots::{Slot, Slots};
 use crate::plan::verdict::{Blocked, Verdict};
 use crate::settings::Settings;
@@ -80,14 +80,39 @@ fn gateway<'a>(vip: IpAddr, view: &'a View, settings: &Settings) -> Result<Gatew
     if !facts.is_programmed() {
         return Err(Blocked::GatewayNotProgrammed(node.clone()));
     }
-    let via = facts.address(Family::of(vip));
-    let via = via.ok_or_else(|| Blocked::GatewayWithoutAddress(node.clone()))?;
-    let lan = settings.lan_interface.as_ref();
-    let interfaces = view.interfaces.iter();
-    let mut interfaces = interfaces.filter(|link| lan.is_none_or(|lan| *lan == link.name));
-    let on_link = interfaces.find(|link| link.nets.iter().any(|net| net.contains(&via)));
-    let dev = on_link.ok_or_else(|| Blocked::GatewayOffLink(node.clone(), via))?;
-    let dev = dev.name.clone();
-    let hop = Some(NextHop { via, dev });
+    let hop = next_hop(node, facts.addresses(Family::of(vip)), view, settings)?;
+    let hop = Some(hop);
     Ok(Gateway { vip, node, hop })
+}
+
+/// The first of a node's addresses that is on link, which is on LAN_INTERFACE where that is set; else what is wrong with
+/// the first.
+fn next_hop(
+    node: &NodeName,
+    addresses: impl Iterator<Item = IpAddr>,
+    view: &View,
+    settings: &Settings,
+) -> Result<NextHop, Blocked> {
+    let lan = settings.lan_interface.as_ref();
+    let mut refused = None;
+    for via in addresses {
+        match view.reach.get(&via) {
+            Some(Reach::OnLink(dev)) if lan.is_none_or(|lan| lan == dev) => {
+                let dev = dev.clone();
+                return Ok(NextHop { via, dev });
+            }
+            reach => refused = refused.or(Some((via, reach))),
+        }
+    }
+    let Some((via, reach)) = refused else {
+        return Err(Blocked::GatewayWithoutAddress(node.clone()));
+    };
+    let why = match (reach, lan) {
+        (Some(reach @ Reach::OnLink(_)), Some(lan)) => {
+            format!("{reach}, and LAN_INTERFACE is {lan}")
+        }
+        (Some(reach), _) => reach.to_string(),
+        (None, _) => "not looked up".to_owned(),
+    };
+    Err(Blocked::GatewayOffLink(node.clone(), via, why))
 }

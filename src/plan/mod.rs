@@ -128,7 +128,8 @@ fn plan_family(
     let vips: BTreeSet<IpAddr> = egress.values().filter_map(|egress| egress.vip).collect();
     // Any node may become the gateway of a VIP at any moment. Where there is no VIP, and no pod is here, there is nothing to
     // do.
-    let is_here = |(address, pod): (&IpAddr, &EgressPod<'_>)| pod.local && states.contains_key(address);
+    let is_here =
+        |(address, pod): (&IpAddr, &EgressPod<'_>)| pod.local && states.contains_key(address);
     let has_work = settings.strict_start || !vips.is_empty() || pods.iter().any(is_here);
     let landmarks = landmarks::landmarks(family, view, settings, &vips, &routes);
     let state = FamilyState {
@@ -143,7 +144,11 @@ fn plan_family(
             excluded: excluded.nets,
         },
     };
-    let state = if has_work { state } else { FamilyState::default() };
+    let state = if has_work {
+        state
+    } else {
+        FamilyState::default()
+    };
     desired.kernel.families.insert(family, state);
     desired.slots.extend(slots);
     if let Some(pod) = excluded.unknown_network_of {

@@ -11,9 +11,7 @@ use ipnet::IpNet;
 
 use crate::plan::slots::{self, Slot, Slots};
 use crate::settings::Settings;
-use crate::state::{
-    Family, Mark, NextHop, RouteState, Rule, RuleAction, Table, TableId, Traits,
-};
+use crate::state::{Family, Mark, NextHop, RouteState, Rule, RuleAction, Table, TableId, Traits};
 
 /// Offsets of our rules from `ROUTE_RULE_PRIORITY`.
 const TO_GATEWAY: u32 = 0;
@@ -114,6 +112,8 @@ pub(super) fn throws(
     if traits.marks_before_dnat {
         return excluded.clone();
     }
-    let own: Vec<IpNet> = own_pods.filter(|net| Family::of_net(*net) == family).collect();
+    let own: Vec<IpNet> = own_pods
+        .filter(|net| Family::of_net(*net) == family)
+        .collect();
     IpNet::aggregate(&own).into_iter().collect()
 }

@@ -12,6 +12,7 @@ use crate::fixtures::{
     ServiceFixture, With, boot, cluster, endpoint, ip, key, key_in, node, node_name, own_pod,
     service, settings_on, slice,
 };
+use crate::names::Reach;
 use crate::settings::FwMask;
 use crate::state::{Landmark, Mark, Rule, RuleAction, Table, TableId, Way};
 
@@ -64,6 +65,10 @@ fn blocked(desired: &Desired, family: Family) -> Option<Blocked> {
         Verdict::Blocked(reason) => Some(reason.clone()),
         Verdict::Active { .. } | Verdict::Released(_) => None,
     }
+}
+
+fn off_link(address: &str, why: &str) -> Blocked {
+    Blocked::GatewayOffLink(node_name("node2"), ip(address), why.to_owned())
 }
 
 #[test]
@@ -135,7 +140,10 @@ fn no_rule_matches_an_unmarked_packet_and_none_leads_a_marked_one_to_main() {
     ];
     assert_eq!(rules(&desired), expected);
     let own = vec!["10.244.1.0/24".to_owned()];
-    let expected = [(100_000, None, own.clone()), (100_001, Some("gateway"), own)];
+    let expected = [
+        (100_000, None, own.clone()),
+        (100_001, Some("gateway"), own),
+    ];
     assert_eq!(tables(&desired), expected);
 }
 
@@ -199,7 +207,10 @@ fn landmarks_are_ways_nodes_and_lans() {
         via: ip("192.0.2.12"),
     });
     assert_eq!(landmarks("node2"), beside.clone().into());
-    assert_eq!(landmarks("node1"), beside.into_iter().chain([way]).collect());
+    assert_eq!(
+        landmarks("node1"),
+        beside.into_iter().chain([way]).collect()
+    );
 }
 
 #[test]
@@ -215,13 +226,27 @@ fn a_node_that_no_labelled_service_concerns_has_nothing() {
     for (what, view, settings, has_work) in [
         ("nothing labelled", cluster(), on("node1"), false),
         ("a VIP, which may come here", usual(), on("node3"), true),
-        ("no VIP yet, and a pod here", pending("node1"), on("node1"), true),
-        ("no VIP yet, and a pod elsewhere", pending("node2"), on("node1"), false),
+        (
+            "no VIP yet, and a pod here",
+            pending("node1"),
+            on("node1"),
+            true,
+        ),
+        (
+            "no VIP yet, and a pod elsewhere",
+            pending("node2"),
+            on("node1"),
+            false,
+        ),
         ("pods wait until they are known", cluster(), strict, true),
     ] {
         let state = v4(&make(&view, &settings)).clone();
         assert_eq!(state != FamilyState::default(), has_work, "{what}");
-        assert_eq!(state.firewall.skeleton == Skeleton::Intact, has_work, "{what}");
+        assert_eq!(
+            state.firewall.skeleton == Skeleton::Intact,
+            has_work,
+            "{what}"
+        );
     }
 }
 
@@ -296,8 +321,11 @@ fn without_a_usable_gateway_local_pods_are_blocked_and_those_of_other_nodes_are_
             Blocked::GatewayNotProgrammed(node_name("node2")),
         ),
         (
-            |view| view.interfaces.truncate(1),
-            Blocked::GatewayOffLink(node_name("node2"), ip("192.0.2.12")),
+            |view| {
+                let router = Reach::Router(ip("192.0.2.254"));
+                view.reach.insert(ip("192.0.2.12"), router);
+            },
+            off_link("192.0.2.12", "reached through 192.0.2.254"),
         ),
     ];
     for (break_it, reason) in cases {
@@ -315,19 +343,78 @@ fn without_a_usable_gateway_local_pods_are_blocked_and_those_of_other_nodes_are_
 }
 
 #[test]
-fn the_named_interface_is_the_only_one_that_counts() {
-    let settings = Settings {
-        lan_interface: Some("cni0".to_owned()),
-        ..on("node1")
-    };
-    let reason = blocked(&make(&usual(), &settings), Family::V4);
-    assert_eq!(
-        reason,
-        Some(Blocked::GatewayOffLink(
-            node_name("node2"),
-            ip("192.0.2.12")
-        ))
+fn a_next_hop_is_the_first_address_of_the_gateway_that_is_on_link_where_it_may_be() {
+    const LAN: &str = "192.0.2.12";
+    const SECOND: &str = "198.51.100.12";
+    type Case<'a> = (
+        &'a [(&'a str, Reach)],
+        Option<&'a str>,
+        Result<[&'a str; 2], Blocked>,
     );
+    let on_link = |dev: &str| Reach::OnLink(dev.to_owned());
+    let router = || Reach::Router(ip("192.0.2.254"));
+    let lost = || Reach::Unreachable("Network is unreachable".to_owned());
+    let both = [(LAN, on_link("eth0")), (SECOND, on_link("eth1"))];
+    let cases: [Case<'_>; 9] = [
+        (&[(LAN, on_link("eth0"))], None, Ok([LAN, "eth0"])),
+        (&both, None, Ok([LAN, "eth0"])),
+        (&both, Some("eth1"), Ok([SECOND, "eth1"])),
+        (
+            &[(LAN, router()), (SECOND, on_link("eth1"))],
+            None,
+            Ok([SECOND, "eth1"]),
+        ),
+        (
+            &[(LAN, lost()), (SECOND, on_link("eth1"))],
+            None,
+            Ok([SECOND, "eth1"]),
+        ),
+        (
+            &[(LAN, router()), (SECOND, lost())],
+            None,
+            Err(off_link(LAN, "reached through 192.0.2.254")),
+        ),
+        (
+            &[(LAN, lost())],
+            None,
+            Err(off_link(LAN, "not reached: Network is unreachable")),
+        ),
+        (
+            &[(LAN, Reach::Own)],
+            None,
+            Err(off_link(LAN, "this node's own")),
+        ),
+        (
+            &both,
+            Some("eth2"),
+            Err(off_link(LAN, "on link at eth0, and LAN_INTERFACE is eth2")),
+        ),
+    ];
+    for (reach, lan, expected) in cases {
+        let mut view = usual();
+        let gateway = view.nodes.get_mut(&node_name("node2")).unwrap();
+        // That of the other family is none for this one.
+        gateway.addresses = vec![ip("2001:db8:1::12")];
+        gateway.addresses.extend(reach.iter().map(|(a, _)| ip(a)));
+        view.reach = reach.iter().map(|(a, r)| (ip(a), r.clone())).collect();
+        let settings = Settings {
+            lan_interface: lan.map(str::to_owned),
+            ..on("node1")
+        };
+        let desired = make(&view, &settings);
+        let tables = &desired.kernel.families[&Family::V4].routes.tables;
+        let hops = tables.values().filter_map(|table| table.gateway.clone());
+        let expected_hop = expected.clone().ok().map(|[via, dev]| NextHop {
+            via: ip(via),
+            dev: dev.to_owned(),
+        });
+        assert_eq!(
+            hops.collect::<Vec<_>>(),
+            Vec::from_iter(expected_hop),
+            "{reach:?} {lan:?}"
+        );
+        assert_eq!(blocked(&desired, Family::V4), expected.err());
+    }
 }
 
 #[test]
@@ -434,11 +521,15 @@ fn a_gateway_with_a_new_address_is_routed_to_by_it_in_a_table_of_its_own() {
     let mut renumbered = usual();
     let node2 = renumbered.nodes.get_mut(&node_name("node2")).unwrap();
     node2.addresses[0] = ip("192.0.2.99");
+    let on_link = Reach::OnLink("eth0".to_owned());
+    renumbered.reach.insert(ip("192.0.2.99"), on_link);
     let second = plan(&renumbered, &settings, &Family::ALL.into(), &first.slots);
     let tables = |desired: &Desired| -> Vec<(TableId, IpAddr)> {
         let tables = &desired.kernel.families[&Family::V4].routes.tables;
         let via = |table: &Table| Some(table.gateway.as_ref()?.via);
-        let to_gateways = tables.iter().filter_map(|(id, table)| Some((*id, via(table)?)));
+        let to_gateways = tables
+            .iter()
+            .filter_map(|(id, table)| Some((*id, via(table)?)));
         to_gateways.collect()
     };
     assert_eq!(tables(&first), [(TableId(100_001), ip("192.0.2.12"))]);
@@ -819,11 +910,11 @@ proptest! {
                     Verdict::Active { gateway, .. } | Verdict::Blocked(
                         Blocked::GatewayNotProgrammed(gateway)
                         | Blocked::GatewayWithoutAddress(gateway)
-                        | Blocked::GatewayOffLink(gateway, _)
+                        | Blocked::GatewayOffLink(gateway, ..)
                     ) | Verdict::Released(
                         Blocked::GatewayNotProgrammed(gateway)
                         | Blocked::GatewayWithoutAddress(gateway)
-                        | Blocked::GatewayOffLink(gateway, _)
+                        | Blocked::GatewayOffLink(gateway, ..)
                     ) => {
                         let (view, settings) = &seen[0];
                         let mut lan = view.interfaces.iter().map(|link| &link.name);

@@ -36,8 +36,9 @@ pub enum Blocked {
     GatewayWithoutAddress(NodeName),
     #[error("announced by {0}, which no agent has programmed since it was booted")]
     GatewayNotProgrammed(NodeName),
-    #[error("announced by {0}, whose address {1} is in no network of this node's interfaces")]
-    GatewayOffLink(NodeName, IpAddr),
+    /// With what the kernel says of the address.
+    #[error("announced by {0}, whose address {1} cannot be a next hop here: it is {2}")]
+    GatewayOffLink(NodeName, IpAddr, String),
 }
 
 /// What is left out.

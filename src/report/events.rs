@@ -265,7 +265,8 @@ mod tests {
     fn of_what_all_see_one_node_tells_and_of_its_own_trouble_each_node_with_pods() {
         let nothing = Desired::default();
         let blocked = desired(Verdict::Blocked(Blocked::NoVip));
-        let off_link = Blocked::GatewayOffLink(node(1), IpAddr::from([203, 0, 113, 1]));
+        let off_link =
+            Blocked::GatewayOffLink(node(1), IpAddr::from([203, 0, 113, 1]), "far".to_owned());
         let off_link = desired(Verdict::Blocked(off_link));
         assert_eq!(
             published(&nothing, &blocked),

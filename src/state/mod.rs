@@ -14,7 +14,7 @@ use ipnet::IpNet;
 use strum::{IntoStaticStr, VariantNames};
 
 use crate::ethernet::Mac;
-use crate::names::Interface;
+use crate::names::{Interface, Reach};
 
 pub use self::routing::{
     Mark, NextHop, NextHops, RouteState, Rule, RuleAction, Table, TableId, Way,
@@ -197,13 +197,25 @@ pub struct Traits {
     pub mask_is_shared: bool,
 }
 
+/// Addresses of others that the kernel is asked about.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Asked {
+    /// Those of nodes.
+    pub nodes: BTreeSet<IpAddr>,
+    pub vips: BTreeSet<IpAddr>,
+}
+
 /// What was read of a node's kernel.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Observed {
     pub state: KernelState,
     pub traits: Traits,
-    /// The interfaces that are up, with the networks that are directly reachable on them.
+    /// The interfaces that are up, but for loopback.
     pub interfaces: Vec<Interface>,
+    /// How addresses are reached, as far as they were asked for since.
+    pub reach: BTreeMap<IpAddr, Reach>,
+    /// The link-layer addresses of other nodes that are on link, as far as the kernel has learned them, by IP address.
+    pub neighbours: BTreeMap<IpAddr, Mac>,
     /// Tables of our range that others use: not to be used by us.
     pub occupied: BTreeSet<(Family, TableId)>,
     /// What of others comes before ours or among it, as sentences for the operator.

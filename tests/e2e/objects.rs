@@ -71,7 +71,7 @@ pub(crate) fn groups() -> [Group; 2] {
 }
 
 /// With whether the backend matters.
-const ROWS: [(&str, Check, bool); 13] = [
+const ROWS: [(&str, Check, bool); 14] = [
     ("one_bit_of_the_mark_is_enough", one_bit, true),
     ("only_true_counts", only_true, false),
     ("two_services_claim_one_pod", two_services, false),
@@ -84,6 +84,7 @@ const ROWS: [(&str, Check, bool); 13] = [
     ("a_pod_has_completed", completed, false),
     ("excluded_destinations_change", excluded, true),
     ("an_interface_goes_down_and_up", interface, false),
+    ("nodes_addresses_name_no_network", no_prefix, false),
     ("nobody_announces_any_more", no_announcer, true),
 ];
 
@@ -244,6 +245,50 @@ fn interface(stage: &mut Stage) -> Result<()> {
          ip link set eth0 down; sleep 0.3; ip link set eth0 up
          ip route restore < /run/routes4 2>/dev/null || true; ip -6 route restore < /run/routes6 2>/dev/null || true",
     )?;
+    settle(lab, &SHOP, vips, Before::Same)?;
+    leave_as(lab, &SHOP, vips)
+}
+
+/// As DHCPv6 gives addresses, and as some providers do: the LAN is a route, and no network of an address.
+fn no_prefix(stage: &mut Stage) -> Result<()> {
+    stage.shop()?;
+    let Stage { lab, vips, .. } = stage;
+    let reached = |number: usize, script: &str| {
+        let [v4, v6] = net::node(number);
+        // What goes with an address is put back: routes through neighbours.
+        lab.node(number).sh(&format!(
+            "v4=$(ip route show table main | grep via); v6=$(ip -6 route show table main | grep via)
+             {}
+             echo \"$v4\" | while read -r route; do ip route replace $route; done
+             echo \"$v6\" | while read -r route; do ip -6 route replace $route; done",
+            script.replace("V4", &v4).replace("V6", &v6)
+        ))
+    };
+    for number in lab.node_numbers() {
+        reached(
+            number,
+            "ip addr add V4/32 dev eth0; ip addr del V4/24 dev eth0
+             ip route add 192.0.2.0/24 dev eth0 scope link
+             ip -6 addr del V6/64 dev eth0; ip -6 addr add V6/128 dev eth0 nodad
+             ip -6 route add 2001:db8:1::/64 dev eth0 proto ra metric 100",
+        )?;
+    }
+    lab.label_service("shop", false)?;
+    let left = settle_as_nodes(lab, &SHOP, Before::Vips(vips));
+    lab.label_service("shop", true)?;
+    let left = left
+        .and_then(|()| settle(lab, &SHOP, vips, Before::Nodes))
+        .and_then(|()| leave_as(lab, &SHOP, vips));
+    for number in lab.node_numbers() {
+        reached(
+            number,
+            "ip route del 192.0.2.0/24 dev eth0
+             ip addr add V4/24 dev eth0; ip addr del V4/32 dev eth0
+             ip -6 addr del V6/128 dev eth0; ip -6 addr add V6/64 dev eth0 nodad
+             ip -6 route del 2001:db8:1::/64 dev eth0 proto ra",
+        )?;
+    }
+    left?;
     settle(lab, &SHOP, vips, Before::Same)?;
     leave_as(lab, &SHOP, vips)
 }

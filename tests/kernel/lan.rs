@@ -163,6 +163,34 @@ fn announcements_of_nodes_are_heard_in_both_families_and_our_own_too() {
 }
 
 #[test]
+fn a_node_is_known_by_the_address_that_it_has_on_this_interface() {
+    in_namespace(|| async {
+        neighbours();
+        sh(
+            "ip link add eth1 type veth peer name wire1; ip link set wire1 up; ip link set eth1 up
+            ip addr add 203.0.113.11/24 dev eth1; ip addr add 2001:db8:3::11/64 dev eth1 nodad",
+        );
+        let mut tasks = Tasks::default();
+        let listener = Lan::start(&mut tasks).unwrap();
+        listener.want(Wanted {
+            interface: Some("eth1".to_owned()),
+            ..wanted(&[])
+        });
+        let lan = Host::on("wire1");
+        // What node2 has at eth0 is another one; asked for its address here, it answers.
+        hears(&listener, VIPS[0], 2, || {
+            lan.gratuitous_arp(mac(22), ip(VIPS[0]));
+            lan.gratuitous_arp(mac(22), ip("192.0.2.12"));
+        })
+        .await;
+        hears(&listener, VIPS[1], 2, || {
+            lan.advertisement(mac(22), ip(VIPS[1]))
+        })
+        .await;
+    });
+}
+
+#[test]
 fn a_stranger_is_told_and_not_believed() {
     in_namespace(|| async {
         neighbours();

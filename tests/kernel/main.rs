@@ -26,6 +26,7 @@ mod firewall;
 mod foreign_nat;
 mod guard;
 mod lan;
+mod on_link;
 mod remnants;
 mod routes;
 
@@ -37,9 +38,9 @@ use metaleg::diff::diff;
 use metaleg::kernel::{Kernel, NodeKernel};
 use metaleg::settings::FirewallBackend;
 use metaleg::state::{
-    ConnectionStep, Family, FamilyState, FirewallStep, KernelState, Landmark, Mark, NetSet, NextHop,
-    PodSet, PodState, Remnant, RouteState, RouteStep, Rule, RuleAction, Skeleton, Step, Table,
-    TableId,
+    ConnectionStep, Family, FamilyState, FirewallStep, KernelState, Landmark, Mark, NetSet,
+    NextHop, PodSet, PodState, Remnant, RouteState, RouteStep, Rule, RuleAction, Skeleton, Step,
+    Table, TableId,
 };
 
 use crate::mode::{Mode, open, open_backend};

@@ -6,8 +6,8 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 use metaleg::diff::diff;
-use metaleg::kernel::{Kernel as _, NodeKernel};
 use metaleg::ethernet::Mac;
+use metaleg::kernel::{Kernel as _, NodeKernel};
 use metaleg::state::{
     Family, FamilyState, FirewallState, KernelState, Landmark, Mark, NextHop, PodState, RouteState,
     Rule, RuleAction, Skeleton, Step, Table, TableId, Way,

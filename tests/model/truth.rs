@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use metaleg::cluster::{Endpoint, OnNoGateway, Service, Target, View};
-use metaleg::names::{NodeName, ObjectKey};
+use metaleg::names::{NodeName, ObjectKey, Reach};
 use metaleg::plan::{Blocked, Verdict};
 use metaleg::settings::Settings;
 use metaleg::state::Family;
@@ -261,11 +261,18 @@ impl<'a> Reader<'a> {
             return Err(Blocked::GatewayWithoutAddress(name));
         };
         let named = self.settings.lan_interface.as_deref();
-        let links = self.view.interfaces.iter();
-        let mut links = links.filter(|link| named.is_none() || named == Some(link.name.as_str()));
-        match links.any(|link| link.nets.iter().any(|net| net.contains(&via))) {
-            true => Ok((vip, name, Some(via))),
-            false => Err(Blocked::GatewayOffLink(name, via)),
+        match &self.view.reach[&via] {
+            Reach::OnLink(link) if named.is_none() || named == Some(link) => {
+                Ok((vip, name, Some(via)))
+            }
+            Reach::OnLink(link) => {
+                let why = format!(
+                    "on link at {link}, and LAN_INTERFACE is {}",
+                    named.unwrap_or("")
+                );
+                Err(Blocked::GatewayOffLink(name, via, why))
+            }
+            reach => Err(Blocked::GatewayOffLink(name, via, reach.to_string())),
         }
     }
 

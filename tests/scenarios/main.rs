@@ -20,8 +20,8 @@ use libtest_mimic::{Arguments, Failed, Trial};
 use metaleg::commands::plan::Shown;
 use metaleg::diff::diff;
 use metaleg::lan::Heard;
-use metaleg::names::{Interface, NodeName};
-use metaleg::pass::Memory;
+use metaleg::names::{Interface, NodeName, Reach};
+use metaleg::pass::{self, Memory};
 use metaleg::settings::{DEFINITIONS, Settings};
 use metaleg::state::{
     Family, FamilyState, KernelState, NextHop, Observed, PodState, Rule, RuleAction, Table, TableId,
@@ -46,6 +46,8 @@ struct Given {
     families: Option<Vec<String>>,
     /// Interfaces with their connected networks; `eth0` on the nodes' LAN where nothing is said.
     interfaces: Option<BTreeMap<String, Vec<String>>>,
+    /// The routers on the way to addresses.
+    routers: BTreeMap<IpAddr, IpAddr>,
     /// The node that is heard to announce an address.
     lan: BTreeMap<IpAddr, String>,
     /// What an earlier run of the agent, or somebody else, has left.
@@ -203,44 +205,47 @@ impl Scenario {
                 .map(|(name, nets)| Interface {
                     name,
                     nets: nets.iter().map(|net| net.parse().unwrap()).collect(),
+                    ..Interface::default()
                 })
                 .collect(),
             ..Observed::default()
         }
     }
 
+    /// How the node reaches an address: on link where an interface is connected to its network.
+    fn reach(&self, address: IpAddr, interfaces: &[Interface]) -> Reach {
+        if let Some(router) = self.given.routers.get(&address) {
+            return Reach::Router(*router);
+        }
+        let holds =
+            |interface: &&Interface| interface.nets.iter().any(|net| net.contains(&address));
+        match interfaces.iter().find(holds) {
+            Some(interface) => Reach::OnLink(interface.name.clone()),
+            None => Reach::Unreachable("Network is unreachable".to_owned()),
+        }
+    }
+
     /// What comes of it: the plan as `metaleg-agent plan` shows it, and the steps to it.
     fn outcome(&self) -> Result<(Shown, Vec<String>), String> {
         let settings = self.settings()?;
-        let node = self.node(&settings);
+        let mut node = self.node(&settings);
         let now = Instant::now();
         let heard = self.given.lan.iter();
         let heard = heard.map(|(vip, node)| (*vip, Heard::new(NodeName(node.clone()), now)));
-        Ok(plan_of(
-            &self.objects()?,
-            &settings,
-            node,
-            &heard.collect(),
-            now,
+        // The head of a pass of an agent that has just been started, and the steps that come of it.
+        let facts = self.objects()?.facts(&settings);
+        let asked = pass::to_look_up(&facts, &node.interfaces);
+        let addresses = asked.nodes.union(&asked.vips);
+        let reach = addresses.map(|a| (*a, self.reach(*a, &node.interfaces)));
+        node.reach = reach.collect();
+        let heard = heard.collect();
+        let pass = Memory::new(&settings).plan(facts, &heard, &mut node, &settings, now);
+        let steps = diff(&node.state, &pass.desired.kernel);
+        Ok((
+            Shown::of(&pass.desired, &pass.view, &settings),
+            steps.iter().map(ToString::to_string).collect(),
         ))
     }
-}
-
-/// The head of a pass of an agent that has just been started, and the steps that come of it.
-fn plan_of(
-    objects: &Objects,
-    settings: &Settings,
-    mut node: Observed,
-    heard: &BTreeMap<IpAddr, Heard>,
-    now: Instant,
-) -> (Shown, Vec<String>) {
-    let facts = objects.facts(settings);
-    let pass = Memory::new(settings).plan(facts, heard, &mut node, settings, now);
-    let steps = diff(&node.state, &pass.desired.kernel);
-    (
-        Shown::of(&pass.desired, &pass.view, settings),
-        steps.iter().map(ToString::to_string).collect(),
-    )
 }
 
 fn slot(settings: &Settings, table: u32) -> metaleg::state::Mark {

@@ -301,7 +301,10 @@ pub(super) fn translation(vip: IpAddr) -> Rule {
 
 /// The rule that drops what a node hands over.
 pub(super) fn from_node(mac: Mac) -> Rule {
-    Rule::new(&format!("node={mac}"), format!("-m mac --mac-source {mac} -j DROP"))
+    Rule::new(
+        &format!("node={mac}"),
+        format!("-m mac --mac-source {mac} -j DROP"),
+    )
 }
 
 /// Whether a chain is of this backend.
@@ -383,7 +386,11 @@ mod tests {
                 Some(entry) => (entry.base, priority.to_string()),
                 None => ("-", "-".to_owned()),
             };
-            let names = if names.is_empty() { "-".to_owned() } else { names.join(" ") };
+            let names = if names.is_empty() {
+                "-".to_owned()
+            } else {
+                names.join(" ")
+            };
             vec![
                 chain.name.to_owned(),
                 format!("{} {base}", chain.table),
@@ -395,8 +402,7 @@ mod tests {
             strict_tcp: true,
             ..Ranges::DEFAULT
         };
-        let chains: BTreeSet<Vec<String>> =
-            chains(Family::V4, ranges).iter().map(row).collect();
+        let chains: BTreeSet<Vec<String>> = chains(Family::V4, ranges).iter().map(row).collect();
         let documented = documented("Backend iptables");
         assert_eq!(chains, documented.into_iter().collect());
     }

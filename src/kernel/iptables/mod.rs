@@ -78,7 +78,8 @@ impl Iptables {
         self.translated.retain(|vip| Family::of(*vip) != family);
         self.translated.extend(vips);
         self.nodes.retain(|(of, _)| *of != family);
-        self.nodes.extend(nodes.into_iter().map(|mac| (family, mac)));
+        self.nodes
+            .extend(nodes.into_iter().map(|mac| (family, mac)));
 
         let sets = read_sets().await?;
         let guarded = StaticSet::Set(OwnSet::Vips).name(family);
@@ -234,7 +235,8 @@ impl Iptables {
         for family in self.families.clone() {
             let lines = save(self.variant, family).await?;
             self.translated.extend(translated_vips(&lines));
-            self.nodes.extend(known_nodes(&lines).map(|mac| (family, mac)));
+            self.nodes
+                .extend(known_nodes(&lines).map(|mac| (family, mac)));
             states.insert(family, read::state(family, self.ranges, &lines, &sets));
         }
         Ok(states)

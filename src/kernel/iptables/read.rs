@@ -13,9 +13,7 @@ use crate::kernel::iptables::save::Line;
 use crate::kernel::iptables::sets::{Sets, StaticSet, vip_of_set};
 use crate::kernel::ours::{OwnSet, Ranges};
 use crate::kernel::tag::Rule;
-use crate::state::{
-    Family, FirewallState, Landmark, Mark, NetSet, PodSet, PodState, Skeleton,
-};
+use crate::state::{Family, FirewallState, Landmark, Mark, NetSet, PodSet, PodState, Skeleton};
 
 /// What the lines of `iptables-save` and `ipset save` say.
 pub(super) fn state(family: Family, ranges: Ranges, lines: &[Line], sets: &Sets) -> FirewallState {
@@ -47,7 +45,13 @@ pub(super) fn state(family: Family, ranges: Ranges, lines: &[Line], sets: &Sets)
     }
     let guarded: BTreeSet<IpAddr> = addresses(StaticSet::Set(OwnSet::Vips)).collect();
     let with_rule: BTreeSet<IpAddr> = translated_vips(lines).collect();
-    let skeleton = skeleton(family, ranges, lines, sets, [&with_set, &guarded, &with_rule]);
+    let skeleton = skeleton(
+        family,
+        ranges,
+        lines,
+        sets,
+        [&with_set, &guarded, &with_rule],
+    );
     let mut state = FirewallState {
         skeleton,
         vips: with_set
@@ -56,7 +60,11 @@ pub(super) fn state(family: Family, ranges: Ranges, lines: &[Line], sets: &Sets)
             .collect(),
         landmarks: known_nodes(lines)
             .map(Landmark::Node)
-            .chain(members(StaticSet::Lans).iter().filter_map(|(text, _)| lan(text)))
+            .chain(
+                members(StaticSet::Lans)
+                    .iter()
+                    .filter_map(|(text, _)| lan(text)),
+            )
             .collect(),
         pods,
         ..FirewallState::default()
@@ -141,8 +149,16 @@ fn damage(chain: &Chain, lines: &[Line]) -> Option<String> {
         lines.iter().filter(of_chain)
     };
     let variable: Vec<Rule> = match name {
-        NAT => translated_vips(lines).collect::<BTreeSet<_>>().into_iter().map(translation).collect(),
-        NODES => known_nodes(lines).collect::<BTreeSet<_>>().into_iter().map(from_node).collect(),
+        NAT => translated_vips(lines)
+            .collect::<BTreeSet<_>>()
+            .into_iter()
+            .map(translation)
+            .collect(),
+        NODES => known_nodes(lines)
+            .collect::<BTreeSet<_>>()
+            .into_iter()
+            .map(from_node)
+            .collect(),
         _ => Vec::new(),
     };
     let (fixed, mut rest) = (tags(&chain.rules), tags(&variable));
@@ -165,7 +181,9 @@ fn damage(chain: &Chain, lines: &[Line]) -> Option<String> {
         .filter(|(_, line)| line.tag() == Some(jump.tag.as_str()))
         .map(|(position, _)| position)
         .collect();
-    let marks = rules_of(base).enumerate().filter(|(_, line)| changes_marks(line));
+    let marks = rules_of(base)
+        .enumerate()
+        .filter(|(_, line)| changes_marks(line));
     let last_mark = marks.map(|(position, _)| position).last();
     let what = match (jumps.as_slice(), place) {
         ([position], Place::First) if *position > 0 => "is not the first rule".to_owned(),

@@ -119,7 +119,9 @@ impl Key {
         match self {
             Key::Address(address) => address.to_string(),
             Key::Net(net) => net.to_string(),
-            Key::Landmark(Landmark::Way(Way { mark, via })) => format!("{:#010x} . {via}", mark.value),
+            Key::Landmark(Landmark::Way(Way { mark, via })) => {
+                format!("{:#010x} . {via}", mark.value)
+            }
             Key::Landmark(Landmark::Node(mac)) => mac.to_string(),
             Key::Landmark(Landmark::Lan(name)) => format!("\"{name}\" . \"{name}\""),
         }
@@ -254,7 +256,9 @@ pub(crate) fn state_of(elements: &Elements, mask: u32, skeleton: Skeleton) -> Fi
             pods.entry(pod).or_default().vips.insert(*vip);
         }
     }
-    let landmarks = [Kind::Ways, Kind::Nodes, Kind::Lans].into_iter().flat_map(keys);
+    let landmarks = [Kind::Ways, Kind::Nodes, Kind::Lans]
+        .into_iter()
+        .flat_map(keys);
     let landmarks = landmarks.filter_map(|(key, _)| match key {
         Key::Landmark(landmark) => Some(landmark.clone()),
         Key::Address(_) | Key::Net(_) => None,
@@ -345,7 +349,10 @@ mod tests {
             vips: [ip("192.0.2.200")].into(),
             landmarks: [
                 Landmark::Way(Way {
-                    mark: Mark { value: 0x0020_0000, mask },
+                    mark: Mark {
+                        value: 0x0020_0000,
+                        mask,
+                    },
                     via: ip("192.0.2.12"),
                 }),
                 Landmark::Node(Mac([2, 0, 0, 0, 0, 12])),

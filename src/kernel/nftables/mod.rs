@@ -152,7 +152,10 @@ impl Nftables {
             return Ok(nets.map(|net| (net, Value::None)).collect());
         }
         let member = |element: read::Element| {
-            Some((Key::parse(kind, &element.key, self.ranges.mask)?, element.value))
+            Some((
+                Key::parse(kind, &element.key, self.ranges.mask)?,
+                element.value,
+            ))
         };
         Ok(elements.into_iter().filter_map(member).collect())
     }

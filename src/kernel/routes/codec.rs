@@ -164,7 +164,9 @@ pub(super) fn throw_message(table: TableId, net: IpNet) -> RouteMessage {
     message.header.kind = RouteType::Throw;
     message.header.destination_prefix_length = net.prefix_len();
     let destination = RouteAddress::from(net.network());
-    message.attributes.push(RouteAttribute::Destination(destination));
+    message
+        .attributes
+        .push(RouteAttribute::Destination(destination));
     message
 }
 

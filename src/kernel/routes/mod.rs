@@ -20,6 +20,7 @@ use self::codec::{
     rule_message, take_route, throw_message,
 };
 use crate::kernel::interfaces::{self, WatchedInterfaces};
+use crate::kernel::neighbours::{Neighbour, neighbour_table};
 use crate::kernel::ours::Ranges;
 use crate::names::Interface;
 use crate::state::{Family, RouteState, RouteStep, RuleAction, TableId};
@@ -187,6 +188,12 @@ impl Routes {
         let links = self.links().await?;
         let interfaces = interfaces::connected(&self.handle, links, &self.watched).await;
         interfaces.map_err(refused("list addresses"))
+    }
+
+    /// The neighbour table.
+    pub(crate) async fn neighbours(&self) -> Result<Vec<Neighbour>, RouteError> {
+        let table = neighbour_table(&self.handle).await;
+        table.map_err(refused("list neighbours"))
     }
 
     pub(crate) async fn execute(&self, step: &RouteStep) -> Result<(), RouteError> {
