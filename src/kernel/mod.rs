@@ -16,14 +16,17 @@ mod iptables;
 mod kill_point;
 pub(crate) mod neighbours;
 mod netfilter;
+mod netlink;
 mod nftables;
 mod ours;
 mod remnants;
 mod routes;
+mod rtnetlink;
 mod tag;
 #[cfg(test)]
 mod tests;
 mod tool;
+mod watched;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
@@ -34,10 +37,12 @@ use tracing::debug;
 use crate::error::chain;
 pub use crate::kernel::challenge::Challenges;
 use crate::kernel::challenge::Unheard;
+pub use crate::kernel::drift::Drift;
 use crate::kernel::drift::DriftListener;
 use crate::kernel::error::executable;
 pub use crate::kernel::error::{Error, StepError};
 use crate::kernel::firewall::Firewall;
+use crate::kernel::netlink::OwnPorts;
 use crate::kernel::ours::Ranges;
 use crate::kernel::routes::Routes;
 use crate::settings::Settings;
@@ -55,7 +60,7 @@ pub trait Kernel: Send {
     fn observe(&mut self) -> impl Future<Output = Result<Observed, Error>> + Send;
 
     /// Waits until others may have changed what is ours. Cancel-safe.
-    fn drifted(&mut self) -> impl Future<Output = ()> + Send;
+    fn drifted(&mut self) -> impl Future<Output = Drift> + Send;
 
     /// Executes the steps in order. Returns the steps that failed. A failed step keeps no other from being tried than
     /// those that rely on it ([`Step::needs`]).
@@ -104,14 +109,15 @@ impl NodeKernel {
             table_offset: settings.table_offset,
             priority: settings.rule_priority,
         };
-        let routes = Routes::open(families.clone(), ranges)?;
-        let (firewall, refusal) = Firewall::open(settings.firewall, ranges, &families).await?;
+        let own_ports = OwnPorts::default();
+        let routes = Routes::new(families.clone(), ranges, own_ports.clone());
+        let (firewall, refusal) =
+            Firewall::open(settings.firewall, ranges, &families, &own_ports).await?;
         let profile = firewall.profile();
         let mut choice = profile.name;
         if let Some(error) = refusal {
             choice += &format!(", because nftables cannot be used: {}", chain(&error));
         }
-        let own_ports = [routes.port].into_iter().chain(profile.port).collect();
         let drift =
             DriftListener::open(own_ports, ranges, profile.watched, routes.watched.clone())?;
         Ok(NodeKernel {
@@ -190,14 +196,14 @@ impl Kernel for NodeKernel {
         self.excluded = state.excluded().collect();
         Ok(Observed {
             state,
-            interfaces: self.routes.interfaces().await?,
+            interfaces: routes.interfaces,
             occupied: routes.occupied,
             collisions,
         })
     }
 
-    async fn drifted(&mut self) {
-        self.drift.next().await;
+    async fn drifted(&mut self) -> Drift {
+        self.drift.next().await
     }
 
     async fn apply(&mut self, steps: &[Step]) -> Vec<StepError> {
@@ -208,7 +214,7 @@ impl Kernel for NodeKernel {
             kill_point::before_step();
             let batch = Batch::of(batch);
             for step in executable(&batch.routes, &mut failed) {
-                if let Err(error) = self.routes.execute(step).await {
+                if let Err(error) = self.routes.execute(step) {
                     failed.push(StepError::new(step, error));
                 }
             }
@@ -218,7 +224,7 @@ impl Kernel for NodeKernel {
             }
             if !batch.connections.is_empty() {
                 let (steps, excluded) = (&batch.connections, &self.excluded);
-                let firewall = &self.firewall;
+                let firewall = &mut self.firewall;
                 connections::apply(steps, firewall, excluded, &mut unheard, &mut failed).await;
             }
             for remnant in batch.remnants {
@@ -226,7 +232,7 @@ impl Kernel for NodeKernel {
                 let step = Step::RemoveRemnant(remnant);
                 for _ in executable(&[&step], &mut failed) {
                     let (families, mask) = (&self.families, self.ranges.mask);
-                    let removed = remnants::remove(remnant, families, mask, &self.routes).await;
+                    let removed = remnants::remove(remnant, families, mask, &mut self.routes).await;
                     if let Err(error) = removed {
                         failed.push(StepError::new(&step, error));
                     }

@@ -2,10 +2,17 @@
 
 use std::net::IpAddr;
 
-use futures::TryStreamExt;
-use netlink_packet_route::neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage};
+use netlink_packet_route::RouteNetlinkMessage;
+use netlink_packet_route::neighbour::NeighbourMessage;
+use nix::libc::{NDA_DST, NDA_LLADDR};
 
 use crate::ethernet::Mac;
+use crate::kernel::netlink::{Care, Message, NetlinkError, address, attribute};
+use crate::kernel::rtnetlink::Rtnetlink;
+
+/// `struct ndmsg` of neighbour.h: family, padding, then the interface.
+const HEADER_BYTES: usize = 12;
+const INTERFACE_AT: usize = 4;
 
 /// Who has an address, and where.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -15,33 +22,27 @@ pub(crate) struct Neighbour {
     pub(crate) interface: u32,
 }
 
-pub(crate) async fn neighbour_table(
-    handle: &rtnetlink::Handle,
-) -> Result<Vec<Neighbour>, rtnetlink::Error> {
-    let neighbours: Vec<NeighbourMessage> =
-        handle.neighbours().get().execute().try_collect().await?;
-    Ok(neighbours.iter().filter_map(neighbour).collect())
+/// Reads the table, in the network namespace of the runtime's threads. With a socket of its own: one that has failed once
+/// cannot make the next look fail.
+pub(crate) async fn neighbour_table() -> Result<Vec<Neighbour>, NetlinkError> {
+    let read = || {
+        let question = RouteNetlinkMessage::GetNeighbour(NeighbourMessage::default());
+        Rtnetlink::open()?.dump(question, Care::Exact, |all: &mut Vec<_>, answer| {
+            all.extend(neighbour(answer));
+            Ok(())
+        })
+    };
+    // A node with thousands of pods has as many neighbours.
+    tokio::task::spawn_blocking(read).await?
 }
 
-fn neighbour(message: &NeighbourMessage) -> Option<Neighbour> {
-    let (mut mac, mut address) = (None, None);
-    for attribute in &message.attributes {
-        match attribute {
-            NeighbourAttribute::LinkLayerAddress(bytes) => {
-                mac = <[u8; 6]>::try_from(bytes.as_slice()).ok().map(Mac);
-            }
-            NeighbourAttribute::Destination(NeighbourAddress::Inet(v4)) => {
-                address = Some(IpAddr::from(*v4));
-            }
-            NeighbourAttribute::Destination(NeighbourAddress::Inet6(v6)) => {
-                address = Some(IpAddr::from(*v6));
-            }
-            _ => {}
-        }
-    }
+/// An entry; `None` for one without a link-layer address, or with one that is not Ethernet's.
+fn neighbour(message: Message<'_>) -> Option<Neighbour> {
+    let attributes = message.tail(HEADER_BYTES);
+    let mac = attribute(attributes, NDA_LLADDR)?;
     Some(Neighbour {
-        address: address?,
-        mac: mac?,
-        interface: message.header.ifindex,
+        address: address(attribute(attributes, NDA_DST)?)?,
+        mac: Mac(<[u8; 6]>::try_from(mac).ok()?),
+        interface: message.number_at(INTERFACE_AT)?,
     })
 }

@@ -47,7 +47,7 @@ pub(crate) async fn remove(
     remnant: Remnant,
     families: &[Family],
     mask: u32,
-    routes: &Routes,
+    routes: &mut Routes,
 ) -> Result<(), Error> {
     match remnant {
         Remnant::Nftables => nftables::remove()?,
@@ -62,7 +62,7 @@ pub(crate) async fn remove(
                 iptables_remnants::remove_earlier_chains(variant, families, mask).await?;
             }
             iptables_remnants::remove_earlier_sets().await?;
-            routes.remove_earlier().await?;
+            routes.remove_earlier()?;
         }
     }
     Ok(())

@@ -143,7 +143,7 @@ fn announcements_of_nodes_are_heard_in_both_families_and_our_own_too() {
     in_namespace(|| async {
         neighbours();
         let mut tasks = Tasks::default();
-        let listener = Lan::start(&mut tasks).unwrap();
+        let listener = Lan::start(&mut tasks);
         listener.want(wanted(&[]));
         let (lan, own) = (Host::on("wire"), Host::on("eth0"));
         hears(&listener, VIPS[0], 2, || {
@@ -167,7 +167,7 @@ fn a_stranger_is_told_and_not_believed() {
     in_namespace(|| async {
         neighbours();
         let mut tasks = Tasks::default();
-        let listener = Lan::start(&mut tasks).unwrap();
+        let listener = Lan::start(&mut tasks);
         listener.want(wanted(&[]));
         let lan = Host::on("wire");
         hears(&listener, VIPS[0], 2, || {
@@ -194,7 +194,7 @@ fn a_vip_in_doubt_is_asked_for_every_second_and_the_others_are_not() {
     in_namespace(|| async {
         neighbours();
         let mut tasks = Tasks::default();
-        let listener = Lan::start(&mut tasks).unwrap();
+        let listener = Lan::start(&mut tasks);
         listener.want(wanted(&[VIPS[0]]));
         for _ in 0..3 {
             // The test's runtime must go on listening meanwhile.
@@ -219,7 +219,7 @@ fn an_interface_that_goes_down_and_comes_up_again_is_heard_again() {
     in_namespace(|| async {
         neighbours();
         let mut tasks = Tasks::default();
-        let listener = Lan::start(&mut tasks).unwrap();
+        let listener = Lan::start(&mut tasks);
         listener.want(wanted(&[]));
         let lan = Host::on("wire");
         hears(&listener, VIPS[0], 2, || {

@@ -31,6 +31,7 @@ use self::sets::{
 use crate::kernel::backend::{Profile, Watched};
 use crate::kernel::conntrack::LateReply;
 use crate::kernel::error::{Error, StepError, executable};
+use crate::kernel::netlink::OwnPorts;
 use crate::kernel::ours::OwnSet;
 use crate::kernel::tag::Rule;
 use crate::kernel::tool::ToolError;
@@ -45,19 +46,25 @@ pub(crate) struct Iptables {
     why: &'static str,
     mask: u32,
     families: Vec<Family>,
+    ports: OwnPorts,
     /// VIPs that have a translation rule, as far as we know: keeps a repeated `AddVip` from doubling it.
     translated: BTreeSet<IpAddr>,
 }
 
 impl Iptables {
     /// Finds out which mode to use. Changes nothing.
-    pub(crate) async fn open(mask: u32, families: Vec<Family>) -> Result<Iptables, Error> {
+    pub(crate) async fn open(
+        mask: u32,
+        families: Vec<Family>,
+        ports: OwnPorts,
+    ) -> Result<Iptables, Error> {
         let (variant, why) = detect(&families).await?;
         Ok(Iptables {
             variant,
             why,
             mask,
             families,
+            ports,
             translated: BTreeSet::new(),
         })
     }
@@ -68,7 +75,7 @@ impl Iptables {
         ipset(sets).await?;
         let present = save(self.variant, family).await?;
         let document = install_document(family, self.mask, vips, &present);
-        restore(self.variant, family, document).await?;
+        restore(self.variant, family, document, &self.ports).await?;
         self.translated.retain(|vip| Family::of(*vip) != family);
         self.translated.extend(vips);
 
@@ -86,7 +93,7 @@ impl Iptables {
     async fn remove(&mut self, family: Family) -> Result<(), ToolError> {
         let present = save(self.variant, family).await?;
         let document = remove_document(&present, is_own_chain, |_| false);
-        restore(self.variant, family, document).await?;
+        restore(self.variant, family, document, &self.ports).await?;
         self.translated.retain(|vip| Family::of(*vip) != family);
         let is_ours = |name: &String| {
             StaticSet::all().any(|set| set.name(family) == *name)
@@ -120,7 +127,8 @@ impl Iptables {
             }
             let change = if wanted { Rule::append } else { Rule::delete };
             let rules = vips.iter().map(|vip| change(&translation(*vip), NAT));
-            restore(self.variant, family, table("nat", rules)).await?;
+            let document = table("nat", rules);
+            restore(self.variant, family, document, &self.ports).await?;
             self.translated.retain(|vip| !vips.contains(vip));
             if wanted {
                 self.translated.extend(vips);
@@ -172,14 +180,10 @@ impl Iptables {
         };
         Profile {
             name: format!("iptables ({}: {})", self.variant, self.why),
-            port: None,
-            // Built-in chains, too, because the jumps to ours are there.
             watched: Watched {
                 tables: &["mangle", "filter", "nat"],
-                chains: Some(|chain| {
-                    chain.starts_with("METALEG-")
-                        || ["PREROUTING", "FORWARD", "POSTROUTING"].contains(&chain)
-                }),
+                chains: Some(|chain| chain.starts_with("METALEG-")),
+                base_chains: &["PREROUTING", "FORWARD", "POSTROUTING"],
             },
             nat_priority: NF_IP_PRI_NAT_SRC,
             nat_table,

@@ -7,6 +7,7 @@ use crate::kernel::iptables::documents::remove_document;
 use crate::kernel::iptables::mode::Variant;
 use crate::kernel::iptables::save::{Line, restore, save_if_used};
 use crate::kernel::iptables::sets::{self, destroy, is_earlier_set, is_own_set};
+use crate::kernel::netlink::OwnPorts;
 use crate::kernel::tool::ToolError;
 use crate::state::Family;
 
@@ -44,7 +45,7 @@ pub(crate) async fn remove_chains(variant: Variant, families: &[Family]) -> Resu
     for family in families {
         let lines = save_if_used(variant, *family).await?;
         let document = remove_document(&lines, is_own_chain, |_| false);
-        restore(variant, *family, document).await?;
+        restore(variant, *family, document, &OwnPorts::default()).await?;
     }
     Ok(())
 }
@@ -67,7 +68,7 @@ pub(crate) async fn remove_earlier_chains(
         let is_there = lines.iter().any(|line| is_earlier_chain(&line.chain));
         let is_stray = |line: &Line| is_there && is_earlier_rule(line, mask);
         let document = remove_document(&lines, is_earlier_chain, is_stray);
-        restore(variant, *family, document).await?;
+        restore(variant, *family, document, &OwnPorts::default()).await?;
     }
     Ok(())
 }

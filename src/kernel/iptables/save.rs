@@ -1,8 +1,9 @@
 //! Reads and writes the rules of a mode: `iptables-save` and `iptables-restore`.
 
 use crate::kernel::iptables::mode::{Variant, has_legacy_tables};
+use crate::kernel::netlink::OwnPorts;
 use crate::kernel::tag::TAG;
-use crate::kernel::tool::{ToolError, run};
+use crate::kernel::tool::{ToolError, run, run_as};
 use crate::state::Family;
 
 /// Seconds to wait for the xtables lock, below the deadline for the tool.
@@ -25,17 +26,18 @@ pub(super) async fn save_if_used(variant: Variant, family: Family) -> Result<Vec
     }
 }
 
-/// Executes a document; nothing when it is empty.
+/// Executes a document, as a change from one of our ports; nothing when it is empty.
 pub(super) async fn restore(
     variant: Variant,
     family: Family,
     document: String,
+    ports: &OwnPorts,
 ) -> Result<(), ToolError> {
     if document.is_empty() {
         return Ok(());
     }
     let args = ["--noflush", "--wait", LOCK_SECONDS];
-    let done = run(&variant.tool(family, "restore"), &args, document).await;
+    let done = run_as(ports, &variant.tool(family, "restore"), &args, document).await;
     done.map(drop)
 }
 
