@@ -29,6 +29,7 @@ async fn damage_is_noticed_at_once(mode: Mode) {
     settle(&mut kernel).await;
     let of_firewall: &[&str] = match mode {
         Mode::Nftables => &[
+            "nft 'add table inet metaleg { flags dormant; }'",
             "nft flush chain inet metaleg leak",
             "nft delete element inet metaleg egress4 '{ 10.244.1.11 }'",
             "nft insert rule inet metaleg guard accept",
@@ -240,6 +241,10 @@ fn news_of_what_is_not_ours_is_told_from_damage() {
             ("ip rule del pref 1099", Drift::Certain),
             (
                 "ip route add 203.0.113.0/24 dev eth0 table 100001",
+                Drift::Certain,
+            ),
+            (
+                "nft 'add table inet metaleg { flags dormant; }'",
                 Drift::Certain,
             ),
         ] {

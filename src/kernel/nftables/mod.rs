@@ -22,7 +22,7 @@ use netlink_packet_netfilter::nftables::{
 use netlink_packet_netfilter::none::ControlMessage;
 use netlink_packet_netfilter::{NetfilterMessageInner, NetfilterProtoFamily};
 
-use self::elements::{Elements, Kind, Value, late_reply_key, octets};
+use self::elements::{Elements, Kind, SetTraits, Value, late_reply_key, octets};
 pub(crate) use self::read::{BaseChain, any_chain};
 pub(crate) use self::ruleset::TABLE;
 use self::ruleset::{Chain, TRANSLATION_PRIORITY, chains};
@@ -79,7 +79,8 @@ impl Nftables {
         for &family in &self.families {
             let mut elements = Elements::new();
             for kind in Kind::all().filter(|kind| *kind != Kind::Set(OwnSet::LateReplies)) {
-                if sets.contains(&kind.name(family)) {
+                // What is in a set of another type means something else.
+                if sets.get(&kind.name(family)) == Some(&kind.shape(family).traits()) {
                     elements.insert(kind, look.members(kind, family)?);
                 }
             }
@@ -95,15 +96,30 @@ impl Nftables {
     }
 
     /// What is wrong with the table; nothing where there is none.
-    fn damage(&self, look: &Look, sets: &BTreeSet<String>) -> Result<Option<String>, NetlinkError> {
+    fn damage(
+        &self,
+        look: &Look,
+        sets: &BTreeMap<String, SetTraits>,
+    ) -> Result<Option<String>, NetlinkError> {
         let present = look.chains()?;
-        if present.is_empty() && sets.is_empty() {
+        let flags = look.table_flags()?;
+        let Some(flags) = flags else {
             return Ok(None);
+        };
+        if flags != 0 {
+            // A dormant table (1) has rules that no packet meets.
+            return Ok(Some(format!("table {TABLE} has flags {flags:#x}")));
         }
         for &family in &self.families {
-            let mut names = Kind::all().map(|kind| kind.name(family));
-            if let Some(set) = names.find(|name| !sets.contains(name)) {
-                return Ok(Some(format!("set {set} is missing")));
+            for kind in Kind::all() {
+                let name = kind.name(family);
+                match sets.get(&name) {
+                    None => return Ok(Some(format!("set {name} is missing"))),
+                    Some(found) if *found != kind.shape(family).traits() => {
+                        return Ok(Some(format!("set {name} is of another type")));
+                    }
+                    Some(_) => {}
+                }
             }
         }
         let mut tags: BTreeMap<String, Vec<String>> = BTreeMap::new();
@@ -266,7 +282,15 @@ impl Look {
         }
     }
 
-    fn sets(&self) -> Result<BTreeSet<String>, NetlinkError> {
+    /// The flags of the table; `None` where there is none.
+    fn table_flags(&self) -> Result<Option<u32>, NetlinkError> {
+        let attributes = Vec::new();
+        let question = NfTablesMessage::GetTable(TableMessage { attributes });
+        let flags: Vec<u32> = self.dump(question, read::own_table)?;
+        Ok(flags.first().copied())
+    }
+
+    fn sets(&self) -> Result<BTreeMap<String, SetTraits>, NetlinkError> {
         let attributes = vec![SetAttribute::Table(TABLE.to_owned())];
         let question = NfTablesMessage::GetSet(SetMessage { attributes });
         self.dump(question, read::set)
@@ -317,10 +341,7 @@ fn dump<T: Default + Extend<X>, X, I: IntoIterator<Item = X>>(
 
 /// Whether our table is there.
 pub(crate) fn exists() -> Result<bool, NetlinkError> {
-    let attributes = Vec::new();
-    let question = NfTablesMessage::GetTable(TableMessage { attributes });
-    let tables: Vec<String> = Look(Netfilter::open()?).dump(question, read::own_table)?;
-    Ok(!tables.is_empty())
+    Ok(Look(Netfilter::open()?).table_flags()?.is_some())
 }
 
 /// Removes our table; absent is fine.
