@@ -205,7 +205,8 @@ impl<K: Kernel> Agent<'_, K> {
     async fn observe(&mut self, before: Known) -> Result<Observed, String> {
         let observed = self.kernel.observe().await;
         let mut observed = observed.map_err(|error| chain(&error))?;
-        self.log.collisions(observed.collisions.clone());
+        let told = observed.collisions.union(&observed.unseen);
+        self.log.collisions(told.cloned().collect());
         if let Known::Suspected(before) = before
             && before.state.families == observed.state.families
         {

@@ -84,8 +84,8 @@ pub struct NodeKernel {
     ranges: Ranges,
     /// Which backend, and why.
     choice: String,
-    /// What was left by others than the present backend; looked for until there is nothing any more.
-    remnants: Option<BTreeSet<Remnant>>,
+    /// Others than the present backend may have left something: it is looked for until there is nothing any more.
+    has_remnants: bool,
     /// Destinations that are not egress, as far as confirmed: connections to them are never forgotten.
     excluded: BTreeSet<IpNet>,
     challenges: Challenges,
@@ -127,7 +127,7 @@ impl NodeKernel {
             families,
             ranges,
             choice,
-            remnants: None,
+            has_remnants: true,
             excluded: BTreeSet::new(),
             challenges: Challenges::default(),
         })
@@ -181,16 +181,16 @@ impl Kernel for NodeKernel {
             let routes = routes.states.remove(&family).unwrap_or_default();
             families.insert(family, FamilyState { routes, firewall });
         }
-        let remnants = match &self.remnants {
-            Some(none) if none.is_empty() => BTreeSet::new(),
-            _ => remnants::find(&self.firewall, &self.families, routes.earlier).await?,
+        let found = match self.has_remnants {
+            true => remnants::find(&self.firewall, &self.families, routes.earlier).await,
+            false => remnants::Found::default(),
         };
-        self.remnants = Some(remnants.clone());
+        self.has_remnants = !found.remnants.is_empty() || !found.unseen.is_empty();
         let mut collisions = routes.collisions;
         collisions.extend(self.foreign_nat().await);
         let state = KernelState {
             families,
-            remnants,
+            remnants: found.remnants,
             doubt: true,
         };
         self.excluded = state.excluded().collect();
@@ -199,6 +199,7 @@ impl Kernel for NodeKernel {
             interfaces: routes.interfaces,
             occupied: routes.occupied,
             collisions,
+            unseen: found.unseen,
         })
     }
 

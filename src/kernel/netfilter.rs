@@ -1,7 +1,8 @@
 //! A netlink socket to netfilter: nftables and connection tracking, without a process.
 
 use netlink_packet_core::{
-    NLM_F_DUMP, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload, ParseableParametrized,
+    NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload,
+    ParseableParametrized,
 };
 use netlink_packet_netfilter::{
     NetfilterHeader, NetfilterMessage, NetfilterMessageInner, NetfilterProtoFamily,
@@ -23,6 +24,11 @@ impl<'a> Message<'a> {
     /// The value of the first attribute of a type.
     pub(crate) fn attribute(&self, wanted: u16) -> Option<&'a [u8]> {
         attribute(self.tail(HEADER_BYTES), wanted)
+    }
+
+    /// The family that an object belongs to.
+    pub(crate) fn family(&self) -> NetfilterProtoFamily {
+        self.byte_at(0).unwrap_or_default().into()
     }
 
     /// The whole message in the crate's words.
@@ -61,6 +67,20 @@ impl Netfilter {
     /// Sends a transaction. Returns the first failure that the kernel reports; without one it is in force.
     pub(crate) fn commit(&self, batch: &[u8]) -> Result<(), NetlinkError> {
         self.netlink.request(batch, |_| {})
+    }
+
+    /// Whether the object that is asked for exists.
+    pub(crate) fn has(
+        &self,
+        family: NetfilterProtoFamily,
+        question: NetfilterMessageInner,
+    ) -> Result<bool, NetlinkError> {
+        let question = message(family, NLM_F_ACK, 0, question);
+        match self.netlink.request(&question, |_| {}) {
+            Ok(()) => Ok(true),
+            Err(error) if error.is_absent() => Ok(false),
+            Err(error) => Err(error),
+        }
     }
 
     /// Dumps everything that `question` describes, and hands each answer to `take`; from the start, with a new `T`, when

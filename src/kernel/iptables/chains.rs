@@ -19,6 +19,12 @@ const GUARD: &str = "METALEG-GUARD";
 const LEAK: &str = "METALEG-LEAK";
 /// The chain in which releases before 0.3 set marks.
 pub(super) const EARLIER_MARK: &str = "METALEG-RT-MARK";
+/// The chains of releases before 0.3, each after its table.
+pub(super) const EARLIER: [(&str, &str); 3] = [
+    ("mangle", EARLIER_MARK),
+    ("filter", "METALEG-REJECT"),
+    ("nat", "METALEG-SNAT"),
+];
 
 impl Rule {
     /// What follows `-A CHAIN`.
@@ -224,7 +230,7 @@ pub(super) fn jumps_to_us(line: &Line) -> bool {
 
 /// Whether a chain is one that releases before 0.3 made.
 pub(super) fn is_earlier_chain(name: &str) -> bool {
-    [EARLIER_MARK, "METALEG-REJECT", "METALEG-SNAT"].contains(&name)
+    EARLIER.iter().any(|(_, chain)| *chain == name)
 }
 
 /// The rule by which releases before 0.3 kept marked packets from being translated.

@@ -6,7 +6,9 @@
 //!
 //! What a packet experiences is written beside each rule in [`chains`].
 
+mod by_name;
 mod chains;
+mod detect;
 mod documents;
 mod mode;
 mod read;
@@ -20,9 +22,9 @@ use std::net::IpAddr;
 use nix::libc::NF_IP_PRI_NAT_SRC;
 
 use self::chains::{NAT, is_own_chain, translated_vips, translation};
+use self::detect::detect;
 use self::documents::{install_document, remove_document, table};
 pub(crate) use self::mode::Variant;
-use self::mode::detect;
 use self::save::{restore, save};
 use self::sets::{
     StaticSet, Work, create_vip, destroy, ipset, late_reply_line, read_sets, vip_of_set, vip_set,

@@ -1,6 +1,6 @@
 //! Reads and writes the rules of a mode: `iptables-save` and `iptables-restore`.
 
-use crate::kernel::iptables::mode::{Variant, has_legacy_tables};
+use crate::kernel::iptables::mode::{Variant, legacy_tables};
 use crate::kernel::netlink::OwnPorts;
 use crate::kernel::tag::TAG;
 use crate::kernel::tool::{ToolError, run, run_as};
@@ -15,9 +15,19 @@ pub(super) async fn save(variant: Variant, family: Family) -> Result<Vec<Line>, 
     Ok(parse(&text))
 }
 
-/// The same; none where nobody uses the mode, or its tools are not there.
+/// Those of one table.
+pub(super) async fn save_table(
+    variant: Variant,
+    family: Family,
+    table: &str,
+) -> Result<Vec<Line>, ToolError> {
+    let text = run(&variant.tool(family, "save"), &["-t", table], String::new()).await?;
+    Ok(parse(&text))
+}
+
+/// The rules of a mode; none where nobody uses it, or its tools are not there.
 pub(super) async fn save_if_used(variant: Variant, family: Family) -> Result<Vec<Line>, ToolError> {
-    if variant == Variant::Legacy && !has_legacy_tables(family).await {
+    if variant == Variant::Legacy && legacy_tables(family).await.is_empty() {
         return Ok(Vec::new());
     }
     match save(variant, family).await {
