@@ -1,9 +1,10 @@
 //! The reconcile loop: the one task that owns the kernel.
 //!
 //! facts → plan → diff → apply, one pass at a time. Events that come during a pass are worked on together in the
-//! next one. Doubt means full: at the start, after a failure, when others may have changed what is ours and every
-//! `RECONCILIATION_INTERVAL` the kernel is read back; in between the agent trusts what it has confirmed.
+//! next one. Doubt means full: at the start, some time after a failure, when others may have changed what is ours and
+//! every `RECONCILIATION_INTERVAL` the kernel is read back; in between the agent trusts what it has confirmed.
 
+use std::collections::BTreeSet;
 use std::future::Future;
 use std::pin::pin;
 use std::sync::Arc;
@@ -16,7 +17,7 @@ use crate::backoff::Backoff;
 use crate::cluster::watch::Cluster;
 use crate::diff::diff;
 use crate::error::chain;
-use crate::kernel::{Kernel, StepError};
+use crate::kernel::{Drift, Kernel, StepError};
 use crate::lan::Lan;
 use crate::pass::{self, Memory, Pass};
 use crate::plan::Desired;
@@ -26,6 +27,26 @@ use crate::settings::Settings;
 use crate::state::{Observed, Step};
 
 const BACKOFF: Backoff = Backoff::new(Duration::from_millis(500), Duration::from_secs(30));
+
+/// What a pass knows of the kernel before it begins.
+#[derive(Debug, Default)]
+enum Known {
+    /// What the kernel holds.
+    Confirmed(Observed),
+    /// What it holds unless others have changed that.
+    Suspected(Observed),
+    #[default]
+    Nothing,
+}
+
+impl Known {
+    fn suspect(self) -> Known {
+        match self {
+            Known::Confirmed(observed) | Known::Suspected(observed) => Known::Suspected(observed),
+            Known::Nothing => Known::Nothing,
+        }
+    }
+}
 
 #[derive(Debug)]
 struct Agent<'a, K> {
@@ -37,8 +58,7 @@ struct Agent<'a, K> {
     lan: Option<&'a Lan>,
     memory: Memory,
     log: Log,
-    /// What the kernel holds; `None` when in doubt.
-    confirmed: Option<Observed>,
+    known: Known,
 }
 
 /// Keeps the kernel what the cluster says it should be, until `shutdown` is ready, and returns what that says. Leaves
@@ -66,40 +86,46 @@ pub async fn run<K: Kernel, T>(
         lan,
         memory: Memory::new(settings),
         log: Log::default(),
-        confirmed: None,
+        known: Known::Nothing,
     };
     let mut reason = "start";
     let mut backoff = BACKOFF;
     let mut last_full = Instant::now();
+    // When the kernel is read back after a failure. Events do not wait for that, and do not bring it forward.
+    let mut retry_at = None;
     loop {
-        let full = agent.confirmed.is_none();
-        let wake_at = match agent.pass(reason).await {
-            Ok(changes_at) => {
-                backoff.reset();
-                changes_at
-            }
-            Err(_) => {
-                agent.confirmed = None;
-                Some(Instant::now() + backoff.pause())
-            }
-        };
+        let full = !matches!(agent.known, Known::Confirmed(_));
+        let result = agent.pass(reason).await;
         if full {
             last_full = Instant::now();
+            retry_at = None;
+        }
+        match result {
+            Ok(_) if full => backoff.reset(),
+            Ok(_) => {}
+            Err(_) => retry_at = retry_at.or_else(|| Some(Instant::now() + backoff.pause())),
         }
         let next_full = last_full + settings.reconciliation_interval;
-        let wake_at = wake_at.map_or(next_full, |at| at.min(next_full));
+        let next_full = retry_at.map_or(next_full, |at| at.min(next_full));
+        let changes_at = result.unwrap_or_default();
+        let wake_at = changes_at.map_or(next_full, |at| at.min(next_full));
+        // What could not be read at all a moment ago is not read for each event.
+        let is_blind = retry_at.is_some() && matches!(agent.known, Known::Nothing);
         tokio::select! {
             why = &mut shutdown => return why,
-            () = cluster.changed() => reason = "cluster",
-            () = heard(lan) => reason = "lan",
-            () = agent.kernel.drifted() => {
+            () = cluster.changed(), if !is_blind => reason = "cluster",
+            () = heard(lan), if !is_blind => reason = "lan",
+            drift = agent.kernel.drifted(), if !is_blind => {
                 reason = "drift";
-                agent.confirmed = None;
+                agent.known = match drift {
+                    Drift::Possible => std::mem::take(&mut agent.known).suspect(),
+                    Drift::Certain => Known::Nothing,
+                };
             }
             () = tokio::time::sleep_until(wake_at) => {
                 reason = "timer";
                 if Instant::now() >= next_full {
-                    agent.confirmed = None;
+                    agent.known = Known::Nothing;
                 }
             }
         }
@@ -133,14 +159,9 @@ impl<K: Kernel> Agent<'_, K> {
         reason: &'static str,
         started: Instant,
     ) -> Result<Option<Instant>, String> {
-        let mut confirmed = match self.confirmed.take() {
-            Some(confirmed) => confirmed,
-            None => {
-                let observed = self.kernel.observe().await;
-                let observed = observed.map_err(|error| chain(&error))?;
-                self.log.collisions(observed.collisions.clone());
-                observed
-            }
+        let mut confirmed = match std::mem::take(&mut self.known) {
+            Known::Confirmed(confirmed) => confirmed,
+            before => self.observe(before).await?,
         };
         let heard = self.lan.map(Lan::heard).unwrap_or_default();
         let (facts, now) = (self.cluster.facts(), started.into_std());
@@ -163,6 +184,15 @@ impl<K: Kernel> Agent<'_, K> {
             self.report.programmed(&pass.view);
         }
         self.memory.keep(pass.desired, failed.is_empty());
+        // By their words, because there may be thousands. Of two with the same words both are done again.
+        let not_done = failed.iter().map(|failure| failure.step.to_string());
+        let not_done: BTreeSet<String> = not_done.collect();
+        for step in &steps {
+            if not_done.is_empty() || !not_done.contains(&step.to_string()) {
+                confirmed.state.apply(step);
+            }
+        }
+        self.known = Known::Confirmed(confirmed);
         if !failed.is_empty() {
             return Err(log::failures(&failed));
         }
@@ -170,11 +200,22 @@ impl<K: Kernel> Agent<'_, K> {
             let ms = started.elapsed().as_millis();
             info!(reason, steps = steps.len(), ms, "kernel changed");
         }
-        for step in &steps {
-            confirmed.state.apply(step);
-        }
-        self.confirmed = Some(confirmed);
         Ok(pass.changes_at.map(Instant::from_std))
+    }
+
+    /// Reads the kernel. Where others might have changed something and nothing of ours differs, no connection was opened
+    /// under other rules either.
+    async fn observe(&mut self, before: Known) -> Result<Observed, String> {
+        let observed = self.kernel.observe().await;
+        let mut observed = observed.map_err(|error| chain(&error))?;
+        let told = observed.collisions.union(&observed.unseen);
+        self.log.collisions(told.cloned().collect());
+        if let Known::Suspected(before) = before
+            && before.state.families == observed.state.families
+        {
+            observed.state.doubt = before.state.doubt;
+        }
+        Ok(observed)
     }
 
     /// Tells the LAN listener what is wanted, and publishes what is new.

@@ -67,8 +67,7 @@ async fn run(settings: &Settings) -> Result<()> {
     let mut kernel = NodeKernel::open(settings).await?;
     let (cluster, mut tasks) = (Arc::new(Cluster::default()), Tasks::default());
     let is_wanted = settings.sources.contains(&AnnouncerSource::Lan);
-    let lan = is_wanted.then(|| Lan::start(&mut tasks)).transpose();
-    let lan = lan.context("cannot listen on the LAN")?.map(Arc::new);
+    let lan = is_wanted.then(|| Arc::new(Lan::start(&mut tasks)));
     let boot = BootId::of_this_node().context("cannot read which boot of the node this is")?;
     let report = Report::start(
         &cluster,

@@ -25,6 +25,9 @@ struct Shared {
     failing: Mutex<Failing>,
     done: Notify,
     drift: Notify,
+    suspicion: Notify,
+    /// Whether the kernel cannot be read.
+    unreadable: Mutex<bool>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -61,8 +64,12 @@ impl Shared {
 impl Kernel for FakeKernel {
     async fn observe(&mut self) -> Result<Observed, kernel::Error> {
         self.shared.note("observe");
+        if *self.shared.unreadable.lock().unwrap() {
+            return Err(kernel::Error::Injected);
+        }
         let mut state = self.shared.state.lock().unwrap().clone();
         state.families.entry(Family::V4).or_default();
+        state.doubt = true;
         Ok(Observed {
             state,
             ..Observed::default()
@@ -73,8 +80,11 @@ impl Kernel for FakeKernel {
         Ok(())
     }
 
-    async fn drifted(&mut self) {
-        self.shared.drift.notified().await;
+    async fn drifted(&mut self) -> Drift {
+        tokio::select! {
+            () = self.shared.drift.notified() => Drift::Certain,
+            () = self.shared.suspicion.notified() => Drift::Possible,
+        }
     }
 
     async fn apply(&mut self, steps: &[Step]) -> Vec<StepError> {
@@ -176,6 +186,8 @@ async fn a_failed_pass_is_repeated_in_full_until_the_kernel_is_right() {
         applies: 2,
         ..never()
     });
+    // The agent waits for the watches, so that nothing but the failure begins the second pass.
+    tokio::task::yield_now().await;
     pretend_synced(&running.cluster);
     running.kernel.noted(6).await;
     assert_eq!(
@@ -263,4 +275,77 @@ async fn a_node_is_programmed_for_others_when_all_but_its_routes_to_other_gatewa
         running.kernel.noted(4).await;
         assert_eq!(*running.lease.borrow(), Some("uid".to_owned()));
     }
+}
+
+/// How often the kernel was read, and how often steps were done, in order.
+fn reads_and_applies(running: &Running) -> (usize, usize) {
+    let log = running.kernel.log();
+    let reads = log.iter().filter(|what| **what == "observe").count();
+    (reads, log.len() - reads)
+}
+
+#[tokio::test(start_paused = true)]
+async fn connections_are_looked_at_only_when_something_of_ours_was_changed() {
+    let running = start(never());
+    pretend_synced(&running.cluster);
+    running.kernel.noted(2).await;
+    let look = async |what: &Notify| {
+        what.notify_one();
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        reads_and_applies(&running)
+    };
+    // The first look is in doubt, and so are those after which nobody knows.
+    assert_eq!(look(&running.kernel.suspicion).await, (2, 1));
+    assert_eq!(look(&running.kernel.drift).await, (3, 2));
+    assert_eq!(look(&running.kernel.suspicion).await, (4, 2));
+    let damage = Skeleton::Damaged("by others".to_owned());
+    let damaged = |state: &mut KernelState| {
+        let family = state.families.get_mut(&Family::V4).unwrap();
+        family.firewall.skeleton = damage.clone();
+    };
+    damaged(&mut running.kernel.state.lock().unwrap());
+    assert_eq!(look(&running.kernel.suspicion).await, (5, 3));
+    assert_eq!(look(&running.kernel.suspicion).await, (6, 3));
+}
+
+#[tokio::test(start_paused = true)]
+async fn events_while_steps_fail_do_not_read_the_kernel_each_time() {
+    let running = start(Failing {
+        applies: usize::MAX,
+        at: |step| matches!(step, Step::Firewall(FirewallStep::Install(..))),
+    });
+    tokio::task::yield_now().await;
+    pretend_synced(&running.cluster);
+    running.kernel.noted(2).await;
+    let events = async |count: usize| {
+        for _ in 0..count {
+            running.cluster.pretend_synced(&[]);
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        reads_and_applies(&running)
+    };
+    // Each event is worked on at once; the kernel is read back when the pause is over.
+    assert_eq!(events(100).await, (1, 101));
+    tokio::time::sleep(Duration::from_secs(600)).await;
+    let (reads, applies) = reads_and_applies(&running);
+    assert_eq!(reads, applies - 100);
+    assert!((20..50).contains(&reads), "{reads}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_kernel_that_cannot_be_read_is_read_at_growing_intervals_whatever_happens() {
+    let running = start(never());
+    *running.kernel.unreadable.lock().unwrap() = true;
+    pretend_synced(&running.cluster);
+    running.kernel.noted(1).await;
+    for _ in 0..10_000 {
+        running.cluster.pretend_synced(&[]);
+        running.kernel.drift.notify_one();
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    let (reads, _) = reads_and_applies(&running);
+    assert!((7..12).contains(&reads), "{reads}");
+    *running.kernel.unreadable.lock().unwrap() = false;
+    tokio::time::sleep(Duration::from_secs(30)).await;
+    assert_ne!(reads_and_applies(&running).1, 0);
 }

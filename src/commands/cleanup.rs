@@ -8,7 +8,7 @@ use crate::diff::diff;
 use crate::error::chain;
 use crate::kernel::{self, Kernel, NodeKernel};
 use crate::settings::{FirewallBackend, Settings};
-use crate::state::{FamilyState, FirewallStep, KernelState, Step};
+use crate::state::{FamilyState, FirewallStep, KernelState, Observed, Step};
 
 /// Removes everything and writes to `out` what it was; returns whether nothing is left.
 ///
@@ -63,10 +63,17 @@ async fn with(
     for failure in &failed {
         writeln!(out, "failed: {}", chain(failure))?;
     }
-    let left = kernel.observe().await?.state;
+    let Observed {
+        state: left,
+        unseen,
+        ..
+    } = kernel.observe().await?;
     let steps = diff(&left, &nothing(&left, is_last));
     let mut left = steps.iter().filter(|step| step.is_change()).peekable();
-    let is_clean = left.peek().is_none();
+    let is_clean = left.peek().is_none() && unseen.is_empty();
+    for sentence in unseen {
+        writeln!(out, "{sentence}")?;
+    }
     for step in left {
         writeln!(out, "still to do: {step}")?;
     }

@@ -7,8 +7,6 @@ use crate::state::Remnant;
 pub(crate) struct Profile {
     /// Its name, and why it works as it does, for the log.
     pub(crate) name: String,
-    /// The netlink port of its own changes, which are no drift; none where it runs tools.
-    pub(crate) port: Option<u32>,
     pub(crate) watched: Watched,
     /// The priority in postrouting of its source NAT.
     pub(crate) nat_priority: i32,
@@ -31,4 +29,6 @@ pub(crate) struct Watched {
     pub(crate) tables: &'static [&'static str],
     /// Which chains of these, and their rules; `None`: everything in the tables.
     pub(crate) chains: Option<fn(&str) -> bool>,
+    /// Chains of others that lead into ours: what comes ahead of that matters.
+    pub(crate) base_chains: &'static [&'static str],
 }

@@ -122,11 +122,8 @@ async fn challenge(flows: &BTreeSet<Flow>, challenges: &Challenges) {
 type Frames = BTreeMap<usize, (LinkAddr, Vec<Vec<u8>>)>;
 
 async fn frames(flows: &BTreeSet<Flow>) -> io::Result<Frames> {
-    let (connection, handle, _) = rtnetlink::new_connection()?;
-    let connection = tokio::spawn(connection);
-    let neighbours = neighbour_table(&handle).await.map_err(io::Error::other);
-    connection.abort();
-    let neighbours: BTreeMap<IpAddr, (usize, Mac)> = neighbours?
+    let neighbours = neighbour_table().await.map_err(io::Error::other)?;
+    let neighbours: BTreeMap<IpAddr, (usize, Mac)> = neighbours
         .iter()
         .filter_map(|n| Some((n.address, (usize::try_from(n.interface).ok()?, n.mac))))
         .collect();

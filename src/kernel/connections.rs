@@ -14,7 +14,7 @@ use crate::state::ConnectionStep;
 /// `unheard`; steps that fail join `failed`.
 pub(crate) async fn apply(
     steps: &[&ConnectionStep],
-    firewall: &Firewall,
+    firewall: &mut Firewall,
     excluded: &BTreeSet<IpNet>,
     unheard: &mut Unheard,
     failed: &mut Vec<StepError>,
@@ -41,7 +41,7 @@ pub(crate) async fn apply(
 
 async fn forget(
     selection: Selection,
-    firewall: &Firewall,
+    firewall: &mut Firewall,
     excluded: &BTreeSet<IpNet>,
     unheard: &mut Unheard,
 ) -> Result<(), Error> {

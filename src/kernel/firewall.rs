@@ -6,6 +6,7 @@ use crate::kernel::backend::Profile;
 use crate::kernel::conntrack::LateReply;
 use crate::kernel::error::{Error, StepError};
 use crate::kernel::iptables::Iptables;
+use crate::kernel::netlink::OwnPorts;
 use crate::kernel::nftables::Nftables;
 use crate::kernel::ours::Ranges;
 use crate::settings::FirewallBackend;
@@ -24,13 +25,14 @@ impl Firewall {
         wanted: FirewallBackend,
         ranges: Ranges,
         families: &[Family],
+        ports: &OwnPorts,
     ) -> Result<(Firewall, Option<Error>), Error> {
         let refusal = match wanted {
             FirewallBackend::Iptables => None,
             FirewallBackend::Nftables | FirewallBackend::Auto => {
                 match Nftables::check(ranges, families).await {
                     Ok(()) => {
-                        let nftables = Nftables::open(ranges, families.to_vec())?;
+                        let nftables = Nftables::new(ranges, families.to_vec(), ports.clone());
                         return Ok((Firewall::Nftables(nftables), None));
                     }
                     Err(refusal) if wanted == FirewallBackend::Nftables => return Err(refusal),
@@ -38,7 +40,7 @@ impl Firewall {
                 }
             }
         };
-        let iptables = Iptables::open(ranges, families.to_vec()).await?;
+        let iptables = Iptables::open(ranges, families.to_vec(), ports.clone()).await?;
         Ok((Firewall::Iptables(iptables), refusal))
     }
 
@@ -72,7 +74,7 @@ impl Firewall {
     /// Drops late replies of connections that are about to be forgotten: such a reply would create a new entry, as if the
     /// connection had been opened from outside. The pod's next packet would then count as a reply, skip marking, and leave
     /// with the pod's own address.
-    pub(crate) async fn expect_late_replies(&self, replies: &[LateReply]) -> Result<(), Error> {
+    pub(crate) async fn expect_late_replies(&mut self, replies: &[LateReply]) -> Result<(), Error> {
         match self {
             Firewall::Nftables(nftables) => Ok(nftables.expect_late_replies(replies)?),
             Firewall::Iptables(iptables) => iptables.expect_late_replies(replies).await,

@@ -23,31 +23,40 @@ pub(crate) async fn find(in_use: &Firewall) -> Result<BTreeSet<String>, Error> {
     let ours = in_use.profile();
     let mut foreign = in_use.foreign_nat().await?;
     let netfilter = Netfilter::open()?;
-    for (family, name) in [
-        (NetfilterProtoFamily::IPv4, "ip"),
-        (NetfilterProtoFamily::IPv6, "ip6"),
-        (NetfilterProtoFamily::Inet, "inet"),
-    ] {
-        let attributes = Vec::new();
-        let question = NfTablesMessage::GetChain(ChainMessage { attributes });
-        let question = NetfilterMessageInner::NfTables(question);
-        let chains: Vec<(String, String, Option<BaseChain>)> =
-            netfilter.dump(family, &question, |all: &mut Vec<_>, answer| {
-                all.extend(any_chain(answer));
-                Ok(())
-            })?;
-        for (table, chain, base) in chains {
-            let is_ours = ours.nat_table == Some(&table) || table == TABLE;
-            // What iptables has in its other mode is looked at by what its rules do.
-            let is_iptables = table == "nat" && name != "inet";
-            let decides_first = base.is_some_and(|base| {
+    let attributes = Vec::new();
+    let question = NfTablesMessage::GetChain(ChainMessage { attributes });
+    let question = NetfilterMessageInner::NfTables(question);
+    // Of thousands of chains, a handful have a hook.
+    let hooked: Vec<(&str, String, String)> = netfilter.dump(
+        NetfilterProtoFamily::Unspec,
+        &question,
+        |all: &mut Vec<_>, answer| {
+            let name = match answer.family() {
+                NetfilterProtoFamily::IPv4 => "ip",
+                NetfilterProtoFamily::IPv6 => "ip6",
+                NetfilterProtoFamily::Inet => "inet",
+                // ARP, bridges and devices translate no addresses.
+                _ => return Ok(()),
+            };
+            let decides_first = |base: &BaseChain| {
                 base.kind == "nat"
                     && base.hook == NF_INET_POST_ROUTING
                     && base.priority <= ours.nat_priority
-            });
-            if decides_first && !is_ours && !is_iptables && table != KUBE_PROXY {
-                foreign.insert(format!("chain {chain} of nftables table {name} {table}"));
+            };
+            if let Some((table, chain, Some(base))) = any_chain(answer)
+                && decides_first(&base)
+            {
+                all.push((name, table, chain));
             }
+            Ok(())
+        },
+    )?;
+    for (name, table, chain) in hooked {
+        let is_ours = ours.nat_table == Some(&table) || table == TABLE;
+        // What iptables has in its other mode is looked at by what its rules do.
+        let is_iptables = table == "nat" && name != "inet";
+        if !is_ours && !is_iptables && table != KUBE_PROXY {
+            foreign.insert(format!("chain {chain} of nftables table {name} {table}"));
         }
     }
     let advice = ours.advice.map(|advice| format!(": {advice}"));

@@ -1,65 +1,58 @@
 //! The interfaces of this node, as far as routes need to know of them.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::collections::BTreeMap;
 
-use futures::TryStreamExt;
 use ipnet::IpNet;
-use netlink_packet_route::address::{AddressAttribute, AddressScope};
-use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
-use rtnetlink::{Error, Handle};
+use netlink_packet_route::RouteNetlinkMessage;
+use netlink_packet_route::address::{AddressAttribute, AddressMessage};
+use netlink_packet_route::link::{LinkFlags, LinkMessage};
+use nix::libc::IFLA_IFNAME;
 
+use crate::kernel::netlink::{Care, Message, NetlinkError, attribute};
+use crate::kernel::rtnetlink::Rtnetlink;
 use crate::names::Interface;
 
-/// Interfaces whose state matters, by index: those that have or had an address of global scope, or a node on link, because
-/// a gateway may be behind them when they come up again. Shared between what reads interfaces and what listens for drift.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct WatchedInterfaces(Arc<Mutex<BTreeSet<u32>>>);
+/// `struct ifinfomsg` of rtnetlink.h: family, type, then index and flags.
+const HEADER_BYTES: usize = 16;
+const INDEX_AT: usize = 4;
+const FLAGS_AT: usize = 8;
 
-impl WatchedInterfaces {
-    pub(crate) fn contains(&self, index: u32) -> bool {
-        self.indexes().contains(&index)
-    }
-
-    pub(crate) fn add(&self, index: u32) {
-        self.indexes().insert(index);
-    }
-
-    fn indexes(&self) -> MutexGuard<'_, BTreeSet<u32>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Link {
     pub(crate) index: u32,
     pub(crate) name: String,
     flags: LinkFlags,
 }
 
-pub(crate) async fn links(handle: &Handle) -> Result<Vec<Link>, Error> {
-    let link = |message: LinkMessage| {
-        let mut attributes = message.attributes.into_iter();
-        let name = attributes.find_map(|attribute| match attribute {
-            LinkAttribute::IfName(name) => Some(name),
-            _ => None,
-        })?;
-        Some(Link {
-            index: message.header.index,
-            name,
-            flags: message.header.flags,
-        })
-    };
-    let links: Vec<LinkMessage> = handle.link().get().execute().try_collect().await?;
-    Ok(links.into_iter().filter_map(link).collect())
+impl Link {
+    /// What matters of it.
+    pub(crate) fn state(&self) -> (&str, LinkFlags) {
+        let matters = LinkFlags::Up | LinkFlags::Running | LinkFlags::Loopback;
+        (&self.name, self.flags & matters)
+    }
+}
+
+pub(crate) fn links(netlink: &Rtnetlink) -> Result<Vec<Link>, NetlinkError> {
+    let question = RouteNetlinkMessage::GetLink(LinkMessage::default());
+    netlink.dump(question, Care::Exact, |all: &mut Vec<_>, answer| {
+        all.extend(link(answer));
+        Ok(())
+    })
+}
+
+/// A link; of its many attributes, which each kind of interface has its own of, only the name is looked at.
+pub(crate) fn link(message: Message<'_>) -> Option<Link> {
+    let name = attribute(message.tail(HEADER_BYTES), IFLA_IFNAME)?;
+    let name = name.split(|byte| *byte == 0).next().unwrap_or_default();
+    Some(Link {
+        index: message.number_at(INDEX_AT)?,
+        name: String::from_utf8_lossy(name).into_owned(),
+        flags: LinkFlags::from_bits_retain(message.number_at(FLAGS_AT)?),
+    })
 }
 
 /// Those of the interfaces that are up, but for loopback, with their addresses and networks.
-pub(crate) async fn connected(
-    handle: &Handle,
-    links: Vec<Link>,
-    watched: &WatchedInterfaces,
-) -> Result<Vec<Interface>, Error> {
+pub(crate) fn connected(links: Vec<Link>, addresses: &[AddressMessage]) -> Vec<Interface> {
     let is_usable = |link: &Link| {
         link.flags.contains(LinkFlags::Up) && !link.flags.contains(LinkFlags::Loopback)
     };
@@ -71,11 +64,7 @@ pub(crate) async fn connected(
         };
         interfaces.insert(index, interface);
     }
-    let mut addresses = handle.address().get().execute();
-    while let Some(message) = addresses.try_next().await? {
-        if message.header.scope == AddressScope::Universe {
-            watched.add(message.header.index);
-        }
+    for message in addresses {
         let Some(interface) = interfaces.get_mut(&message.header.index) else {
             continue;
         };
@@ -94,5 +83,5 @@ pub(crate) async fn connected(
         interface.nets.extend(net.map(|net| net.trunc()));
         interface.addresses.extend(local.or(peer));
     }
-    Ok(interfaces.into_values().collect())
+    interfaces.into_values().collect()
 }

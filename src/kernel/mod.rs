@@ -16,15 +16,18 @@ mod iptables;
 mod kill_point;
 pub(crate) mod neighbours;
 mod netfilter;
+mod netlink;
 mod nftables;
 mod ours;
 mod reach;
 mod remnants;
 mod routes;
+mod rtnetlink;
 mod tag;
 #[cfg(test)]
 mod tests;
 mod tool;
+mod watched;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
@@ -35,10 +38,13 @@ use tracing::debug;
 use crate::error::chain;
 pub use crate::kernel::challenge::Challenges;
 use crate::kernel::challenge::Unheard;
+pub use crate::kernel::drift::Drift;
 use crate::kernel::drift::DriftListener;
 use crate::kernel::error::executable;
 pub use crate::kernel::error::{Error, StepError};
 use crate::kernel::firewall::Firewall;
+use crate::kernel::neighbours::neighbour_table;
+use crate::kernel::netlink::OwnPorts;
 use crate::kernel::ours::Ranges;
 use crate::kernel::reach::Lookup;
 use crate::kernel::routes::Routes;
@@ -68,7 +74,7 @@ pub trait Kernel: Send {
     ) -> impl Future<Output = Result<(), Error>> + Send;
 
     /// Waits until others may have changed what is ours, or how addresses that were looked up are reached. Cancel-safe.
-    fn drifted(&mut self) -> impl Future<Output = ()> + Send;
+    fn drifted(&mut self) -> impl Future<Output = Drift> + Send;
 
     /// Executes the steps in order. Returns the steps that failed. A failed step keeps no other from being tried than
     /// those that rely on it ([`Step::needs`]).
@@ -100,8 +106,8 @@ pub struct NodeKernel {
     ranges: Ranges,
     /// Which backend, and why.
     choice: String,
-    /// What was left by others than the present backend; looked for until there is nothing any more.
-    remnants: Option<BTreeSet<Remnant>>,
+    /// Others than the present backend may have left something: it is looked for until there is nothing any more.
+    has_remnants: bool,
     /// Destinations that are not egress, as far as confirmed: connections to them are never forgotten.
     excluded: BTreeSet<IpNet>,
     challenges: Challenges,
@@ -126,14 +132,15 @@ impl NodeKernel {
             priority: settings.rule_priority,
             strict_tcp: false,
         };
-        let routes = Routes::open(families.clone(), ranges)?;
-        let (firewall, refusal) = Firewall::open(settings.firewall, ranges, &families).await?;
+        let own_ports = OwnPorts::default();
+        let routes = Routes::new(families.clone(), ranges, own_ports.clone());
+        let (firewall, refusal) =
+            Firewall::open(settings.firewall, ranges, &families, &own_ports).await?;
         let profile = firewall.profile();
         let mut choice = profile.name;
         if let Some(error) = refusal {
             choice += &format!(", because nftables cannot be used: {}", chain(&error));
         }
-        let own_ports = [routes.port].into_iter().chain(profile.port).collect();
         let lookup = Lookup {
             interfaces: routes.watched.clone(),
             ..Lookup::default()
@@ -148,7 +155,7 @@ impl NodeKernel {
             families,
             ranges,
             choice,
-            remnants: None,
+            has_remnants: true,
             excluded: BTreeSet::new(),
             challenges: Challenges::default(),
         })
@@ -206,16 +213,16 @@ impl Kernel for NodeKernel {
             }
             families.insert(family, FamilyState { routes, firewall });
         }
-        let remnants = match &self.remnants {
-            Some(none) if none.is_empty() => BTreeSet::new(),
-            _ => remnants::find(&self.firewall, &self.families, routes.earlier).await?,
+        let found = match self.has_remnants {
+            true => remnants::find(&self.firewall, &self.families, routes.earlier).await,
+            false => remnants::Found::default(),
         };
-        self.remnants = Some(remnants.clone());
+        self.has_remnants = !found.remnants.is_empty() || !found.unseen.is_empty();
         let mut collisions = routes.collisions;
         collisions.extend(self.foreign_nat().await);
         let state = KernelState {
             families,
-            remnants,
+            remnants: found.remnants,
             doubt: true,
         };
         self.excluded = state.excluded().collect();
@@ -225,11 +232,12 @@ impl Kernel for NodeKernel {
                 marks_before_dnat: profile.marks_before_dnat,
                 mask_is_shared: self.mask_is_shared,
             },
-            interfaces: self.routes.interfaces().await?,
+            interfaces: routes.interfaces,
             reach: BTreeMap::new(),
             neighbours: BTreeMap::new(),
             occupied: routes.occupied,
             collisions,
+            unseen: found.unseen,
         })
     }
 
@@ -237,7 +245,7 @@ impl Kernel for NodeKernel {
         let all = asked.nodes.union(&asked.vips).copied().collect();
         if self.lookup.complete(all, &mut observed.reach)? {
             self.lookup.watch(&asked.nodes, &observed.reach);
-            for neighbour in self.routes.neighbours().await? {
+            for neighbour in neighbour_table().await? {
                 self.lookup.neighbours.take(neighbour);
             }
         }
@@ -246,8 +254,8 @@ impl Kernel for NodeKernel {
         Ok(())
     }
 
-    async fn drifted(&mut self) {
-        self.drift.next().await;
+    async fn drifted(&mut self) -> Drift {
+        self.drift.next().await
     }
 
     async fn apply(&mut self, steps: &[Step]) -> Vec<StepError> {
@@ -258,7 +266,7 @@ impl Kernel for NodeKernel {
             kill_point::before_step();
             let batch = Batch::of(batch);
             for step in executable(&batch.routes, &mut failed) {
-                if let Err(error) = self.routes.execute(step).await {
+                if let Err(error) = self.routes.execute(step) {
                     failed.push(StepError::new(step, error));
                 }
             }
@@ -268,7 +276,7 @@ impl Kernel for NodeKernel {
             }
             if !batch.connections.is_empty() {
                 let (steps, excluded) = (&batch.connections, &self.excluded);
-                let firewall = &self.firewall;
+                let firewall = &mut self.firewall;
                 connections::apply(steps, firewall, excluded, &mut unheard, &mut failed).await;
             }
             for remnant in batch.remnants {
@@ -276,7 +284,7 @@ impl Kernel for NodeKernel {
                 let step = Step::RemoveRemnant(remnant);
                 for _ in executable(&[&step], &mut failed) {
                     let (families, mask) = (&self.families, self.ranges.mask);
-                    let removed = remnants::remove(remnant, families, mask, &self.routes).await;
+                    let removed = remnants::remove(remnant, families, mask, &mut self.routes).await;
                     if let Err(error) = removed {
                         failed.push(StepError::new(&step, error));
                     }

@@ -4,17 +4,17 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use futures::TryStreamExt;
-use netlink_packet_route::neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage};
-
-use nix::libc;
+use netlink_packet_route::RouteNetlinkMessage;
+use netlink_packet_route::neighbour::NeighbourMessage;
+use nix::libc::{AF_INET, AF_INET6, NDA_DST, NDA_LLADDR};
 
 use crate::ethernet::Mac;
-use crate::kernel::netfilter::{Message, address, attribute};
+use crate::kernel::netlink::{Care, Message, NetlinkError, address, attribute};
+use crate::kernel::rtnetlink::Rtnetlink;
 
-/// Length of `struct ndmsg`, and where its `ndm_ifindex` is.
-const NDMSG: usize = 12;
-const INTERFACE: usize = 4;
+/// `struct ndmsg` of neighbour.h: family, padding, then the interface.
+const HEADER_BYTES: usize = 12;
+const INTERFACE_AT: usize = 4;
 
 /// Who has an address, and where.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,12 +24,18 @@ pub(crate) struct Neighbour {
     pub(crate) interface: u32,
 }
 
-pub(crate) async fn neighbour_table(
-    handle: &rtnetlink::Handle,
-) -> Result<Vec<Neighbour>, rtnetlink::Error> {
-    let neighbours: Vec<NeighbourMessage> =
-        handle.neighbours().get().execute().try_collect().await?;
-    Ok(neighbours.iter().filter_map(neighbour).collect())
+/// Reads the table, in the network namespace of the runtime's threads. With a socket of its own: one that has failed once
+/// cannot make the next look fail.
+pub(crate) async fn neighbour_table() -> Result<Vec<Neighbour>, NetlinkError> {
+    let read = || {
+        let question = RouteNetlinkMessage::GetNeighbour(NeighbourMessage::default());
+        Rtnetlink::open()?.dump(question, Care::Exact, |all: &mut Vec<_>, answer| {
+            all.extend(neighbour(answer));
+            Ok(())
+        })
+    };
+    // A node with thousands of pods has as many neighbours.
+    tokio::task::spawn_blocking(read).await?
 }
 
 /// Those whose link-layer address matters, with where they are and what it was when it was last known. Shared between what
@@ -78,43 +84,20 @@ impl WatchedNeighbours {
     }
 }
 
-/// What a notification says of a neighbour. As in the table, the kernel names a link-layer address only in states in which it
-/// sends there: not while it is still asking, nor after nobody has answered. Entries of bridges and of tunnels between nodes are
-/// told in the same group, with an address family of their own.
-pub(crate) fn notified(message: &Message<'_>) -> Option<Neighbour> {
-    let family = i32::from(*message.payload.first()?);
-    if ![libc::AF_INET, libc::AF_INET6].contains(&family) {
+/// An entry, of the table or of a notification; `None` for one without a link-layer address, or with one that is not
+/// Ethernet's. The kernel names a link-layer address only in states in which it sends there: not while it is still asking,
+/// nor after nobody has answered. Entries of bridges and of tunnels between nodes are told in the same group, with an
+/// address family of their own.
+pub(crate) fn neighbour(message: Message<'_>) -> Option<Neighbour> {
+    let family = i32::from(message.byte_at(0)?);
+    if ![AF_INET, AF_INET6].contains(&family) {
         return None;
     }
-    let interface = message.payload.get(INTERFACE..)?.first_chunk::<4>()?;
-    let attributes = message.payload.get(NDMSG..)?;
-    let mac = attribute(attributes, libc::NDA_LLADDR)?.try_into().ok()?;
+    let attributes = message.tail(HEADER_BYTES);
+    let mac = attribute(attributes, NDA_LLADDR)?;
     Some(Neighbour {
-        address: address(attribute(attributes, libc::NDA_DST)?)?,
-        mac: Mac(mac),
-        interface: u32::from_ne_bytes(*interface),
-    })
-}
-
-fn neighbour(message: &NeighbourMessage) -> Option<Neighbour> {
-    let (mut mac, mut address) = (None, None);
-    for attribute in &message.attributes {
-        match attribute {
-            NeighbourAttribute::LinkLayerAddress(bytes) => {
-                mac = <[u8; 6]>::try_from(bytes.as_slice()).ok().map(Mac);
-            }
-            NeighbourAttribute::Destination(NeighbourAddress::Inet(v4)) => {
-                address = Some(IpAddr::from(*v4));
-            }
-            NeighbourAttribute::Destination(NeighbourAddress::Inet6(v6)) => {
-                address = Some(IpAddr::from(*v6));
-            }
-            _ => {}
-        }
-    }
-    Some(Neighbour {
-        address: address?,
-        mac: mac?,
-        interface: message.header.ifindex,
+        address: address(attribute(attributes, NDA_DST)?)?,
+        mac: Mac(<[u8; 6]>::try_from(mac).ok()?),
+        interface: message.number_at(INTERFACE_AT)?,
     })
 }

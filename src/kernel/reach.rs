@@ -15,9 +15,9 @@ use netlink_sys::{Socket, SocketAddr};
 use nix::libc::{self, MSG_DONTWAIT};
 use nix::net::if_::{if_indextoname, if_nametoindex};
 
-use crate::kernel::interfaces::WatchedInterfaces;
 use crate::kernel::neighbours::WatchedNeighbours;
-use crate::kernel::netfilter::{Message, NetlinkError, address, attribute, messages};
+use crate::kernel::netlink::{Message, NetlinkError, address, attribute, messages};
+use crate::kernel::watched::WatchedInterfaces;
 use crate::names::Reach;
 
 /// Questions at a time: the answers, of less than 1 KiB each in the kernel's memory, must fit into a socket's buffer of the

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeSet;
 
+use crate::error::chain;
 use crate::kernel::error::Error;
 use crate::kernel::firewall::Firewall;
 use crate::kernel::iptables::{Variant, remnants as iptables_remnants};
@@ -10,36 +11,55 @@ use crate::kernel::nftables;
 use crate::kernel::routes::Routes;
 use crate::state::{Family, Remnant};
 
-/// Looks for what does not belong to the backend in use.
-pub(crate) async fn find(
-    in_use: &Firewall,
-    families: &[Family],
-    earlier_rules: bool,
-) -> Result<BTreeSet<Remnant>, Error> {
-    let mut remnants = BTreeSet::new();
+/// What does not belong to the backend in use.
+#[derive(Debug, Default)]
+pub(crate) struct Found {
+    pub(crate) remnants: BTreeSet<Remnant>,
+    /// What could not be looked at, as sentences for the operator. It keeps nothing else from being done.
+    pub(crate) unseen: BTreeSet<String>,
+}
+
+impl Found {
+    fn or_unseen<T: Default>(&mut self, what: &str, seen: Result<T, impl Into<Error>>) -> T {
+        seen.unwrap_or_else(|error| {
+            let error: Error = error.into();
+            let why = chain(&error);
+            self.unseen.insert(format!("cannot look for {what}: {why}"));
+            T::default()
+        })
+    }
+}
+
+/// Looks for it.
+pub(crate) async fn find(in_use: &Firewall, families: &[Family], earlier_rules: bool) -> Found {
+    let mut found = Found::default();
     let mut earlier = earlier_rules;
     let own = in_use.profile().remnants;
     for (variant, remnant) in [
         (Variant::Nft, Remnant::IptablesNft),
         (Variant::Legacy, Remnant::IptablesLegacy),
     ] {
-        let found = iptables_remnants::find_chains(variant, families).await?;
-        earlier |= found.earlier;
-        if found.present && !own.contains(&remnant) {
-            remnants.insert(remnant);
+        let chains = iptables_remnants::find_chains(variant, families).await;
+        let chains = found.or_unseen(&remnant.to_string(), chains);
+        earlier |= chains.earlier;
+        if chains.present && !own.contains(&remnant) {
+            found.remnants.insert(remnant);
         }
     }
-    let sets = iptables_remnants::find_sets().await?;
+    let sets = iptables_remnants::find_sets().await;
+    let sets = found.or_unseen(&Remnant::Ipsets.to_string(), sets);
     if sets.present && !own.contains(&Remnant::Ipsets) {
-        remnants.insert(Remnant::Ipsets);
+        found.remnants.insert(Remnant::Ipsets);
     }
     if earlier || sets.earlier {
-        remnants.insert(Remnant::EarlierRelease);
+        found.remnants.insert(Remnant::EarlierRelease);
     }
-    if !own.contains(&Remnant::Nftables) && nftables::exists()? {
-        remnants.insert(Remnant::Nftables);
+    if !own.contains(&Remnant::Nftables)
+        && found.or_unseen(&Remnant::Nftables.to_string(), nftables::exists())
+    {
+        found.remnants.insert(Remnant::Nftables);
     }
-    Ok(remnants)
+    found
 }
 
 /// Removes it; absent is fine.
@@ -47,7 +67,7 @@ pub(crate) async fn remove(
     remnant: Remnant,
     families: &[Family],
     mask: u32,
-    routes: &Routes,
+    routes: &mut Routes,
 ) -> Result<(), Error> {
     match remnant {
         Remnant::Nftables => nftables::remove()?,
@@ -62,7 +82,7 @@ pub(crate) async fn remove(
                 iptables_remnants::remove_earlier_chains(variant, families, mask).await?;
             }
             iptables_remnants::remove_earlier_sets().await?;
-            routes.remove_earlier().await?;
+            routes.remove_earlier()?;
         }
     }
     Ok(())

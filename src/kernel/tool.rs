@@ -8,6 +8,8 @@ use std::time::Duration;
 use tokio::io::AsyncWriteExt;
 use tokio::process::Command;
 
+use crate::kernel::netlink::OwnPorts;
+
 /// A batch of 10,000 elements takes less than a second; what takes this long waits for a lock that nobody
 /// releases.
 const DEADLINE: Duration = Duration::from_secs(30);
@@ -46,6 +48,16 @@ impl ToolError {
 
 /// Runs a tool with `input` and returns what it wrote to stdout.
 pub(crate) async fn run(tool: &str, args: &[&str], input: String) -> Result<String, ToolError> {
+    run_as(&OwnPorts::default(), tool, args, input).await
+}
+
+/// The same; what it changes is no drift.
+pub(crate) async fn run_as(
+    ports: &OwnPorts,
+    tool: &str,
+    args: &[&str],
+    input: String,
+) -> Result<String, ToolError> {
     let start_error = |source| ToolError::Start {
         tool: tool.to_owned(),
         package: match tool {
@@ -63,6 +75,9 @@ pub(crate) async fn run(tool: &str, args: &[&str], input: String) -> Result<Stri
         .kill_on_drop(true)
         .spawn()
         .map_err(start_error)?;
+    if let Some(process) = child.id() {
+        ports.started(process);
+    }
     let stdin = child.stdin.take();
     let feed = async {
         if let Some(mut stdin) = stdin {

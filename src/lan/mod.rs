@@ -45,17 +45,13 @@ impl Shared {
 }
 
 impl Lan {
-    /// Starts to listen as soon as an interface is wanted, in the network namespace of the calling thread.
-    ///
-    /// # Errors
-    /// When no netlink socket can be opened, to read the neighbour table.
-    pub fn start(tasks: &mut Tasks) -> std::io::Result<Lan> {
-        let (connection, handle, _) = rtnetlink::new_connection()?;
-        tasks.spawn("netlink connection of the LAN listener", connection);
+    /// Starts to listen as soon as an interface is wanted, in the network namespace of the runtime's threads.
+    #[must_use]
+    pub fn start(tasks: &mut Tasks) -> Lan {
         let shared = Arc::new(Shared::default());
         let (wanted, changes) = watch::channel(Wanted::default());
-        tasks.spawn("LAN listener", listen(shared.clone(), changes, handle));
-        Ok(Lan { shared, wanted })
+        tasks.spawn("LAN listener", listen(shared.clone(), changes));
+        Lan { shared, wanted }
     }
 
     /// Changes what to listen for.
@@ -91,11 +87,7 @@ impl Lan {
     }
 }
 
-async fn listen(
-    shared: Arc<Shared>,
-    mut changes: watch::Receiver<Wanted>,
-    neighbours: rtnetlink::Handle,
-) {
+async fn listen(shared: Arc<Shared>, mut changes: watch::Receiver<Wanted>) {
     let mut logged = None;
     loop {
         let wanted = changes.borrow_and_update().clone();
@@ -110,7 +102,7 @@ async fn listen(
         let failure = match LanSocket::open(&interface) {
             Ok(socket) => {
                 logged = None;
-                hear(&shared, &mut changes, &socket, &interface, &neighbours).await
+                hear(&shared, &mut changes, &socket, &interface).await
             }
             Err(error) => Some(error),
         };
@@ -137,7 +129,6 @@ async fn hear(
     changes: &mut watch::Receiver<Wanted>,
     socket: &LanSocket,
     interface: &str,
-    neighbours: &rtnetlink::Handle,
 ) -> Option<std::io::Error> {
     let mut tick = tokio::time::interval(PAUSE);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -148,7 +139,7 @@ async fn hear(
         let now = Instant::now();
         if is_stale || shared.hearing().is_waiting() {
             is_stale = false;
-            match neighbour_table(neighbours).await {
+            match neighbour_table().await {
                 Ok(table) => {
                     // A node may have several interfaces, each with a link-layer address of its own.
                     let table = table.iter().filter(|n| n.interface == socket.index());

@@ -220,6 +220,8 @@ pub struct Observed {
     pub occupied: BTreeSet<(Family, TableId)>,
     /// What of others comes before ours or among it, as sentences for the operator.
     pub collisions: BTreeSet<String>,
+    /// What could not be looked at although something of ours may be there, as sentences for the operator.
+    pub unseen: BTreeSet<String>,
 }
 
 impl PodState {

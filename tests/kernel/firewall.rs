@@ -160,6 +160,21 @@ fn damages_of_nftables() -> Vec<String> {
              nft insert rule inet metaleg {chain} \"$(echo \"${{rule% \\# handle*}}\" | sed 's/packets [0-9]* bytes [0-9]*//')\""
         ));
     }
+    damages.push("nft 'add table inet metaleg { flags dormant; }'".to_owned());
+    // Sets with our names that hold something else, in a table that is as it was but for that.
+    for change in [
+        "/late_replies4 /,/}/ { /flags timeout/d; /timeout 1m/d }",
+        "/egress4 /,/}/ s/type ipv4_addr/&\\nflags timeout/",
+        "/egress6 /,/}/ s/type ipv6_addr/&\\nflags interval/",
+        "/blocked4 /,/}/ s/type ipv4_addr/&\\nsize 2/",
+        "/set gateway_here4 /,/}/ { s/type ipv4_addr/type inet_service/; /elements/d }",
+    ] {
+        // nft 1.0 takes a `}` that follows a verdict for a part of it.
+        damages.push(format!(
+            "nft list table inet metaleg | sed -e 's/goto slot[0-9]* }}/goto slot1\\n}}/' -e '{change}' >/run/table
+             {{ echo delete table inet metaleg; cat /run/table; }} | nft -f -"
+        ));
+    }
     for set in ["egress4", "vips6", "gateway_here4", "remote_pods6"] {
         damages.push(format!(
             "nft flush table inet metaleg; nft delete set inet metaleg {set}"

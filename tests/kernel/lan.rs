@@ -143,7 +143,7 @@ fn announcements_of_nodes_are_heard_in_both_families_and_our_own_too() {
     in_namespace(|| async {
         neighbours();
         let mut tasks = Tasks::default();
-        let listener = Lan::start(&mut tasks).unwrap();
+        let listener = Lan::start(&mut tasks);
         listener.want(wanted(&[]));
         let (lan, own) = (Host::on("wire"), Host::on("eth0"));
         hears(&listener, VIPS[0], 2, || {
@@ -171,7 +171,7 @@ fn a_node_is_known_by_the_address_that_it_has_on_this_interface() {
             ip addr add 203.0.113.11/24 dev eth1; ip addr add 2001:db8:3::11/64 dev eth1 nodad",
         );
         let mut tasks = Tasks::default();
-        let listener = Lan::start(&mut tasks).unwrap();
+        let listener = Lan::start(&mut tasks);
         listener.want(Wanted {
             interface: Some("eth1".to_owned()),
             ..wanted(&[])
@@ -195,7 +195,7 @@ fn a_stranger_is_told_and_not_believed() {
     in_namespace(|| async {
         neighbours();
         let mut tasks = Tasks::default();
-        let listener = Lan::start(&mut tasks).unwrap();
+        let listener = Lan::start(&mut tasks);
         listener.want(wanted(&[]));
         let lan = Host::on("wire");
         hears(&listener, VIPS[0], 2, || {
@@ -222,7 +222,7 @@ fn a_vip_in_doubt_is_asked_for_every_second_and_the_others_are_not() {
     in_namespace(|| async {
         neighbours();
         let mut tasks = Tasks::default();
-        let listener = Lan::start(&mut tasks).unwrap();
+        let listener = Lan::start(&mut tasks);
         listener.want(wanted(&[VIPS[0]]));
         for _ in 0..3 {
             // The test's runtime must go on listening meanwhile.
@@ -247,7 +247,7 @@ fn an_interface_that_goes_down_and_comes_up_again_is_heard_again() {
     in_namespace(|| async {
         neighbours();
         let mut tasks = Tasks::default();
-        let listener = Lan::start(&mut tasks).unwrap();
+        let listener = Lan::start(&mut tasks);
         listener.want(wanted(&[]));
         let lan = Host::on("wire");
         hears(&listener, VIPS[0], 2, || {

@@ -35,7 +35,7 @@ use std::net::IpAddr;
 use std::process::Command;
 
 use metaleg::diff::diff;
-use metaleg::kernel::{Kernel, NodeKernel};
+use metaleg::kernel::{Drift, Kernel, NodeKernel};
 use metaleg::settings::FirewallBackend;
 use metaleg::state::{
     ConnectionStep, Family, FamilyState, FirewallStep, KernelState, Landmark, Mark, NetSet,

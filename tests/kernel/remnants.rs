@@ -1,5 +1,7 @@
 //! What another backend or an earlier release left is taken over.
 
+use std::time::Instant;
+
 use super::*;
 
 async fn another_backend_takes_over_and_leaves_nothing_of_the_other(mode: Mode) {
@@ -48,6 +50,75 @@ fn assert_is_only(mode: Mode) {
     let has_sets = sh("ipset list -n").contains("METALEG");
     assert_eq!(has_sets, mode != Mode::Nftables);
 }
+
+/// The tools of a mode fail.
+fn break_tools(variant: &str) {
+    sh(&format!(
+        "mount --bind /bin/false $(readlink -f $(command -v iptables-{variant}-save))"
+    ));
+}
+
+#[test]
+fn a_tool_that_fails_keeps_nothing_from_being_seen_by_other_means() {
+    in_namespace(|| async {
+        reach(&mut open(Mode::IptablesNft).await, &example()).await;
+        sh("iptables-legacy -t nat -A POSTROUTING -j MASQUERADE");
+        break_tools("nft");
+        break_tools("legacy");
+        let mut kernel = open_backend(FirewallBackend::Nftables).await;
+        let observed = kernel.observe().await.unwrap();
+        let left = [Remnant::IptablesNft, Remnant::Ipsets].into();
+        assert_eq!(observed.state.remnants, left);
+        let unseen: Vec<&String> = observed.unseen.iter().collect();
+        let [unseen] = unseen[..] else {
+            panic!("{unseen:?}");
+        };
+        let legacy = "cannot look for the chains of the iptables backend in legacy mode";
+        assert!(unseen.starts_with(legacy), "{unseen}");
+        // It is looked for until it is seen.
+        sh("umount $(readlink -f $(command -v iptables-nft-save))
+            umount $(readlink -f $(command -v iptables-legacy-save))");
+        reach(&mut kernel, &example()).await;
+        assert_is_only(Mode::Nftables);
+        assert_eq!(kernel.observe().await.unwrap().unseen, BTreeSet::new());
+    });
+}
+
+/// kube-proxy has ten thousands of rules. Nobody's rules are read but by number.
+async fn a_start_beside_many_rules_of_others(mode: Mode) {
+    let mut rules = String::from("*nat\n");
+    for n in 0..17_500 {
+        rules += &format!(":KUBE-SVC-{n} - [0:0]\n");
+    }
+    for n in 0..17_500 {
+        rules += &format!(
+            "-A KUBE-SVC-{n} -d 10.96.0.1/32 -p tcp -m comment --comment \"ns/service-{n} cluster IP\" -m tcp --dport 443 -j MARK --set-xmark 0x4000/0x4000\n"
+        );
+    }
+    rules += "COMMIT\n";
+    std::fs::write("/run/rules", &rules).unwrap();
+    for tool in mode.tools() {
+        let rules = match tool.starts_with("ip6") {
+            true => rules.replace("10.96.0.1/32", "fd00:10:96::1/128"),
+            false => rules.clone(),
+        };
+        std::fs::write("/run/rules", rules).unwrap();
+        sh(&format!("{tool}-restore --noflush /run/rules"));
+    }
+    let started = Instant::now();
+    let mut kernel = open(mode).await;
+    let opened = started.elapsed();
+    kernel.observe().await.unwrap();
+    let first = started.elapsed() - opened;
+    let started = Instant::now();
+    kernel.observe().await.unwrap();
+    println!(
+        "{mode:?} beside 35,000 rules of others: opened in {opened:?}, read first in {first:?}, then in {:?}",
+        started.elapsed()
+    );
+}
+
+each_mode!(a_start_beside_many_rules_of_others);
 
 /// What a release before 0.3 makes for one Service with a local pod and a remote gateway.
 fn make_earlier(mode: Mode) {

@@ -22,6 +22,12 @@ const LEAK: &str = "METALEG-LEAK";
 pub(super) const NODES: &str = "METALEG-NODES";
 /// The chain in which releases before 0.3 set marks.
 pub(super) const EARLIER_MARK: &str = "METALEG-RT-MARK";
+/// The chains of releases before 0.3, each after its table.
+pub(super) const EARLIER: [(&str, &str); 3] = [
+    ("mangle", EARLIER_MARK),
+    ("filter", "METALEG-REJECT"),
+    ("nat", "METALEG-SNAT"),
+];
 
 impl Rule {
     /// What follows `-A CHAIN`.
@@ -307,9 +313,19 @@ pub(super) fn from_node(mac: Mac) -> Rule {
     )
 }
 
+/// The chains of this backend, with their tables.
+pub(super) const OWN: [(&str, &str); 6] = [
+    ("nat", NAT),
+    ("filter", BLOCK),
+    ("mangle", NODES),
+    ("mangle", MARK),
+    ("mangle", GUARD),
+    ("mangle", LEAK),
+];
+
 /// Whether a chain is of this backend.
 pub(super) fn is_own_chain(name: &str) -> bool {
-    [NAT, BLOCK, NODES, MARK, GUARD, LEAK].contains(&name)
+    OWN.iter().any(|(_, own)| *own == name)
 }
 
 /// Whether a rule changes marks, so that ours must come after it.
@@ -325,7 +341,7 @@ pub(super) fn jumps_to_us(line: &Line) -> bool {
 
 /// Whether a chain is one that releases before 0.3 made.
 pub(super) fn is_earlier_chain(name: &str) -> bool {
-    [EARLIER_MARK, "METALEG-REJECT", "METALEG-SNAT"].contains(&name)
+    EARLIER.iter().any(|(_, chain)| *chain == name)
 }
 
 /// The rule by which releases before 0.3 kept marked packets from being translated.
@@ -403,6 +419,9 @@ mod tests {
             ..Ranges::DEFAULT
         };
         let chains: BTreeSet<Vec<String>> = chains(Family::V4, ranges).iter().map(row).collect();
+        let own = super::chains(Family::V4, Ranges::DEFAULT);
+        let own: Vec<_> = own.iter().map(|chain| (chain.table, chain.name)).collect();
+        assert_eq!(own, OWN);
         let documented = documented("Backend iptables");
         assert_eq!(chains, documented.into_iter().collect());
     }

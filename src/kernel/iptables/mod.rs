@@ -6,7 +6,9 @@
 //!
 //! What a packet experiences is written beside each rule in [`chains`].
 
+mod by_name;
 mod chains;
+mod detect;
 mod documents;
 mod mode;
 mod read;
@@ -22,9 +24,9 @@ use nix::libc::NF_IP_PRI_NAT_SRC;
 use self::chains::{
     NAT, NODES, from_node, is_own_chain, known_nodes, translated_vips, translation,
 };
+use self::detect::detect;
 use self::documents::{install_document, remove_document, table};
 pub(crate) use self::mode::Variant;
-use self::mode::detect;
 use self::save::{restore, save};
 use self::sets::{
     StaticSet, Work, create_vip, destroy, ipset, late_reply_line, read_sets, vip_of_set, vip_set,
@@ -34,6 +36,7 @@ use crate::ethernet::Mac;
 use crate::kernel::backend::{Profile, Watched};
 use crate::kernel::conntrack::LateReply;
 use crate::kernel::error::{Error, StepError, executable};
+use crate::kernel::netlink::OwnPorts;
 use crate::kernel::ours::{OwnSet, Ranges};
 use crate::kernel::tag::Rule;
 use crate::kernel::tool::ToolError;
@@ -48,6 +51,7 @@ pub(crate) struct Iptables {
     why: &'static str,
     ranges: Ranges,
     families: Vec<Family>,
+    ports: OwnPorts,
     /// VIPs and nodes that have a rule, as far as we know: keeps a repeated step from doubling it.
     translated: BTreeSet<IpAddr>,
     nodes: BTreeSet<(Family, Mac)>,
@@ -55,13 +59,18 @@ pub(crate) struct Iptables {
 
 impl Iptables {
     /// Finds out which mode to use. Changes nothing.
-    pub(crate) async fn open(ranges: Ranges, families: Vec<Family>) -> Result<Iptables, Error> {
+    pub(crate) async fn open(
+        ranges: Ranges,
+        families: Vec<Family>,
+        ports: OwnPorts,
+    ) -> Result<Iptables, Error> {
         let (variant, why) = detect(&families).await?;
         Ok(Iptables {
             variant,
             why,
             ranges,
             families,
+            ports,
             translated: BTreeSet::new(),
             nodes: BTreeSet::new(),
         })
@@ -74,7 +83,7 @@ impl Iptables {
         let present = save(self.variant, family).await?;
         let nodes = known_nodes(&present).collect();
         let document = install_document(family, self.ranges, vips, &nodes, &present);
-        restore(self.variant, family, document).await?;
+        restore(self.variant, family, document, &self.ports).await?;
         self.translated.retain(|vip| Family::of(*vip) != family);
         self.translated.extend(vips);
         self.nodes.retain(|(of, _)| *of != family);
@@ -95,7 +104,7 @@ impl Iptables {
     async fn remove(&mut self, family: Family) -> Result<(), ToolError> {
         let present = save(self.variant, family).await?;
         let document = remove_document(&present, is_own_chain, |_| false);
-        restore(self.variant, family, document).await?;
+        restore(self.variant, family, document, &self.ports).await?;
         self.translated.retain(|vip| Family::of(*vip) != family);
         self.nodes.retain(|(of, _)| *of != family);
         let is_ours = |name: &String| {
@@ -130,7 +139,8 @@ impl Iptables {
             }
             let change = if wanted { Rule::append } else { Rule::delete };
             let rules = vips.iter().map(|vip| change(&translation(*vip), NAT));
-            restore(self.variant, family, table("nat", rules)).await?;
+            let document = table("nat", rules);
+            restore(self.variant, family, document, &self.ports).await?;
             self.translated.retain(|vip| !vips.contains(vip));
             if wanted {
                 self.translated.extend(vips);
@@ -150,7 +160,7 @@ impl Iptables {
                 continue;
             }
             let rules = nodes.iter().map(|(_, mac)| change(&from_node(*mac), NODES));
-            restore(self.variant, family, table("mangle", rules)).await?;
+            restore(self.variant, family, table("mangle", rules), &self.ports).await?;
             self.nodes.retain(|node| !nodes.contains(node));
             if wanted {
                 self.nodes.extend(nodes);
@@ -205,14 +215,10 @@ impl Iptables {
         };
         Profile {
             name: format!("iptables ({}: {})", self.variant, self.why),
-            port: None,
-            // Built-in chains, too, because the jumps to ours are there.
             watched: Watched {
                 tables: &["mangle", "filter", "nat"],
-                chains: Some(|chain| {
-                    chain.starts_with("METALEG-")
-                        || ["PREROUTING", "FORWARD", "POSTROUTING"].contains(&chain)
-                }),
+                chains: Some(|chain| chain.starts_with("METALEG-")),
+                base_chains: &["PREROUTING", "FORWARD", "POSTROUTING"],
             },
             nat_priority: NF_IP_PRI_NAT_SRC,
             nat_table,

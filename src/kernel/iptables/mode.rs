@@ -1,7 +1,5 @@
-//! Which mode of iptables the node's other programs use, found out without changing anything.
+//! The modes of iptables, and how to see that the legacy one is in use.
 
-use crate::kernel::error::Error;
-use crate::kernel::tool::run;
 use crate::state::Family;
 
 /// A mode of the iptables tools, by the kernel interface that they use.
@@ -36,54 +34,13 @@ impl Variant {
     }
 }
 
-/// Finds out the mode as Kubernetes' iptables-wrappers does: what the kubelet uses, else what has more rules.
-pub(super) async fn detect(families: &[Family]) -> Result<(Variant, &'static str), Error> {
-    let of_kubelet = "the kubelet uses it";
-    let nft = survey(Variant::Nft, families).await?;
-    if nft.kubelet {
-        return Ok((Variant::Nft, of_kubelet));
-    }
-    let legacy = survey(Variant::Legacy, families).await?;
-    if legacy.kubelet {
-        return Ok((Variant::Legacy, of_kubelet));
-    }
-    if legacy.rules > nft.rules {
-        return Ok((Variant::Legacy, "it has more rules"));
-    }
-    Ok((Variant::Nft, "nothing speaks for legacy"))
-}
-
-/// Signs of a mode's use.
-#[derive(Debug, Default)]
-struct Survey {
-    kubelet: bool,
-    rules: usize,
-}
-
-async fn survey(variant: Variant, families: &[Family]) -> Result<Survey, Error> {
-    let mut survey = Survey::default();
-    for family in families {
-        if variant == Variant::Legacy && !has_legacy_tables(*family).await {
-            continue;
-        }
-        let text = run(&variant.tool(*family, "save"), &[], String::new()).await?;
-        let hint = |line: &str| {
-            line.starts_with(":KUBE-IPTABLES-HINT ") || line.starts_with(":KUBE-KUBELET-CANARY ")
-        };
-        survey.kubelet |= text.lines().any(hint);
-        survey.rules += text.lines().filter(|line| line.starts_with('-')).count();
-    }
-    Ok(survey)
-}
-
-/// Whether the legacy tables are in use here. The legacy tools would register them when asked.
-pub(super) async fn has_legacy_tables(family: Family) -> bool {
+/// The legacy tables that are in use here. The legacy tools would register others when asked for them.
+pub(super) async fn legacy_tables(family: Family) -> Vec<String> {
     let file = match family {
         Family::V4 => "/proc/thread-self/net/ip_tables_names",
         Family::V6 => "/proc/thread-self/net/ip6_tables_names",
     };
     // Absent until the module is loaded.
-    tokio::fs::read_to_string(file)
-        .await
-        .is_ok_and(|names| !names.trim().is_empty())
+    let names = tokio::fs::read_to_string(file).await.unwrap_or_default();
+    names.split_whitespace().map(str::to_owned).collect()
 }

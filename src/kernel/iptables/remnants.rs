@@ -2,13 +2,21 @@
 
 use std::collections::BTreeSet;
 
-use crate::kernel::iptables::chains::{is_earlier_chain, is_earlier_rule, is_own_chain};
+use crate::kernel::error::Error;
+use crate::kernel::iptables::by_name::ByName;
+use crate::kernel::iptables::chains::{
+    EARLIER, OWN, is_earlier_chain, is_earlier_rule, is_own_chain,
+};
 use crate::kernel::iptables::documents::remove_document;
-use crate::kernel::iptables::mode::Variant;
-use crate::kernel::iptables::save::{Line, restore, save_if_used};
+use crate::kernel::iptables::mode::{Variant, legacy_tables};
+use crate::kernel::iptables::save::{Line, restore, save_if_used, save_table};
 use crate::kernel::iptables::sets::{self, destroy, is_earlier_set, is_own_set};
+use crate::kernel::netlink::OwnPorts;
 use crate::kernel::tool::ToolError;
 use crate::state::Family;
+
+/// The tables that chains of ours are in.
+const TABLES: [&str; 3] = ["nat", "filter", "mangle"];
 
 /// Whether something is there.
 #[derive(Clone, Copy, Debug, Default)]
@@ -20,12 +28,26 @@ pub(crate) struct Found {
 }
 
 /// Looks for chains of ours in a mode, without registering tables that nobody uses.
-pub(crate) async fn find_chains(variant: Variant, families: &[Family]) -> Result<Found, ToolError> {
+pub(crate) async fn find_chains(variant: Variant, families: &[Family]) -> Result<Found, Error> {
     let mut found = Found::default();
-    for family in families {
-        let lines = save_if_used(variant, *family).await?;
-        found.present |= lines.iter().any(|line| is_own_chain(&line.chain));
-        found.earlier |= lines.iter().any(|line| is_earlier_chain(&line.chain));
+    for &family in families {
+        match variant {
+            Variant::Nft => {
+                let by_name = ByName::open()?;
+                found.present |= by_name.has_any(family, OWN)?;
+                found.earlier |= by_name.has_any(family, EARLIER)?;
+            }
+            Variant::Legacy => {
+                for table in legacy_tables(family).await {
+                    if !TABLES.contains(&table.as_str()) {
+                        continue;
+                    }
+                    let lines = save_table(variant, family, &table).await?;
+                    found.present |= lines.iter().any(|line| is_own_chain(&line.chain));
+                    found.earlier |= lines.iter().any(|line| is_earlier_chain(&line.chain));
+                }
+            }
+        }
     }
     Ok(found)
 }
@@ -44,7 +66,7 @@ pub(crate) async fn remove_chains(variant: Variant, families: &[Family]) -> Resu
     for family in families {
         let lines = save_if_used(variant, *family).await?;
         let document = remove_document(&lines, is_own_chain, |_| false);
-        restore(variant, *family, document).await?;
+        restore(variant, *family, document, &OwnPorts::default()).await?;
     }
     Ok(())
 }
@@ -67,7 +89,7 @@ pub(crate) async fn remove_earlier_chains(
         let is_there = lines.iter().any(|line| is_earlier_chain(&line.chain));
         let is_stray = |line: &Line| is_there && is_earlier_rule(line, mask);
         let document = remove_document(&lines, is_earlier_chain, is_stray);
-        restore(variant, *family, document).await?;
+        restore(variant, *family, document, &OwnPorts::default()).await?;
     }
     Ok(())
 }

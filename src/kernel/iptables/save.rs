@@ -1,8 +1,9 @@
 //! Reads and writes the rules of a mode: `iptables-save` and `iptables-restore`.
 
-use crate::kernel::iptables::mode::{Variant, has_legacy_tables};
+use crate::kernel::iptables::mode::{Variant, legacy_tables};
+use crate::kernel::netlink::OwnPorts;
 use crate::kernel::tag::TAG;
-use crate::kernel::tool::{ToolError, run};
+use crate::kernel::tool::{ToolError, run, run_as};
 use crate::state::Family;
 
 /// Seconds to wait for the xtables lock, below the deadline for the tool.
@@ -14,9 +15,19 @@ pub(super) async fn save(variant: Variant, family: Family) -> Result<Vec<Line>, 
     Ok(parse(&text))
 }
 
-/// The same; none where nobody uses the mode, or its tools are not there.
+/// Those of one table.
+pub(super) async fn save_table(
+    variant: Variant,
+    family: Family,
+    table: &str,
+) -> Result<Vec<Line>, ToolError> {
+    let text = run(&variant.tool(family, "save"), &["-t", table], String::new()).await?;
+    Ok(parse(&text))
+}
+
+/// The rules of a mode; none where nobody uses it, or its tools are not there.
 pub(super) async fn save_if_used(variant: Variant, family: Family) -> Result<Vec<Line>, ToolError> {
-    if variant == Variant::Legacy && !has_legacy_tables(family).await {
+    if variant == Variant::Legacy && legacy_tables(family).await.is_empty() {
         return Ok(Vec::new());
     }
     match save(variant, family).await {
@@ -25,17 +36,18 @@ pub(super) async fn save_if_used(variant: Variant, family: Family) -> Result<Vec
     }
 }
 
-/// Executes a document; nothing when it is empty.
+/// Executes a document, as a change from one of our ports; nothing when it is empty.
 pub(super) async fn restore(
     variant: Variant,
     family: Family,
     document: String,
+    ports: &OwnPorts,
 ) -> Result<(), ToolError> {
     if document.is_empty() {
         return Ok(());
     }
     let args = ["--noflush", "--wait", LOCK_SECONDS];
-    let done = run(&variant.tool(family, "restore"), &args, document).await;
+    let done = run_as(ports, &variant.tool(family, "restore"), &args, document).await;
     done.map(drop)
 }
 

@@ -8,6 +8,7 @@ use nix::libc::IF_NAMESIZE;
 
 use crate::ethernet::Mac;
 use crate::kernel::conntrack::LateReply;
+use crate::kernel::netlink::address;
 use crate::kernel::nftables::ruleset::{mark_of_chain, slot_chain};
 use crate::kernel::ours::{LATE_REPLY_SECONDS, OwnSet, digit};
 use crate::state::{
@@ -60,25 +61,6 @@ impl Kind {
         family: Family,
         elements: impl Iterator<Item = (&'a Key, &'a Value)>,
     ) -> String {
-        let address = match family {
-            Family::V4 => "ipv4_addr",
-            Family::V6 => "ipv6_addr",
-        };
-        let (word, kind) = match self {
-            Kind::Slot => ("map", format!("{address} : verdict;")),
-            Kind::Vip => ("map", format!("{address} : {address};")),
-            Kind::Set(OwnSet::Nets(_)) => ("set", format!("{address};\n    flags interval;")),
-            Kind::Set(OwnSet::LateReplies) => {
-                let kind =
-                    format!("{address} . inet_proto . inet_service . {address} . inet_service");
-                let timeout = format!("flags timeout;\n    timeout {LATE_REPLY_SECONDS}s;");
-                ("set", format!("{kind};\n    {timeout}"))
-            }
-            Kind::Set(OwnSet::Pods(_) | OwnSet::Vips) => ("set", format!("{address};")),
-            Kind::Ways => ("set", format!("mark . {address};")),
-            Kind::Nodes => ("set", "ether_addr;".to_owned()),
-            Kind::Lans => ("set", "ifname . ifname;".to_owned()),
-        };
         let elements: Vec<String> = elements
             .map(|(key, value)| match value {
                 Value::None => key.text(),
@@ -92,9 +74,163 @@ impl Kind {
             // Ends with a line break: nft 1.0 takes a `}` that follows a verdict for a part of it.
             format!("    elements = {{ {}\n    }}\n", elements.join(",\n      "))
         };
-        let name = self.name(family);
-        format!("  {word} {name} {{\n    type {kind}\n{elements}  }}\n")
+        let shape = self.shape(family);
+        let word = if shape.data.is_some() { "map" } else { "set" };
+        let (name, shape) = (self.name(family), shape.text());
+        format!("  {word} {name} {{\n    {shape}\n{elements}  }}\n")
     }
+
+    /// What its elements are.
+    pub(crate) fn shape(self, family: Family) -> Shape {
+        use Datatype::{Address, InterfaceName, LinkAddress, Mark, Port, Protocol, Verdict};
+        let address = Address(family);
+        let set = |key: Vec<Datatype>| Shape {
+            key,
+            data: None,
+            is_interval: false,
+            seconds: None,
+        };
+        match self {
+            Kind::Slot => Shape {
+                data: Some(Verdict),
+                ..set(vec![address])
+            },
+            Kind::Vip => Shape {
+                data: Some(address),
+                ..set(vec![address])
+            },
+            Kind::Set(OwnSet::Nets(_)) => Shape {
+                is_interval: true,
+                ..set(vec![address])
+            },
+            Kind::Set(OwnSet::LateReplies) => Shape {
+                seconds: Some(LATE_REPLY_SECONDS),
+                ..set(vec![address, Protocol, Port, address, Port])
+            },
+            Kind::Set(OwnSet::Pods(_) | OwnSet::Vips) => set(vec![address]),
+            Kind::Ways => set(vec![Mark, address]),
+            Kind::Nodes => set(vec![LinkAddress]),
+            Kind::Lans => set(vec![InterfaceName, InterfaceName]),
+        }
+    }
+}
+
+/// A type of keys or data.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Datatype {
+    Address(Family),
+    Protocol,
+    Port,
+    Mark,
+    LinkAddress,
+    InterfaceName,
+    Verdict,
+}
+
+impl Datatype {
+    /// Its name to `nft`, the number by which `nft` knows it again (datatype.h), and its length in bytes.
+    fn of_nft(self) -> (&'static str, u32, u32) {
+        match self {
+            Datatype::Address(Family::V4) => ("ipv4_addr", 7, 4),
+            Datatype::Address(Family::V6) => ("ipv6_addr", 8, 16),
+            Datatype::Protocol => ("inet_proto", 12, 1),
+            Datatype::Port => ("inet_service", 13, 2),
+            Datatype::Mark => ("mark", 19, 4),
+            Datatype::LinkAddress => ("ether_addr", 9, 6),
+            Datatype::InterfaceName => ("ifname", 41, 16),
+            // `NFT_DATA_VERDICT` of nf_tables.h; the length is the kernel's own.
+            Datatype::Verdict => ("verdict", 0xffff_ff00, 16),
+        }
+    }
+}
+
+/// What a set or map is made for.
+#[derive(Clone, Debug)]
+pub(crate) struct Shape {
+    /// Several are a concatenation.
+    key: Vec<Datatype>,
+    /// What a map gives.
+    data: Option<Datatype>,
+    is_interval: bool,
+    /// How long an element stays, where it does not stay for ever.
+    seconds: Option<u32>,
+}
+
+impl Shape {
+    /// The declaration as `nft` takes it.
+    fn text(&self) -> String {
+        let names: Vec<&str> = self.key.iter().map(|part| part.of_nft().0).collect();
+        let mut text = format!("type {}", names.join(" . "));
+        if let Some(data) = self.data {
+            text += &format!(" : {}", data.of_nft().0);
+        }
+        text += ";";
+        if self.is_interval {
+            text += "\n    flags interval;";
+        }
+        if let Some(seconds) = self.seconds {
+            text += &format!("\n    flags timeout;\n    timeout {seconds}s;");
+        }
+        text
+    }
+
+    /// What the kernel keeps of it.
+    pub(crate) fn traits(&self) -> SetTraits {
+        let (mut key_type, mut key_length) = (0, 0);
+        for part in &self.key {
+            let (_, number, length) = part.of_nft();
+            // 6 bits for each part of a concatenation, and each begins at a multiple of four bytes.
+            key_type = key_type << 6 | number;
+            key_length += match self.key.len() {
+                1 => length,
+                _ => length.next_multiple_of(4),
+            };
+        }
+        let flags = [
+            (self.is_interval, FLAG_INTERVAL),
+            (self.data.is_some(), FLAG_MAP),
+            (self.seconds.is_some(), FLAG_TIMEOUT),
+        ];
+        let (_, data_type, data_length) = self.data.map(Datatype::of_nft).unwrap_or_default();
+        SetTraits {
+            flags: flags
+                .iter()
+                .filter(|(is_so, _)| *is_so)
+                .map(|(_, flag)| flag)
+                .sum(),
+            key_type,
+            key_length,
+            data_type,
+            data_length,
+            milliseconds: u64::from(self.seconds.unwrap_or_default()) * 1000,
+            limits: false,
+        }
+    }
+}
+
+/// Flags of sets, `NFT_SET_…` of nf_tables.h.
+const FLAG_ANONYMOUS: u32 = 1;
+const FLAG_CONSTANT: u32 = 2;
+const FLAG_INTERVAL: u32 = 4;
+const FLAG_MAP: u32 = 8;
+const FLAG_TIMEOUT: u32 = 0x10;
+const FLAG_OBJECT: u32 = 0x40;
+/// Those that change what a set can hold. What else there is only says how it is looked up.
+pub(crate) const TELLING_FLAGS: u32 =
+    FLAG_ANONYMOUS | FLAG_CONSTANT | FLAG_INTERVAL | FLAG_MAP | FLAG_TIMEOUT | FLAG_OBJECT;
+
+/// What a set or map can hold, as the kernel tells it; 0 where it does not say.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct SetTraits {
+    pub(crate) flags: u32,
+    pub(crate) key_type: u32,
+    pub(crate) key_length: u32,
+    pub(crate) data_type: u32,
+    pub(crate) data_length: u32,
+    /// How long an element stays.
+    pub(crate) milliseconds: u64,
+    /// There is a largest size, or elements have expressions that decide whether they match.
+    pub(crate) limits: bool,
 }
 
 /// What a map gives for a key.
@@ -164,13 +300,6 @@ impl Key {
             Kind::Set(_) | Kind::Slot | Kind::Vip => Key::Address(address(bytes)?),
         })
     }
-}
-
-/// An address as the kernel has it.
-pub(crate) fn address(bytes: &[u8]) -> Option<IpAddr> {
-    let v4 = || <[u8; 4]>::try_from(bytes).ok().map(IpAddr::from);
-    let v6 = || <[u8; 16]>::try_from(bytes).ok().map(IpAddr::from);
-    v4().or_else(v6)
 }
 
 /// Elements by set.

@@ -21,7 +21,7 @@ use netlink_packet_netfilter::nftables::{
 use netlink_packet_netfilter::none::ControlMessage;
 use netlink_packet_netfilter::{NetfilterMessageInner, NetfilterProtoFamily};
 
-use self::elements::{Elements, Key, Kind, Value, address, late_reply_key, octets};
+use self::elements::{Elements, Key, Kind, SetTraits, Value, late_reply_key, octets};
 pub(crate) use self::read::{BaseChain, any_chain};
 pub(crate) use self::ruleset::TABLE;
 use self::ruleset::{Chain, TRANSLATION_PRIORITY, chains};
@@ -29,8 +29,9 @@ use crate::kernel::backend::{Profile, Watched};
 use crate::kernel::conntrack::LateReply;
 use crate::kernel::error::{Error, StepError, executable};
 use crate::kernel::netfilter::{Message, Netfilter, NetlinkError, message};
+use crate::kernel::netlink::{OwnPorts, address};
 use crate::kernel::ours::{LATE_REPLY_SECONDS, OwnSet, Ranges};
-use crate::kernel::tool::run;
+use crate::kernel::tool::{run, run_as};
 use crate::state::{Family, FirewallState, FirewallStep, KernelState, Remnant, Skeleton};
 
 /// `NFNL_SUBSYS_NFTABLES` of nfnetlink.h: the subsystem that a transaction is for.
@@ -41,7 +42,9 @@ const ELEMENTS_AT_ONCE: usize = 500;
 
 #[derive(Debug)]
 pub(crate) struct Nftables {
-    netfilter: Netfilter,
+    /// The socket of our changes; opened again after it has failed.
+    netfilter: Option<Netfilter>,
+    ports: OwnPorts,
     families: Vec<Family>,
     ranges: Ranges,
     /// What the table holds, as read or confirmed last: an element of a map is deleted by its key and old value.
@@ -49,13 +52,14 @@ pub(crate) struct Nftables {
 }
 
 impl Nftables {
-    pub(crate) fn open(ranges: Ranges, families: Vec<Family>) -> Result<Nftables, NetlinkError> {
-        Ok(Nftables {
-            netfilter: Netfilter::open()?,
+    pub(crate) fn new(ranges: Ranges, families: Vec<Family>, ports: OwnPorts) -> Nftables {
+        Nftables {
+            netfilter: None,
+            ports,
             families,
             ranges,
             held: KernelState::default(),
-        })
+        }
     }
 
     /// Whether kernel and tool can do what this backend needs: both are asked to check the whole table.
@@ -65,15 +69,18 @@ impl Nftables {
         Ok(())
     }
 
-    fn read(&mut self) -> Result<BTreeMap<Family, FirewallState>, NetlinkError> {
-        let sets = self.sets()?;
-        let damage = self.damage(&sets)?;
+    /// Reads everything, with a socket of its own: one that has failed once cannot make the next look fail.
+    fn read(&self) -> Result<BTreeMap<Family, FirewallState>, NetlinkError> {
+        let look = Look(Netfilter::open()?);
+        let sets = look.sets()?;
+        let damage = self.damage(&look, &sets)?;
         let mut states = BTreeMap::new();
         for &family in &self.families {
             let mut elements = Elements::new();
             for kind in Kind::all().filter(|kind| *kind != Kind::Set(OwnSet::LateReplies)) {
-                if sets.contains(&kind.name(family)) {
-                    elements.insert(kind, self.members(kind, family)?);
+                // What is in a set of another type means something else.
+                if sets.get(&kind.name(family)) == Some(&kind.shape(family).traits()) {
+                    elements.insert(kind, look.members(kind, family, self.ranges.mask)?);
                 }
             }
             let skeleton = match &damage {
@@ -87,46 +94,36 @@ impl Nftables {
         Ok(states)
     }
 
-    fn dump<T: Default + Extend<X>, X, I: IntoIterator<Item = X>>(
-        &self,
-        question: NfTablesMessage,
-        read: impl Fn(Message<'_>) -> I,
-    ) -> Result<T, NetlinkError> {
-        match dump(&self.netfilter, question, read) {
-            // Without a table or a set there is nothing in it.
-            Err(error) if error.is_absent() => Ok(T::default()),
-            all => all,
-        }
-    }
-
-    fn sets(&self) -> Result<BTreeSet<String>, NetlinkError> {
-        let attributes = vec![SetAttribute::Table(TABLE.to_owned())];
-        self.dump(
-            NfTablesMessage::GetSet(SetMessage { attributes }),
-            read::set,
-        )
-    }
-
     /// What is wrong with the table; nothing where there is none.
-    fn damage(&self, sets: &BTreeSet<String>) -> Result<Option<String>, NetlinkError> {
-        let attributes = Vec::new();
-        let question = NfTablesMessage::GetChain(ChainMessage { attributes });
-        let present: BTreeMap<String, Option<BaseChain>> = self.dump(question, read::chain)?;
-        if present.is_empty() && sets.is_empty() {
+    fn damage(
+        &self,
+        look: &Look,
+        sets: &BTreeMap<String, SetTraits>,
+    ) -> Result<Option<String>, NetlinkError> {
+        let present = look.chains()?;
+        let flags = look.table_flags()?;
+        let Some(flags) = flags else {
             return Ok(None);
-        }
-        let attributes = vec![RuleAttribute::Table(TABLE.to_owned())];
-        let question = NfTablesMessage::GetRule(RuleMessage { attributes });
-        let rules: Vec<(String, String)> = self.dump(question, read::rule)?;
-        let mut tags: BTreeMap<String, Vec<String>> = BTreeMap::new();
-        for (chain, tag) in rules {
-            tags.entry(chain).or_default().push(tag);
+        };
+        if flags != 0 {
+            // A dormant table (1) has rules that no packet meets.
+            return Ok(Some(format!("table {TABLE} has flags {flags:#x}")));
         }
         for &family in &self.families {
-            let mut names = Kind::all().map(|kind| kind.name(family));
-            if let Some(set) = names.find(|name| !sets.contains(name)) {
-                return Ok(Some(format!("set {set} is missing")));
+            for kind in Kind::all() {
+                let name = kind.name(family);
+                match sets.get(&name) {
+                    None => return Ok(Some(format!("set {name} is missing"))),
+                    Some(found) if *found != kind.shape(family).traits() => {
+                        return Ok(Some(format!("set {name} is of another type")));
+                    }
+                    Some(_) => {}
+                }
             }
+        }
+        let mut tags: BTreeMap<String, Vec<String>> = BTreeMap::new();
+        for (chain, tag) in look.rules()? {
+            tags.entry(chain).or_default().push(tag);
         }
         let expected = chains(&self.families, self.ranges);
         let changed = expected.iter().find(|chain| {
@@ -135,29 +132,6 @@ impl Nftables {
             !same_rules || present.get(&chain.name) != Some(&base_of(chain))
         });
         Ok(changed.map(|chain| format!("chain {} is missing or changed", chain.name)))
-    }
-
-    fn members(&self, kind: Kind, family: Family) -> Result<BTreeMap<Key, Value>, NetlinkError> {
-        let attributes = vec![
-            SetElementList::Table(TABLE.to_owned()),
-            SetElementList::Set(kind.name(family)),
-        ];
-        let question = NfTablesMessage::GetSetElement(SetElementMessage { attributes });
-        let elements: Vec<read::Element> = self.dump(question, read::elements)?;
-        if kind.of_networks() {
-            let end = |element: &read::Element| Some((address(&element.key)?, element.is_end));
-            let ends = elements.iter().filter_map(end);
-            let nets = intervals::networks(family, ends.collect());
-            let nets = nets.into_iter().map(Key::Net);
-            return Ok(nets.map(|net| (net, Value::None)).collect());
-        }
-        let member = |element: read::Element| {
-            Some((
-                Key::parse(kind, &element.key, self.ranges.mask)?,
-                element.value,
-            ))
-        };
-        Ok(elements.into_iter().filter_map(member).collect())
     }
 
     /// Executes steps in one transaction: all of them or none. After a failure what is held must be read again.
@@ -174,15 +148,36 @@ impl Nftables {
         if !steps.iter().any(is_whole) {
             let batch = changes(&before, &self.concerned(steps));
             if !batch.is_empty() {
-                self.netfilter.commit(&transaction(&batch))?;
+                self.commit(&batch)?;
             }
         } else if families.all(|family| family.firewall == nothing) {
-            remove_table(&self.netfilter)?;
+            self.commit(&removal())?;
         } else {
             let document = document(&self.families, self.ranges, &self.held);
-            run("nft", &["--file", "-"], document).await?;
+            run_as(&self.ports, "nft", &["--file", "-"], document).await?;
         }
         Ok(())
+    }
+
+    /// Sends a transaction. Returns the first failure; without one it is in force.
+    fn commit(&mut self, messages: &[u8]) -> Result<(), NetlinkError> {
+        let netfilter = match &self.netfilter {
+            Some(netfilter) => netfilter,
+            None => {
+                let netfilter = Netfilter::open()?;
+                self.ports.opened(netfilter.port);
+                self.netfilter.insert(netfilter)
+            }
+        };
+        let done = netfilter.commit(&transaction(messages));
+        // What the kernel refuses is not the socket's fault.
+        if let Err(error) = &done
+            && error.code().is_none()
+            && let Some(netfilter) = self.netfilter.take()
+        {
+            self.ports.closed(netfilter.port);
+        }
+        done
     }
 
     /// The elements that steps concern, as held.
@@ -207,10 +202,10 @@ impl Nftables {
     pub(crate) fn profile(&self) -> Profile {
         Profile {
             name: "nftables".to_owned(),
-            port: Some(self.netfilter.port),
             watched: Watched {
                 tables: &[TABLE],
                 chains: None,
+                base_chains: &[],
             },
             nat_priority: TRANSLATION_PRIORITY,
             nat_table: Some(TABLE),
@@ -253,7 +248,10 @@ impl Nftables {
         }
     }
 
-    pub(crate) fn expect_late_replies(&self, replies: &[LateReply]) -> Result<(), NetlinkError> {
+    pub(crate) fn expect_late_replies(
+        &mut self,
+        replies: &[LateReply],
+    ) -> Result<(), NetlinkError> {
         // With an expiration, an element that is there lives for the full time again (kernel 6.12 and newer).
         let element = |late: &&LateReply| {
             [ListAttribute::Element(vec![
@@ -269,47 +267,112 @@ impl Nftables {
             let set = Kind::Set(OwnSet::LateReplies).name(family);
             messages.extend(Change::Add.messages(&set, &replies, element));
         }
-        self.netfilter.commit(&transaction(&messages))
+        self.commit(&messages)
+    }
+}
+
+/// One look at the table.
+struct Look(Netfilter);
+
+impl Look {
+    fn dump<T: Default + Extend<X>, X, I: IntoIterator<Item = X>>(
+        &self,
+        question: NfTablesMessage,
+        read: impl Fn(Message<'_>) -> I,
+    ) -> Result<T, NetlinkError> {
+        match dump(&self.0, NetfilterProtoFamily::Inet, question, read) {
+            // Without a table or a set there is nothing in it.
+            Err(error) if error.is_absent() => Ok(T::default()),
+            all => all,
+        }
+    }
+
+    /// The flags of the table; `None` where there is none.
+    fn table_flags(&self) -> Result<Option<u32>, NetlinkError> {
+        let attributes = Vec::new();
+        let question = NfTablesMessage::GetTable(TableMessage { attributes });
+        let flags: Vec<u32> = self.dump(question, read::own_table)?;
+        Ok(flags.first().copied())
+    }
+
+    fn sets(&self) -> Result<BTreeMap<String, SetTraits>, NetlinkError> {
+        let attributes = vec![SetAttribute::Table(TABLE.to_owned())];
+        let question = NfTablesMessage::GetSet(SetMessage { attributes });
+        self.dump(question, read::set)
+    }
+
+    fn chains(&self) -> Result<BTreeMap<String, Option<BaseChain>>, NetlinkError> {
+        let attributes = Vec::new();
+        let question = NfTablesMessage::GetChain(ChainMessage { attributes });
+        self.dump(question, read::chain)
+    }
+
+    /// The rules, by chain and tag.
+    fn rules(&self) -> Result<Vec<(String, String)>, NetlinkError> {
+        let attributes = vec![RuleAttribute::Table(TABLE.to_owned())];
+        let question = NfTablesMessage::GetRule(RuleMessage { attributes });
+        self.dump(question, read::rule)
+    }
+
+    fn members(
+        &self,
+        kind: Kind,
+        family: Family,
+        mask: u32,
+    ) -> Result<BTreeMap<Key, Value>, NetlinkError> {
+        let attributes = vec![
+            SetElementList::Table(TABLE.to_owned()),
+            SetElementList::Set(kind.name(family)),
+        ];
+        let question = NfTablesMessage::GetSetElement(SetElementMessage { attributes });
+        let elements: Vec<read::Element> = self.dump(question, read::elements)?;
+        if kind.of_networks() {
+            let end = |element: &read::Element| Some((address(&element.key)?, element.is_end));
+            let ends = elements.iter().filter_map(end);
+            let nets = intervals::networks(family, ends.collect());
+            let nets = nets.into_iter().map(Key::Net);
+            return Ok(nets.map(|net| (net, Value::None)).collect());
+        }
+        let member = |element: read::Element| {
+            let key = Key::parse(kind, &element.key, mask)?;
+            Some((key, element.value))
+        };
+        Ok(elements.into_iter().filter_map(member).collect())
     }
 }
 
 fn dump<T: Default + Extend<X>, X, I: IntoIterator<Item = X>>(
     netfilter: &Netfilter,
+    family: NetfilterProtoFamily,
     question: NfTablesMessage,
     read: impl Fn(Message<'_>) -> I,
 ) -> Result<T, NetlinkError> {
     let question = NetfilterMessageInner::NfTables(question);
-    netfilter.dump(
-        NetfilterProtoFamily::Inet,
-        &question,
-        |all: &mut T, answer| {
-            all.extend(read(answer));
-            Ok(())
-        },
-    )
+    netfilter.dump(family, &question, |all: &mut T, answer| {
+        all.extend(read(answer));
+        Ok(())
+    })
 }
 
 /// Whether our table is there.
 pub(crate) fn exists() -> Result<bool, NetlinkError> {
-    let attributes = Vec::new();
-    let question = NfTablesMessage::GetTable(TableMessage { attributes });
-    let tables: Vec<String> = dump(&Netfilter::open()?, question, read::own_table)?;
-    Ok(!tables.is_empty())
+    Ok(Look(Netfilter::open()?).table_flags()?.is_some())
 }
 
 /// Removes our table; absent is fine.
 pub(crate) fn remove() -> Result<(), NetlinkError> {
-    remove_table(&Netfilter::open()?)
+    Netfilter::open()?.commit(&transaction(&removal()))
 }
 
-fn remove_table(netfilter: &Netfilter) -> Result<(), NetlinkError> {
+/// The messages that remove the table.
+fn removal() -> Vec<u8> {
     let name = || vec![TableAttribute::Name(TABLE.to_owned())];
     let add = NfTablesMessage::NewTable(TableMessage { attributes: name() });
     let delete = NfTablesMessage::DeleteTable(TableMessage { attributes: name() });
     // Added first, so that there is one to delete.
     let mut batch = inet(NLM_F_CREATE, add);
     batch.extend(inet(NLM_F_ACK, delete));
-    netfilter.commit(&transaction(&batch))
+    batch
 }
 
 fn base_of(chain: &Chain) -> Option<BaseChain> {

@@ -5,13 +5,25 @@
 use nix::libc::{NF_ACCEPT, c_int};
 
 use crate::kernel::netfilter::{Message, attribute, attributes};
-use crate::kernel::nftables::elements::{Value, address};
+use crate::kernel::netlink;
+use crate::kernel::nftables::elements::{SetTraits, TELLING_FLAGS, Value};
 use crate::kernel::nftables::ruleset::TABLE;
 use crate::kernel::tag::TAG;
 
 const TABLE_NAME: u16 = 1;
+const TABLE_FLAGS: u16 = 2;
 const SET_TABLE: u16 = 1;
 const SET_NAME: u16 = 2;
+const SET_FLAGS: u16 = 3;
+const SET_KEY_TYPE: u16 = 4;
+const SET_KEY_LENGTH: u16 = 5;
+const SET_DATA_TYPE: u16 = 6;
+const SET_DATA_LENGTH: u16 = 7;
+const SET_DESCRIPTION: u16 = 9;
+const SET_TIMEOUT: u16 = 11;
+const SET_EXPRESSION: u16 = 17;
+const SET_EXPRESSIONS: u16 = 18;
+const DESCRIPTION_SIZE: u16 = 1;
 const CHAIN_TABLE: u16 = 1;
 const CHAIN_NAME: u16 = 3;
 const CHAIN_HOOK: u16 = 4;
@@ -51,13 +63,38 @@ pub(crate) struct Element {
     pub(crate) is_end: bool,
 }
 
-pub(crate) fn own_table(message: Message<'_>) -> Option<String> {
-    named(message, TABLE_NAME, TABLE_NAME)
+/// The flags of our table.
+pub(crate) fn own_table(message: Message<'_>) -> Option<u32> {
+    named(message, TABLE_NAME, TABLE_NAME)?;
+    Some(
+        message
+            .attribute(TABLE_FLAGS)
+            .and_then(number)
+            .unwrap_or_default(),
+    )
 }
 
-/// The name of a set of ours.
-pub(crate) fn set(message: Message<'_>) -> Option<String> {
-    named(message, SET_TABLE, SET_NAME)
+/// A set of ours.
+pub(crate) fn set(message: Message<'_>) -> Option<(String, SetTraits)> {
+    let name = named(message, SET_TABLE, SET_NAME)?;
+    let value = |kind| message.attribute(kind).and_then(number).unwrap_or_default();
+    let has = |kind| message.attribute(kind).is_some();
+    let milliseconds = message
+        .attribute(SET_TIMEOUT)
+        .and_then(|m| <[u8; 8]>::try_from(m).ok());
+    let description = message.attribute(SET_DESCRIPTION).unwrap_or_default();
+    let traits = SetTraits {
+        flags: value(SET_FLAGS) & TELLING_FLAGS,
+        key_type: value(SET_KEY_TYPE),
+        key_length: value(SET_KEY_LENGTH),
+        data_type: value(SET_DATA_TYPE),
+        data_length: value(SET_DATA_LENGTH),
+        milliseconds: milliseconds.map(u64::from_be_bytes).unwrap_or_default(),
+        limits: attribute(description, DESCRIPTION_SIZE).is_some()
+            || has(SET_EXPRESSION)
+            || has(SET_EXPRESSIONS),
+    };
+    Some((name, traits))
 }
 
 /// Name and hook of a chain of ours.
@@ -104,7 +141,10 @@ pub(crate) fn elements(message: Message<'_>) -> Vec<Element> {
 fn element(bytes: &[u8]) -> Option<Element> {
     let data = attribute(bytes, ELEMENT_DATA).unwrap_or_default();
     let chain = attribute(data, DATA_VERDICT).and_then(|verdict| attribute(verdict, VERDICT_CHAIN));
-    let value = match (chain, attribute(data, DATA_VALUE).and_then(address)) {
+    let value = match (
+        chain,
+        attribute(data, DATA_VALUE).and_then(netlink::address),
+    ) {
         (Some(chain), _) => Value::Chain(text(chain).to_owned()),
         (None, Some(address)) => Value::Address(address),
         (None, None) => Value::None,

@@ -16,7 +16,7 @@ use netlink_packet_route::rule::{
 use crate::kernel::ours::{PROTOCOL_NUMBER, REALM};
 use crate::state::{Family, Mark, NextHop, Rule, RuleAction, Table, TableId};
 
-const PROTOCOL: RouteProtocol = RouteProtocol::Other(PROTOCOL_NUMBER);
+pub(super) const PROTOCOL: RouteProtocol = RouteProtocol::Other(PROTOCOL_NUMBER);
 /// Metric of a table's fallback: 0xff000000 + 8192, which no routing daemon uses.
 const FALLBACK_METRIC: u32 = 4_278_198_272;
 /// Metric of the route to a gateway. Given for both families: IPv6 would choose 1024 by itself.
