@@ -7,7 +7,7 @@ use std::time::Instant;
 use super::*;
 use crate::hosts::{add_gateway, connect_hosts, prepare_gateway, route_first_vip_to};
 use crate::server::{Carried, Seen, Server, all_from};
-use crate::states::{agent_dies_after, labelled};
+use crate::states::{agent_dies_after, labelled, slot};
 use crate::talk::Talk;
 
 fn insert(source: &str, destination: &str, reply: [&str; 2], port: u16) -> String {
@@ -200,13 +200,21 @@ async fn a_gateway_again_resumes_connections(mode: Mode) {
     let mut kernel = open(mode).await;
     let route_to = |last: u8| {
         route_first_vip_to(last);
-        [format!("192.0.2.{last}"), format!("2001:db8:1::{last}")].map(|via| {
+        let steps = [format!("192.0.2.{last}"), format!("2001:db8:1::{last}")].map(|via| {
             let hop = NextHop {
                 via: ip(&via),
                 dev: "eth0".to_owned(),
             };
-            Step::Route(RouteStep::SetGateway(TableId(100_001), hop))
-        })
+            let way = Landmark::Way(Way {
+                mark: slot(1),
+                via: hop.via,
+            });
+            [
+                Step::Firewall(FirewallStep::AddLandmark(Family::of(hop.via), way)),
+                Step::Route(RouteStep::SetGateway(TableId(100_001), hop)),
+            ]
+        });
+        steps.concat()
     };
     apply(&mut kernel, &route_to(12)).await;
     let talk = Talk::connected(12);

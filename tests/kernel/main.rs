@@ -40,7 +40,7 @@ use metaleg::settings::FirewallBackend;
 use metaleg::state::{
     ConnectionStep, Family, FamilyState, FirewallStep, KernelState, Landmark, Mark, NetSet,
     NextHop, PodSet, PodState, Remnant, RouteState, RouteStep, Rule, RuleAction, Skeleton, Step,
-    Table, TableId,
+    Table, TableId, Way,
 };
 
 use crate::mode::{Mode, open, open_backend};
