@@ -219,7 +219,14 @@ fn firewall(
             // Pods are let go one step after the other, as always: with everything gone at once, connections
             // would go on with the pod's own address.
             for (address, state) in &from.pods {
-                pod(*address, state, &PodState::default(), doubt, steps);
+                let leaves = doubt && state.egress;
+                pod(*address, state, &PodState::default(), leaves, steps);
+            }
+            for set in [NetSet::RemotePods, NetSet::LocalPods] {
+                for net in from.nets(set) {
+                    let step = FirewallStep::RemoveNet(set, *net);
+                    steps.add(Phase::OldPodNetworks, step);
+                }
             }
             steps.add(Phase::OldSkeletons, FirewallStep::Remove(family));
         }

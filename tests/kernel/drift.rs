@@ -235,7 +235,7 @@ fn news_of_what_is_not_ours_is_told_from_damage() {
             ("ip link set lan1 up", Drift::Possible),
             ("ip link del lan1", Drift::Possible),
             (
-                "ip rule add pref 1002 fwmark 0x100000/0xf00000 lookup 7",
+                "ip rule add pref 999 fwmark 0x100000/0xf00000 lookup 7",
                 Drift::Possible,
             ),
             ("ip rule add pref 3000 lookup 100004", Drift::Possible),

@@ -20,7 +20,7 @@ use metaleg::plan::plan;
 use metaleg::plan::slots::Slots;
 use metaleg::state::{ConnectionStep, Family, FamilyState, KernelState, Step};
 
-use crate::data_path::{Fate, Packet, Tracking, fate};
+use crate::data_path::{Backend, Fate, Packet, Tracking, fate};
 use crate::fixtures::{With, endpoint, lan, node as node_fixture, service, settings_on, slice};
 
 const POD: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(10, 244, 1, 11));
@@ -51,6 +51,7 @@ enum Without {
 /// The course of events.
 #[derive(Clone, Debug)]
 struct Course {
+    by: Backend,
     /// Who has the VIP, one after the other.
     announcers: &'static [usize],
     nodes: usize,
@@ -185,6 +186,7 @@ fn view(course: &Course, announcer: usize) -> View {
         .families(&[Family::V4])
         .vip(&VIP.to_string());
     let view = View {
+        traits: course.by.traits(),
         interfaces: vec![lan()],
         ..View::default()
     };
@@ -440,7 +442,7 @@ impl Model {
                 destination: SERVER,
                 tracking,
             };
-            fate(self.v4(member), &packet)
+            fate(self.course.by, self.v4(member), &packet)
         });
         let (Fate::Direct(leaves) | Fate::ToGateway { source: leaves, .. }) = fate else {
             return Ok(next);
@@ -626,8 +628,9 @@ fn explore(course: Course) -> Result<usize, String> {
 }
 
 /// The pod's node gets the VIP and loses it, other nodes hand it over, a gateway is booted.
-fn courses(without: Without) -> Vec<Course> {
+fn courses(by: Backend, without: Without) -> Vec<Course> {
     let course = |announcers: &'static [usize], nodes, booted, deaths, late_server| Course {
+        by,
         announcers,
         nodes,
         booted,
@@ -651,7 +654,8 @@ fn courses(without: Without) -> Vec<Course> {
 
 #[test]
 fn i1_i6_no_order_of_events_leaks_and_every_run_ends_continuous() {
-    for course in courses(Without::Nothing) {
+    let courses = Backend::ALL.map(|by| courses(by, Without::Nothing));
+    for course in courses.concat() {
         match explore(course.clone()) {
             Ok(worlds) => println!("{worlds} worlds: {course:?}"),
             Err(events) => panic!("{course:?}\n{events}"),
@@ -669,7 +673,7 @@ fn what_is_taken_out_is_missed() {
         Without::Unanswered,
         Without::Interruptions,
     ] {
-        let mut courses = courses(without).into_iter();
+        let mut courses = courses(Backend::Nftables, without).into_iter();
         let violation = courses.find_map(|course| explore(course).err());
         println!(
             "without {without:?}:\n{}\n",
