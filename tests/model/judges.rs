@@ -100,8 +100,7 @@ impl Host {
         self.kernel.apply(step);
         // Not what the cluster says, but what the kernel was told.
         let excluded: Vec<IpNet> = self.kernel.excluded().collect();
-        let is_excluded =
-            |c: &Connection| excluded.iter().any(|net| net.contains(&c.destination));
+        let is_excluded = |c: &Connection| excluded.iter().any(|net| net.contains(&c.destination));
         let forgotten = |c: &Connection| match step {
             Step::Connection(ConnectionStep::Forget(pod)) => c.pod == *pod && !is_excluded(c),
             Step::Connection(ConnectionStep::Resume { pod, source }) => {
