@@ -5,7 +5,7 @@
 use netlink_packet_core::{
     DecodeError, ErrorBuffer, ErrorMessage, NLA_TYPE_MASK, NLM_F_DUMP, NLM_F_DUMP_INTR,
     NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR, NetlinkBuffer, NetlinkHeader, NetlinkMessage,
-    NetlinkPayload, Parseable, ParseableParametrized,
+    NetlinkPayload, Parseable,
 };
 use netlink_packet_netfilter::{
     NetfilterHeader, NetfilterMessage, NetfilterMessageInner, NetfilterProtoFamily,
@@ -65,11 +65,6 @@ impl<'a> Message<'a> {
     /// The value of the first attribute of a type.
     pub(crate) fn attribute(&self, wanted: u16) -> Option<&'a [u8]> {
         attribute(self.payload.get(4..)?, wanted)
-    }
-
-    /// The whole message in the crate's words.
-    pub(crate) fn decode(&self) -> Result<NetfilterMessageInner, NetlinkError> {
-        Ok(NetfilterMessage::parse_with_param(self.payload, self.kind)?.inner)
     }
 
     /// What an answer to a request says: done, or why not. `None` for other messages.

@@ -63,7 +63,7 @@ pub(crate) enum OwnSet {
     Pods(PodSet),
     /// VIPs to guard.
     Vips,
-    /// Replies to forgotten connections: the kernel removes them by itself, and nobody reads them.
+    /// Replies to forgotten connections: the kernel removes them by itself.
     LateReplies,
 }
 

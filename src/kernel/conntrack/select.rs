@@ -6,7 +6,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use ipnet::IpNet;
-use netlink_packet_netfilter::conntrack::Protocol;
 
 use crate::kernel::conntrack::connection::Connection;
 use crate::state::{ConnectionStep, Family};
@@ -40,7 +39,7 @@ pub(super) enum Choice {
     /// It is a pod's: forgotten, and its late replies are expected.
     Forget,
     /// It is a server's, to a VIP: forgotten.
-    ForgetUnreplied,
+    ForgetInbound,
     /// It is kept, and set liberal.
     Resume,
     Leave,
@@ -69,21 +68,25 @@ impl Selection {
         }
     }
 
-    /// Whether connections of a family have to be looked at.
-    pub(super) fn concerns(&self, family: Family) -> bool {
-        let addresses = self.pods.keys().chain(&self.unreplied_to);
-        let mut addresses = addresses.chain(&self.newly_excluded_of);
-        addresses.any(|address| Family::of(*address) == family)
+    /// The pods of a family whose own connections are looked at.
+    pub(super) fn openers(&self, family: Family) -> BTreeSet<IpAddr> {
+        let pods = self.pods.keys().chain(&self.newly_excluded_of);
+        of_family(pods, family).collect()
+    }
+
+    /// Whether more connections of a family are looked at than those that pods opened.
+    pub(super) fn is_about_others(&self, family: Family) -> bool {
+        of_family(self.unreplied_to.iter(), family).next().is_some()
     }
 
     /// What happens to a connection; those of pods to destinations in `excluded` stay.
-    pub(super) fn choose(&self, connection: &Connection, excluded: &BTreeSet<IpNet>) -> Choice {
+    pub(super) fn choose(&self, connection: &Connection<'_>, excluded: &BTreeSet<IpNet>) -> Choice {
         if self.has_wrong_source(connection) && is_to_outside(connection, excluded)
             || self.is_newly_excluded(connection)
         {
             Choice::Forget
         } else if self.is_unreplied(connection) {
-            Choice::ForgetUnreplied
+            Choice::ForgetInbound
         } else if self.is_resumed(connection) && is_to_outside(connection, excluded) {
             Choice::Resume
         } else {
@@ -92,7 +95,7 @@ impl Selection {
     }
 
     /// Opened by one of the pods, and does not leave with the source that it should have.
-    fn has_wrong_source(&self, connection: &Connection) -> bool {
+    fn has_wrong_source(&self, connection: &Connection<'_>) -> bool {
         match self.pods.get(&connection.opener()) {
             None => false,
             Some(Keep::Nothing) => true,
@@ -104,29 +107,39 @@ impl Selection {
 
     /// Opened by a pod to a destination that is excluded from now on; not by way of a Service: its next packet would go to
     /// another backend.
-    fn is_newly_excluded(&self, connection: &Connection) -> bool {
+    fn is_newly_excluded(&self, connection: &Connection<'_>) -> bool {
         self.newly_excluded_of.contains(&connection.opener())
             && !connection.has_dnat()
             && contain(&self.newly_excluded, connection.answerer())
     }
 
     /// Sent to a VIP, taken by no Service, and never answered.
-    fn is_unreplied(&self, connection: &Connection) -> bool {
+    fn is_unreplied(&self, connection: &Connection<'_>) -> bool {
         self.unreplied_to.contains(&connection.answerer())
             && !connection.has_dnat()
             && !connection.is_replied
     }
 
     /// Opened by a pod that is resumed, with the right source. Only TCP has windows.
-    fn is_resumed(&self, connection: &Connection) -> bool {
+    fn is_resumed(&self, connection: &Connection<'_>) -> bool {
         self.pods.get(&connection.opener()) == Some(&Keep::Resumed(connection.leaves_as()))
-            && connection.protocol == Some(Protocol::Tcp)
+            && connection.is_tcp()
     }
+}
+
+/// The addresses that are of a family.
+pub(super) fn of_family<'a>(
+    addresses: impl Iterator<Item = &'a IpAddr>,
+    family: Family,
+) -> impl Iterator<Item = IpAddr> {
+    addresses
+        .copied()
+        .filter(move |address| Family::of(*address) == family)
 }
 
 /// Whether the other end is outside. After DNAT: an entry to a ClusterIP stays, because without it the next packet would
 /// go to another backend.
-pub(super) fn is_to_outside(connection: &Connection, excluded: &BTreeSet<IpNet>) -> bool {
+pub(super) fn is_to_outside(connection: &Connection<'_>, excluded: &BTreeSet<IpNet>) -> bool {
     !contain(excluded, connection.answerer())
 }
 
@@ -136,17 +149,30 @@ fn contain(nets: &BTreeSet<IpNet>, address: IpAddr) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use netlink_packet_netfilter::conntrack::{ConntrackAttribute, Status};
+    use netlink_packet_netfilter::conntrack::{ConntrackAttribute, Protocol, Status};
 
     use super::*;
-    use crate::kernel::conntrack::connection::tests::entry;
+    use crate::kernel::conntrack::connection::tests::{entry, told};
+
+    const PROTOCOLS: [Protocol; 6] = [
+        Protocol::Tcp,
+        Protocol::Udp,
+        Protocol::Sctp,
+        Protocol::Gre,
+        Protocol::Icmp,
+        Protocol::Other(50),
+    ];
 
     fn ip(text: &str) -> IpAddr {
         text.parse().unwrap()
     }
 
     /// With ports, which decide nothing here.
-    fn connection(protocol: Protocol, original: [&str; 2], reply: [&str; 2]) -> Connection {
+    fn connection(
+        protocol: Protocol,
+        original: [&str; 2],
+        reply: [&str; 2],
+    ) -> Connection<'static> {
         let original = original.map(|address| format!("{address}:40000"));
         let reply = reply.map(|address| format!("{address}:40000"));
         let entry = entry(
@@ -154,7 +180,7 @@ mod tests {
             [&original[0], &original[1]],
             [&reply[0], &reply[1]],
         );
-        Connection::parse(entry).unwrap()
+        told(entry).unwrap()
     }
 
     fn selection(steps: &[ConnectionStep]) -> Selection {
@@ -226,7 +252,7 @@ mod tests {
                 [false; 3],
             ),
         ] {
-            for protocol in [Protocol::Tcp, Protocol::Udp, Protocol::Icmp] {
+            for protocol in PROTOCOLS {
                 let connection = connection(protocol, original, reply);
                 let chosen = [&all, &as_vip, &as_itself]
                     .map(|selection| selection.choose(&connection, &excluded()));
@@ -325,7 +351,7 @@ mod tests {
                 ["198.51.100.10", "192.0.2.200"],
                 ["192.0.2.200", "198.51.100.10"],
                 false,
-                Choice::ForgetUnreplied,
+                Choice::ForgetInbound,
             ),
             (
                 "to an address of the node itself",
@@ -360,10 +386,10 @@ mod tests {
     fn an_entry_is_replied_when_its_status_says_so() {
         let ends = ["198.51.100.10:443", "192.0.2.200:40000"];
         let mut entry = entry(Protocol::Tcp, ends, [ends[1], ends[0]]);
-        assert!(!Connection::parse(entry.clone()).unwrap().is_replied);
+        assert!(!told(entry.clone()).unwrap().is_replied);
         let seen = Status::Confirmed | Status::SeenReply;
         entry.push(ConntrackAttribute::CtaStatus(seen));
-        assert!(Connection::parse(entry).unwrap().is_replied);
+        assert!(told(entry).unwrap().is_replied);
     }
 
     #[test]

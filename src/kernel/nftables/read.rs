@@ -7,9 +7,11 @@ use std::net::IpAddr;
 use nix::libc::{NF_ACCEPT, c_int};
 
 use crate::kernel::netfilter::{Message, attribute, attributes};
-use crate::kernel::nftables::elements::Value;
+use crate::kernel::nftables::elements::{Kind, Transient, Value, address_of, late_reply_of};
 use crate::kernel::nftables::ruleset::TABLE;
+use crate::kernel::ours::LATE_REPLY_SECONDS;
 use crate::kernel::tag::TAG;
+use crate::state::Family;
 
 const TABLE_NAME: u16 = 1;
 const SET_TABLE: u16 = 1;
@@ -27,6 +29,7 @@ const ELEMENTS: u16 = 3;
 const ELEMENT_KEY: u16 = 1;
 const ELEMENT_DATA: u16 = 2;
 const ELEMENT_FLAGS: u16 = 3;
+const ELEMENT_EXPIRATION: u16 = 5;
 const INTERVAL_END: u32 = 1;
 const DATA_VALUE: u16 = 1;
 const DATA_VERDICT: u16 = 2;
@@ -103,6 +106,24 @@ pub(crate) fn elements(message: Message<'_>) -> Vec<Element> {
         .collect()
 }
 
+/// The late replies in a message; one without an expiration lives for the full time.
+pub(crate) fn transients(kind: Kind, family: Family, message: Message<'_>) -> Vec<Transient> {
+    let transient = |bytes| {
+        let key = attribute(attribute(bytes, ELEMENT_KEY)?, DATA_VALUE)?;
+        let expiration = attribute(bytes, ELEMENT_EXPIRATION).and_then(|ms| ms.try_into().ok());
+        Some(Transient {
+            late: late_reply_of(kind, family, key)?,
+            milliseconds: expiration
+                .map_or(u64::from(LATE_REPLY_SECONDS) * 1000, u64::from_be_bytes),
+        })
+    };
+    let lists = message.attributes().filter(|(kind, _)| *kind == ELEMENTS);
+    lists
+        .flat_map(|(_, list)| attributes(list))
+        .filter_map(|(_, one)| transient(one))
+        .collect()
+}
+
 fn element(bytes: &[u8]) -> Option<Element> {
     let data = attribute(bytes, ELEMENT_DATA).unwrap_or_default();
     let chain = attribute(data, DATA_VERDICT).and_then(|verdict| attribute(verdict, VERDICT_CHAIN));
@@ -145,10 +166,7 @@ fn comment(mut data: &[u8]) -> Option<String> {
 
 /// The address in data.
 fn address(data: &[u8]) -> Option<IpAddr> {
-    let value = attribute(data, DATA_VALUE)?;
-    let v4 = || <[u8; 4]>::try_from(value).ok().map(IpAddr::from);
-    let v6 = || <[u8; 16]>::try_from(value).ok().map(IpAddr::from);
-    v4().or_else(v6)
+    address_of(attribute(data, DATA_VALUE)?)
 }
 
 fn number(bytes: &[u8]) -> Option<u32> {

@@ -135,6 +135,7 @@ fn guard(families: &[Words]) -> Chain {
             // outside; the pod's next packet would count as a reply, skip marking, and leave with the pod's own address.
             "late-reply-{n}" => "ct state new {ip} saddr . meta l4proto . th sport . {ip} daddr . th dport \
                                  @late_replies{n} counter drop",
+            "late-portless-{n}" => "ct state new {ip} saddr . meta l4proto . {ip} daddr @late_portless{n} counter drop",
             // The gateway may still hold an entry that the pod's node has lost. A packet other than a bare SYN to an
             // egress pod must not create one here, as above. Only TCP shows where a connection begins.
             "midway-{n}" => "ct state new tcp flags & (fin | syn | rst | ack) != syn \
