@@ -89,8 +89,14 @@ fn of_steps(steps: &[&ConnectionStep], kept: Vec<Kept>) -> Vec<StepError> {
 fn concerns(step: &ConnectionStep, address: IpAddr) -> bool {
     match step {
         ConnectionStep::Forget(pod) | ConnectionStep::Resume { pod, .. } => *pod == address,
-        ConnectionStep::ForgetWrongSource { sources, vips } => {
-            sources.contains_key(&address) || vips.contains(&address)
+        ConnectionStep::ForgetWrongSource {
+            sources,
+            vips,
+            unguarded,
+        } => {
+            sources.contains_key(&address)
+                || vips.contains(&address)
+                || unguarded.contains(&address)
         }
         ConnectionStep::ForgetNewlyExcluded { pods, .. } => pods.contains(&address),
         ConnectionStep::ElicitAck(_) => false,
@@ -112,6 +118,7 @@ mod tests {
             ConnectionStep::ForgetWrongSource {
                 sources: [(other, vip)].into(),
                 vips: [vip].into(),
+                unguarded: BTreeSet::new(),
             },
         ];
         let failed = |about: &[IpAddr]| -> Vec<(Step, String)> {

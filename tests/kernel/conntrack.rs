@@ -351,6 +351,7 @@ async fn connections_of_every_protocol_are_forgotten(mode: Mode) {
     let wrong_sources = ConnectionStep::ForgetWrongSource {
         sources: sources.into(),
         vips: BTreeSet::new(),
+        unguarded: BTreeSet::new(),
     };
     let forget = Family::ALL.map(|family| ConnectionStep::Forget(pod(family, 12)));
     for steps in [vec![wrong_sources], forget.to_vec()] {
@@ -383,6 +384,7 @@ async fn connections_of_other_zones_are_left_alone(mode: Mode) {
     let wrong_sources = ConnectionStep::ForgetWrongSource {
         sources: sources.into(),
         vips: Family::ALL.map(outside).into(),
+        unguarded: BTreeSet::new(),
     };
     apply(&mut kernel, &[Step::Connection(wrong_sources)]).await;
     assert_eq!(all_entries().len(), 6);
@@ -396,6 +398,54 @@ async fn connections_of_other_zones_are_left_alone(mode: Mode) {
 }
 
 each_mode!(connections_of_other_zones_are_left_alone: nftables);
+
+/// While the guard was not whole, connections of the pod were lost and begun anew by what the server said.
+async fn what_nobody_guarded_against_is_forgotten_by_the_repair(mode: Mode) {
+    let mut kernel = open(mode).await;
+    reach(&mut kernel, &labelled(12)).await;
+    let of = |family: Family| {
+        let (server, own, other) = (outside(family), pod(family, 12), pod(family, 99));
+        let to = |protocol, pod| entry_of(protocol, server, pod, [pod, server]);
+        let rest = ["udp", "sctp", "gre", "50"].map(|protocol| to(protocol, own));
+        let to_service = entry_of("udplite", server, node(family), [own, server]);
+        let inside = ip(match family {
+            Family::V4 => "10.244.2.21",
+            Family::V6 => "fd00:10:244:2::21",
+        });
+        let from_inside = entry_of("udp", inside, own, [own, inside]);
+        let stays = [to("tcp", own), to("udp", other), to_service, from_inside];
+        (rest.concat(), stays.concat())
+    };
+    for (_, stays) in Family::ALL.map(of) {
+        sh(&stays);
+    }
+    let stays = all_entries();
+    assert_eq!(stays.len(), 8, "{stays:?}");
+    for (rest, _) in Family::ALL.map(of) {
+        sh(&rest);
+    }
+    assert_eq!(all_entries().len(), 16);
+    // A look alone ends no conversation of others with the pod.
+    let look = async |kernel: &mut NodeKernel| {
+        let found = kernel.observe().await.unwrap().state;
+        let steps = diff(&found, &labelled(12));
+        apply(kernel, &steps).await;
+    };
+    look(&mut kernel).await;
+    assert_eq!(all_entries().len(), 16);
+    match mode {
+        Mode::Nftables => drop(sh("nft flush chain inet metaleg guard")),
+        Mode::IptablesNft | Mode::IptablesLegacy => {
+            for tool in mode.tools() {
+                sh(&format!("{tool} -t mangle -F METALEG-GUARD"));
+            }
+        }
+    }
+    look(&mut kernel).await;
+    assert_eq!(all_entries(), stays);
+}
+
+each_mode!(what_nobody_guarded_against_is_forgotten_by_the_repair);
 
 /// The VIP was announced by another node for a while, and connections of the pod have gone on there: what this node knows
 /// of their windows is outdated.

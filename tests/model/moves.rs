@@ -575,7 +575,7 @@ fn forget(tracked: &mut Tracked, step: &Step, without: Without) {
             }
             tracked.own.is_some_and(|own| own.source != *source)
         }
-        Step::Connection(ConnectionStep::ForgetWrongSource { sources, vips }) => {
+        Step::Connection(ConnectionStep::ForgetWrongSource { sources, vips, .. }) => {
             let is_unanswered = without != Without::Unanswered && vips.contains(&VIP);
             tracked.unanswered &= !is_unanswered;
             let wanted = sources.get(&POD);

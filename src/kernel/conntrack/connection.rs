@@ -211,6 +211,11 @@ impl<'a> Connection<'a> {
         self.protocol == TCP
     }
 
+    /// Whether any packet of its protocol may begin a connection, a reply too.
+    pub(super) fn begins_with_any_packet(&self) -> bool {
+        !self.is_tcp() && !ICMP.contains(&self.protocol)
+    }
+
     /// The connection of TCP, if it is not to a Service, and whether it is open: a socket that is, also one that has sent
     /// or received its last byte, answers a SYN with an acknowledgement.
     pub(super) fn flow(&self) -> Option<(Flow, bool)> {

@@ -1,6 +1,7 @@
 //! Which connections are forgotten, and which are resumed. Pure.
 //!
-//! Entries are chosen by their original source: an inbound connection has the client's, and stays.
+//! Entries are chosen by their original source: an inbound connection has the client's, and stays. But for those that
+//! nobody guarded against.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -31,6 +32,8 @@ pub(crate) struct Selection {
     /// Those of these pods to destinations that are excluded from now on.
     newly_excluded_of: BTreeSet<IpAddr>,
     newly_excluded: BTreeSet<IpNet>,
+    /// Those to these pods that may be the rest of the pods' own.
+    unguarded: BTreeSet<IpAddr>,
 }
 
 /// What happens to a connection.
@@ -38,7 +41,7 @@ pub(crate) struct Selection {
 pub(super) enum Choice {
     /// It is a pod's: forgotten, and its late replies are expected.
     Forget,
-    /// It is a server's, to a VIP: forgotten.
+    /// It is a server's, to a VIP or to a pod: forgotten.
     ForgetInbound,
     /// It is kept, and set liberal.
     Resume,
@@ -53,11 +56,16 @@ impl Selection {
             ConnectionStep::Resume { pod, source } => {
                 self.pods.insert(*pod, Keep::Resumed(*source));
             }
-            ConnectionStep::ForgetWrongSource { sources, vips } => {
+            ConnectionStep::ForgetWrongSource {
+                sources,
+                vips,
+                unguarded,
+            } => {
                 for (pod, source) in sources {
                     self.pods.entry(*pod).or_insert(Keep::WithSource(*source));
                 }
                 self.unreplied_to.extend(vips);
+                self.unguarded.extend(unguarded);
             }
             ConnectionStep::ForgetNewlyExcluded { pods, nets } => {
                 self.newly_excluded_of.extend(pods);
@@ -76,7 +84,8 @@ impl Selection {
 
     /// Whether more connections of a family are looked at than those that pods opened.
     pub(super) fn is_about_others(&self, family: Family) -> bool {
-        of_family(self.unreplied_to.iter(), family).next().is_some()
+        let addresses = self.unreplied_to.iter().chain(&self.unguarded);
+        of_family(addresses, family).next().is_some()
     }
 
     /// What happens to a connection; those of pods to destinations in `excluded` stay.
@@ -85,7 +94,7 @@ impl Selection {
             || self.is_newly_excluded(connection)
         {
             Choice::Forget
-        } else if self.is_unreplied(connection) {
+        } else if self.is_unreplied(connection) || self.is_rest(connection, excluded) {
             Choice::ForgetInbound
         } else if self.is_resumed(connection) && is_to_outside(connection, excluded) {
             Choice::Resume
@@ -118,6 +127,15 @@ impl Selection {
         self.unreplied_to.contains(&connection.answerer())
             && !connection.has_dnat()
             && !connection.is_replied
+    }
+
+    /// Sent to a pod's own address from outside, taken by no Service, in a protocol that does not tell a beginning: the
+    /// rest of a connection that the pod has opened. What it says there is an answer, which leaves with its own address.
+    fn is_rest(&self, connection: &Connection<'_>, excluded: &BTreeSet<IpNet>) -> bool {
+        self.unguarded.contains(&connection.answerer())
+            && !connection.has_dnat()
+            && connection.begins_with_any_packet()
+            && !contain(excluded, connection.opener())
     }
 
     /// Opened by a pod that is resumed, with the right source. Only TCP has windows.
@@ -195,6 +213,7 @@ mod tests {
         selection(&[ConnectionStep::ForgetWrongSource {
             sources: [(ip("10.244.1.11"), ip(source))].into(),
             vips: BTreeSet::new(),
+            unguarded: BTreeSet::new(),
         }])
     }
 
@@ -322,6 +341,7 @@ mod tests {
         let doubt = ConnectionStep::ForgetWrongSource {
             sources: [(ip("10.244.1.11"), ip("192.0.2.200"))].into(),
             vips: BTreeSet::new(),
+            unguarded: BTreeSet::new(),
         };
         let as_vip = connection(
             Protocol::Tcp,
@@ -344,6 +364,7 @@ mod tests {
         let selection = selection(&[ConnectionStep::ForgetWrongSource {
             sources: BTreeMap::new(),
             vips: [ip("192.0.2.200")].into(),
+            unguarded: BTreeSet::new(),
         }]);
         for (what, original, reply, is_replied, expected) in [
             (
@@ -379,6 +400,58 @@ mod tests {
             connection.is_replied = is_replied;
             let chosen = selection.choose(&connection, &excluded());
             assert_eq!(chosen, expected, "{what}");
+        }
+    }
+
+    #[test]
+    fn what_nobody_guarded_against_is_forgotten_unless_it_tells_where_it_began() {
+        let all_but_tcp_and_icmp = [false, true, true, true, false, true];
+        let selection = selection(&[ConnectionStep::ForgetWrongSource {
+            sources: BTreeMap::new(),
+            vips: BTreeSet::new(),
+            unguarded: [ip("10.244.1.11")].into(),
+        }]);
+        for (what, original, reply, expected) in [
+            (
+                "of a server, to the pod",
+                ["198.51.100.10", "10.244.1.11"],
+                ["10.244.1.11", "198.51.100.10"],
+                all_but_tcp_and_icmp,
+            ),
+            (
+                "of a server, to another pod",
+                ["198.51.100.10", "10.244.1.12"],
+                ["10.244.1.12", "198.51.100.10"],
+                [false; 6],
+            ),
+            (
+                "of a client, to a Service",
+                ["198.51.100.10", "192.0.2.200"],
+                ["10.244.1.11", "198.51.100.10"],
+                [false; 6],
+            ),
+            (
+                "from inside",
+                ["10.244.2.11", "10.244.1.11"],
+                ["10.244.1.11", "10.244.2.11"],
+                [false; 6],
+            ),
+            (
+                "of the pod",
+                ["10.244.1.11", "198.51.100.10"],
+                ["198.51.100.10", "10.244.1.11"],
+                [false; 6],
+            ),
+        ] {
+            for (protocol, expected) in PROTOCOLS.into_iter().zip(expected) {
+                let connection = connection(protocol, original, reply);
+                let expected = match expected {
+                    true => Choice::ForgetInbound,
+                    false => Choice::Leave,
+                };
+                let chosen = selection.choose(&connection, &excluded());
+                assert_eq!(chosen, expected, "{protocol:?} {what}");
+            }
         }
     }
 
