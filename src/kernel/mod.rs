@@ -38,6 +38,7 @@ use tracing::debug;
 use crate::error::chain;
 pub use crate::kernel::challenge::Challenges;
 use crate::kernel::challenge::Unheard;
+use crate::kernel::conntrack::Conntrack;
 pub use crate::kernel::drift::Drift;
 use crate::kernel::drift::DriftListener;
 use crate::kernel::error::executable;
@@ -110,6 +111,7 @@ pub struct NodeKernel {
     has_remnants: bool,
     /// Destinations that are not egress, as far as confirmed: connections to them are never forgotten.
     excluded: BTreeSet<IpNet>,
+    conntrack: Conntrack,
     challenges: Challenges,
 }
 
@@ -157,6 +159,7 @@ impl NodeKernel {
             choice,
             has_remnants: true,
             excluded: BTreeSet::new(),
+            conntrack: Conntrack::default(),
             challenges: Challenges::default(),
         })
     }
@@ -260,7 +263,7 @@ impl Kernel for NodeKernel {
 
     async fn apply(&mut self, steps: &[Step]) -> Vec<StepError> {
         let mut failed = Vec::new();
-        let mut unheard = Unheard::default();
+        let mut unheard = Unheard::expect(steps);
         for batch in steps.chunk_by(|a, b| !is_one_by_one() && a.executor() == b.executor()) {
             #[cfg(feature = "kill-points")]
             kill_point::before_step();
@@ -276,8 +279,10 @@ impl Kernel for NodeKernel {
             }
             if !batch.connections.is_empty() {
                 let (steps, excluded) = (&batch.connections, &self.excluded);
-                let firewall = &mut self.firewall;
-                connections::apply(steps, firewall, excluded, &mut unheard, &mut failed).await;
+                let (firewall, conntrack) = (&mut self.firewall, &mut self.conntrack);
+                let unheard = &mut unheard;
+                connections::apply(steps, firewall, conntrack, excluded, unheard, &mut failed)
+                    .await;
             }
             for remnant in batch.remnants {
                 // What is left does the work until ours does all of it: it stays when anything has failed.
@@ -291,7 +296,8 @@ impl Kernel for NodeKernel {
                 }
             }
         }
-        challenge::elicit(unheard, self.excluded.clone(), self.challenges());
+        let conntrack = self.conntrack.clone();
+        challenge::elicit(unheard, conntrack, self.excluded.clone(), self.challenges());
         failed
     }
 }

@@ -67,8 +67,6 @@ pub(crate) enum Backend {
 }
 
 impl Backend {
-    pub(crate) const ALL: [Backend; 2] = [Backend::Nftables, Backend::Iptables];
-
     pub(crate) fn traits(self) -> Traits {
         Traits {
             marks_before_dnat: self == Backend::Iptables,
