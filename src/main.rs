@@ -13,12 +13,13 @@ use metaleg::cluster::client;
 use metaleg::cluster::leases::BootId;
 use metaleg::cluster::watch::{self, Cluster};
 use metaleg::commands;
-use metaleg::kernel::NodeKernel;
+use metaleg::kernel::{self, NodeKernel};
 use metaleg::lan::Lan;
+use metaleg::plan::places::{Places, choose};
 use metaleg::report::{self, Report};
 use metaleg::settings::{AnnouncerSource, Settings};
 use metaleg::tasks::Tasks;
-use tracing::info;
+use tracing::{info, warn};
 
 /// Exit code for settings that make no sense: nothing was changed.
 const BAD_SETTINGS: u8 = 2;
@@ -51,8 +52,25 @@ async fn start(action: Action, settings: &Settings) -> Result<ExitCode> {
     Ok(ExitCode::from(u8::from(!is_good)))
 }
 
+/// The settings with the places that are free on this node; what is not as the settings have it is told.
+async fn placed(settings: &Settings) -> Settings {
+    match kernel::survey(settings).await {
+        Ok(survey) => {
+            let Places { settings, notes } = choose(settings, &survey);
+            notes.iter().for_each(|note| warn!("{note}"));
+            settings
+        }
+        Err(error) => {
+            let error = anyhow::Error::from(error);
+            warn!("cannot see what else uses marks and routing rules: {error:#}");
+            settings.clone()
+        }
+    }
+}
+
 async fn show_plan(settings: &Settings, format: PlanFormat) -> Result<()> {
     let (client, _) = client::connect().await?;
+    let settings = &placed(settings).await;
     let mut kernel = NodeKernel::open(settings).await?;
     let (cluster, mut tasks) = (Arc::new(Cluster::default()), Tasks::default());
     watch::start(client, settings, &cluster, &mut tasks);
@@ -64,6 +82,7 @@ async fn show_plan(settings: &Settings, format: PlanFormat) -> Result<()> {
 
 async fn run(settings: &Settings) -> Result<()> {
     let (client, server) = client::connect().await?;
+    let settings = &placed(settings).await;
     let mut kernel = NodeKernel::open(settings).await?;
     let (cluster, mut tasks) = (Arc::new(Cluster::default()), Tasks::default());
     let is_wanted = settings.sources.contains(&AnnouncerSource::Lan);

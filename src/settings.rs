@@ -54,14 +54,17 @@ pub const DEFINITIONS: &[Definition] = definitions! {
          mode, as the node's other programs use it), or `auto`: nftables where the node can";
     FIREWALL_MASK = "0x00F00000":
         "Bits of the packet mark that MetalEG may use, contiguous: with n bits the pods of a node use 2^n - 2 \
-         gateways at full speed, and any number beyond by one routing rule for each pod";
+         gateways at full speed, and any number beyond by one routing rule for each pod. Where it is not set and \
+         others use the default bits, free ones are taken";
     FIREWALL_EXCLUDE_DST_CIDRS = "auto":
         "Destinations that are not egress: `auto` (pod and Service networks, node addresses, link-local, \
          multicast), a list of CIDRs in its place, or `auto,CIDR,…` for both";
     ROUTE_BACKEND = "netlink": "What routes packets to their gateway: `netlink`";
     ROUTE_TABLE_ID_OFFSET = "100000":
         "Routing tables are numbered from this number + 1, one for each gateway";
-    ROUTE_RULE_PRIORITY = "1000": "First of the 100 routing rule priorities that MetalEG uses";
+    ROUTE_RULE_PRIORITY = "1000":
+        "First of the two routing rule priorities that MetalEG uses. Where it is not set and others have rules \
+         there, lower ones are taken";
     RECONCILIATION_INTERVAL = "5m":
         "How often the whole kernel state is read back, repaired and cleaned up";
     FILTER_ENDPOINTS_FOR_NODE = "true":
@@ -141,6 +144,8 @@ pub struct Settings {
     pub metallb_namespace: String,
     pub firewall: FirewallBackend,
     pub mask: FwMask,
+    /// The operator has named it.
+    pub mask_is_given: bool,
     /// Others may set bits of it. Not read from anywhere: found out at the start.
     pub mask_is_shared: bool,
     pub excluded: ExcludedDestinations,
@@ -148,6 +153,8 @@ pub struct Settings {
     pub table_offset: u32,
     /// First priority of our routing rules.
     pub rule_priority: u32,
+    /// The operator has named it.
+    pub rule_priority_is_given: bool,
     /// Time between two full reconciles.
     pub reconciliation_interval: Duration,
     pub filter_endpoints_for_node: bool,
@@ -175,6 +182,7 @@ impl Settings {
     /// # Errors
     /// For the first setting that makes no sense.
     pub fn parse(value_of: impl Fn(&str) -> String) -> Result<Settings, BadSetting> {
+        let is_given = |name| !value_of(name).trim().is_empty();
         let value = |name| {
             let given = value_of(name);
             let definition = DEFINITIONS.iter().find(|d| d.name == name);
@@ -202,10 +210,12 @@ impl Settings {
             metallb_namespace: value("METALLB_NAMESPACE").text,
             firewall: value("FIREWALL_BACKEND").one_of()?,
             mask: value("FIREWALL_MASK").mask()?,
+            mask_is_given: is_given("FIREWALL_MASK"),
             mask_is_shared: false,
             excluded: value("FIREWALL_EXCLUDE_DST_CIDRS").excluded()?,
             table_offset: value("ROUTE_TABLE_ID_OFFSET").table_offset()?,
             rule_priority: value("ROUTE_RULE_PRIORITY").rule_priority()?,
+            rule_priority_is_given: is_given("ROUTE_RULE_PRIORITY"),
             reconciliation_interval: value("RECONCILIATION_INTERVAL").duration(second)?,
             filter_endpoints_for_node: value("FILTER_ENDPOINTS_FOR_NODE").boolean()?,
             strict_start: value("STRICT_START").boolean()?,

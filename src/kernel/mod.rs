@@ -52,7 +52,7 @@ use crate::kernel::routes::Routes;
 use crate::settings::Settings;
 use crate::state::{
     Asked, ConnectionStep, Family, FamilyState, FirewallStep, KernelState, Landmark, NetSet,
-    Observed, Remnant, RouteStep, Step, Traits,
+    Observed, Remnant, RouteStep, Step, Survey, Traits,
 };
 
 /// A node's kernel, as the agent sees it.
@@ -115,25 +115,43 @@ pub struct NodeKernel {
     challenges: Challenges,
 }
 
+/// The families that the kernel has.
+async fn families() -> Vec<Family> {
+    let mut families = vec![Family::V4];
+    // Absent in a kernel without IPv6.
+    let has_ipv6 = tokio::fs::try_exists("/proc/thread-self/net/if_inet6").await;
+    if has_ipv6.unwrap_or(false) {
+        families.push(Family::V6);
+    }
+    families
+}
+
+fn ranges(settings: &Settings) -> Ranges {
+    Ranges {
+        mask: settings.mask.bits(),
+        slots: settings.mask.slots(),
+        table_offset: settings.table_offset,
+        priority: settings.rule_priority,
+        strict_tcp: false,
+    }
+}
+
+/// Looks at what else uses marks and priorities of routing rules on this node. Changes nothing.
+///
+/// # Errors
+/// When the kernel cannot be asked.
+pub async fn survey(settings: &Settings) -> Result<Survey, Error> {
+    Ok(routes::survey(&families().await, &ranges(settings))?)
+}
+
 impl NodeKernel {
     /// Finds out what this node has. Changes nothing.
     ///
     /// # Errors
     /// When a tool is missing, or the kernel cannot be asked, or cannot do what the wanted backend needs.
     pub async fn open(settings: &Settings) -> Result<NodeKernel, Error> {
-        let mut families = vec![Family::V4];
-        // Absent in a kernel without IPv6.
-        let has_ipv6 = tokio::fs::try_exists("/proc/thread-self/net/if_inet6").await;
-        if has_ipv6.unwrap_or(false) {
-            families.push(Family::V6);
-        }
-        let ranges = Ranges {
-            mask: settings.mask.bits(),
-            slots: settings.mask.slots(),
-            table_offset: settings.table_offset,
-            priority: settings.rule_priority,
-            strict_tcp: false,
-        };
+        let families = families().await;
+        let ranges = ranges(settings);
         let own_ports = OwnPorts::default();
         let routes = Routes::new(families.clone(), ranges, own_ports.clone());
         let (firewall, refusal) =

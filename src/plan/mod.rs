@@ -7,6 +7,7 @@ pub mod adopt;
 mod egress;
 mod landmarks;
 mod networks;
+pub mod places;
 mod pods;
 mod routes;
 pub mod slots;

@@ -197,6 +197,15 @@ pub struct Traits {
     pub mask_is_shared: bool,
 }
 
+/// What else uses marks and priorities of routing rules on a node, as far as it shows itself, and where ours were.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Survey {
+    pub own: Vec<Rule>,
+    pub others: Vec<Rule>,
+    /// The names of all interfaces.
+    pub interfaces: BTreeSet<String>,
+}
+
 /// Addresses of others that the kernel is asked about.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Asked {

@@ -239,7 +239,7 @@ fn news_of_what_is_not_ours_is_told_from_damage() {
                 Drift::Possible,
             ),
             ("ip rule add pref 3000 lookup 100004", Drift::Possible),
-            ("ip rule del pref 1099", Drift::Certain),
+            ("ip rule del pref 1001", Drift::Certain),
             (
                 "ip route add 203.0.113.0/24 dev eth0 table 100001",
                 Drift::Certain,

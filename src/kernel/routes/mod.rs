@@ -26,7 +26,7 @@ use crate::kernel::ours::{PROTOCOL_NUMBER, Ranges};
 use crate::kernel::rtnetlink::{Rtnetlink, decode};
 use crate::kernel::watched::WatchedInterfaces;
 use crate::names::Interface;
-use crate::state::{Family, RouteState, RouteStep, RuleAction, TableId};
+use crate::state::{Family, RouteState, RouteStep, RuleAction, Survey, TableId};
 
 /// `struct rtmsg` of rtnetlink.h: family, lengths, TOS, table, protocol, scope, type and flags.
 const ROUTE_HEADER_BYTES: usize = 12;
@@ -277,6 +277,27 @@ impl Look {
         });
         tables.map_err(refused("list routes"))
     }
+}
+
+/// Looks at what else uses marks and priorities, in the network namespace of the calling thread.
+pub(crate) fn survey(families: &[Family], ranges: &Ranges) -> Result<Survey, RouteError> {
+    let netlink = Rtnetlink::open().map_err(refused("open a socket"))?;
+    let links = links(&netlink).map_err(refused("list interfaces"))?;
+    let mut survey = Survey {
+        interfaces: links.into_iter().map(|link| link.name).collect(),
+        ..Survey::default()
+    };
+    for &family in families {
+        for message in &rules(&netlink, family)? {
+            match parse_rule(message) {
+                Some(Found::Ours(rule)) => survey.own.push(rule),
+                Some(Found::Nameless(rule)) if ranges.is_earlier(&rule) => {}
+                Some(Found::Others(rule) | Found::Nameless(rule)) => survey.others.push(rule),
+                None => {}
+            }
+        }
+    }
+    Ok(survey)
 }
 
 /// The table of a route.
