@@ -1,7 +1,7 @@
 //! What the agent is to use, and tests for each of these.
 
 use metaleg::kernel::NodeKernel;
-use metaleg::settings::FirewallBackend;
+use metaleg::settings::{FirewallBackend, Settings};
 
 use crate::namespace::sh;
 use crate::states::MASK;
@@ -117,9 +117,14 @@ pub(crate) async fn open_backend(backend: FirewallBackend) -> NodeKernel {
         FirewallBackend::Nftables => "nftables",
         FirewallBackend::Iptables => "iptables",
     };
-    let backend = format!("--firewall-backend={name}");
-    let args = ["agent", "--node-name=node1", &backend];
-    let (_, settings) = metaleg::cli::load(args.map(Into::into)).unwrap();
+    let settings = settings(&[&format!("--firewall-backend={name}")]);
     assert_eq!(settings.mask.bits(), MASK);
     NodeKernel::open(&settings).await.unwrap()
+}
+
+/// The settings of an agent that is started with these flags.
+pub(crate) fn settings(flags: &[&str]) -> Settings {
+    let args = ["agent", "--node-name=node1"].iter().chain(flags);
+    let (_, settings) = metaleg::cli::load(args.map(Into::into)).unwrap();
+    settings
 }

@@ -1,6 +1,9 @@
 //! Routing rules and tables, as `ip` shows them and as the kernel looks them up.
 
+use metaleg::plan::places::choose;
+
 use super::*;
+use crate::mode::settings;
 
 #[test]
 fn rules_and_routes_are_what_the_design_says() {
@@ -214,5 +217,38 @@ fn tables_and_rules_of_others_in_our_ranges_are_told() {
                 "the IPv4 routing rule `pref 500 fwmark 0x100000/0x100000 lookup 7` of others comes before ours or among them"
             ]
         );
+    });
+}
+
+/// Settings on a node that others have been on before.
+#[test]
+fn marks_and_priorities_are_found_free_and_found_again() {
+    in_namespace(|| async {
+        let settings = settings(&[]);
+        let survey = || async { metaleg::kernel::survey(&settings).await.unwrap() };
+        let places = choose(&settings, &survey().await);
+        assert_eq!((places.settings, places.notes), (settings.clone(), vec![]));
+
+        sh("ip link add cilium_host type bridge; ip -6 rule add pref 1000 from fd00::1 lookup main");
+        let moved = choose(&settings, &survey().await).settings;
+        assert_eq!((moved.mask.bits(), moved.rule_priority), (0xf0, 998));
+
+        // What an agent has made there stays there, whatever else becomes free.
+        let marked = Rule {
+            priority: 500,
+            action: RuleAction::Lookup(FLOOR),
+            mark: Some(Mark {
+                value: 0x1000,
+                mask: 0x3000,
+            }),
+            not: false,
+            from: None,
+            to: None,
+        };
+        let mut kernel = open(Mode::Nftables).await;
+        let rule = RouteStep::AddRule(Family::V4, marked);
+        apply(&mut kernel, &[Step::Route(rule)]).await;
+        let kept = choose(&settings, &survey().await).settings;
+        assert_eq!((kept.mask.bits(), kept.rule_priority), (0x3000, 500));
     });
 }
