@@ -25,6 +25,8 @@ use crate::report::{Report, events};
 use crate::settings::Settings;
 use crate::state::{Observed, Step};
 
+/// How often the node is searched for obstacles that the kernel does not notify of, such as settings of its own.
+const LOOK_INTERVAL: Duration = Duration::from_secs(60);
 const BACKOFF: Backoff = Backoff::new(Duration::from_millis(500), Duration::from_secs(30));
 
 #[derive(Debug)]
@@ -71,6 +73,7 @@ pub async fn run<K: Kernel, T>(
     let mut reason = "start";
     let mut backoff = BACKOFF;
     let mut last_full = Instant::now();
+    let mut next_look = Instant::now() + LOOK_INTERVAL;
     loop {
         let full = agent.confirmed.is_none();
         let wake_at = match agent.pass(reason).await {
@@ -88,20 +91,30 @@ pub async fn run<K: Kernel, T>(
         }
         let next_full = last_full + settings.reconciliation_interval;
         let wake_at = wake_at.map_or(next_full, |at| at.min(next_full));
-        tokio::select! {
-            why = &mut shutdown => return why,
-            () = cluster.changed() => reason = "cluster",
-            () = heard(lan) => reason = "lan",
-            () = agent.kernel.drifted() => {
-                reason = "drift";
-                agent.confirmed = None;
-            }
-            () = tokio::time::sleep_until(wake_at) => {
-                reason = "timer";
-                if Instant::now() >= next_full {
+        loop {
+            tokio::select! {
+                why = &mut shutdown => return why,
+                () = cluster.changed() => reason = "cluster",
+                () = heard(lan) => reason = "lan",
+                () = agent.kernel.drifted() => {
+                    reason = "drift";
                     agent.confirmed = None;
                 }
+                () = tokio::time::sleep_until(wake_at) => {
+                    reason = "timer";
+                    if Instant::now() >= next_full {
+                        agent.confirmed = None;
+                    }
+                }
+                () = tokio::time::sleep_until(next_look) => {
+                    next_look = Instant::now() + LOOK_INTERVAL;
+                    if !agent.look_again().await {
+                        continue;
+                    }
+                    reason = "surroundings";
+                }
             }
+            break;
         }
     }
 }
@@ -115,6 +128,17 @@ async fn heard(lan: Option<&Lan>) {
 }
 
 impl<K: Kernel> Agent<'_, K> {
+    /// Looks for obstacles; returns whether something has changed.
+    async fn look_again(&mut self) -> bool {
+        let Some(confirmed) = &mut self.confirmed else {
+            return false;
+        };
+        let found = self.kernel.look_again().await;
+        let has_changed = found != confirmed.surroundings;
+        confirmed.surroundings = found;
+        has_changed
+    }
+
     /// One pass: when the next one is due by itself, or what went wrong.
     async fn pass(&mut self, reason: &'static str) -> Result<Option<Instant>, String> {
         let started = Instant::now();
@@ -137,9 +161,7 @@ impl<K: Kernel> Agent<'_, K> {
             Some(confirmed) => confirmed,
             None => {
                 let observed = self.kernel.observe().await;
-                let observed = observed.map_err(|error| chain(&error))?;
-                self.log.collisions(observed.collisions.clone());
-                observed
+                observed.map_err(|error| chain(&error))?
             }
         };
         let heard = self.lan.map(Lan::heard).unwrap_or_default();

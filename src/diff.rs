@@ -9,8 +9,8 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 
 use crate::state::{
-    ConnectionStep, Family, FamilyState, FirewallState, FirewallStep, KernelState, NetSet, PodSet,
-    PodState, RouteState, RouteStep, Rule, RuleAction, Skeleton, Step, Table,
+    Accepted, ConnectionStep, Family, FamilyState, FirewallState, FirewallStep, KernelState,
+    NetSet, PodSet, PodState, RouteState, RouteStep, Rule, RuleAction, Skeleton, Step, Table,
 };
 
 /// When a step has its turn. The order of the variants is the order of the steps; between two steps of one
@@ -25,6 +25,8 @@ enum Phase {
     LookupRules,
     OtherRules,
 
+    /// Beside the data path: what is accepted elsewhere meets all of ours first.
+    Accepts,
     Skeletons,
     /// Before any pod: else its traffic inside the cluster would be translated.
     Exclusions,
@@ -60,6 +62,7 @@ enum Phase {
     OldClassification,
     OldVips,
     OldSkeletons,
+    OldAccepts,
     /// When ours does all of the work. Chains of a backend come before their sets.
     Remnants,
 
@@ -91,6 +94,7 @@ pub fn diff(observed: &KernelState, desired: &KernelState) -> Vec<Step> {
         // What was opened to a destination that is egress again has the source that others gave it.
         wrong_sources |= becomes_egress(old, new);
         newly_excluded(old, new, &mut steps);
+        accepted(family, observed, desired, &mut steps);
         let (before, after) = (from.next_hops(), to.next_hops());
         let is_rerouted = |pod, hop| before.of(pod).is_none_or(|(_, old)| old != hop);
         let pods = after.pods().filter(|(pod, hop)| is_rerouted(*pod, *hop));
@@ -119,6 +123,22 @@ impl Steps {
     fn in_order(mut self) -> Vec<Step> {
         self.0.sort_by_key(|(phase, _)| *phase);
         self.0.into_iter().map(|(_, step)| step).collect()
+    }
+}
+
+fn accepted(family: Family, observed: &KernelState, desired: &KernelState, steps: &mut Steps) {
+    let (old, new) = (
+        observed.accepted.get(&family),
+        desired.accepted.get(&family),
+    );
+    match new {
+        _ if old == new => {}
+        Some(Accepted::Sources(sources)) => {
+            steps.add(Phase::Accepts, Step::Accept(family, sources.clone()));
+        }
+        Some(Accepted::Damaged) | None => {
+            steps.add(Phase::OldAccepts, Step::Accept(family, BTreeSet::new()));
+        }
     }
 }
 

@@ -70,6 +70,7 @@ impl Memory {
     ) -> Pass {
         let mut view = facts.view;
         view.interfaces.clone_from(&kernel.interfaces);
+        view.surroundings.clone_from(&kernel.surroundings);
         let is_start = self.last.is_none();
         if is_start {
             let adopted = adopt::gateways(&kernel.state, &view.nodes, &settings.node_name);

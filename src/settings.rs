@@ -58,6 +58,9 @@ pub const DEFINITIONS: &[Definition] = definitions! {
     FIREWALL_EXCLUDE_DST_CIDRS = "auto":
         "Destinations that are not egress: `auto` (pod and Service networks, node addresses, link-local, \
          multicast), a list of CIDRs in its place, or `auto,CIDR,…` for both";
+    FORWARD_ACCEPT = "false":
+        "Accept what pods send, and the answers, in iptables' FORWARD, behind all rules of others: for nodes \
+         whose FORWARD policy is DROP";
     ROUTE_BACKEND = "netlink": "What routes packets to their gateway: `netlink`";
     ROUTE_TABLE_ID_OFFSET = "100000":
         "Routing tables are numbered from this number + 1, one for each gateway";
@@ -141,6 +144,7 @@ pub struct Settings {
     pub firewall: FirewallBackend,
     pub mask: FwMask,
     pub excluded: ExcludedDestinations,
+    pub forward_accept: bool,
     /// Routing tables are numbered from here + 1.
     pub table_offset: u32,
     /// First priority of our routing rules.
@@ -200,6 +204,7 @@ impl Settings {
             firewall: value("FIREWALL_BACKEND").one_of()?,
             mask: value("FIREWALL_MASK").mask()?,
             excluded: value("FIREWALL_EXCLUDE_DST_CIDRS").excluded()?,
+            forward_accept: value("FORWARD_ACCEPT").boolean()?,
             table_offset: value("ROUTE_TABLE_ID_OFFSET").table_offset()?,
             rule_priority: value("ROUTE_RULE_PRIORITY").rule_priority()?,
             reconciliation_interval: value("RECONCILIATION_INTERVAL").duration(second)?,

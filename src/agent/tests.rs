@@ -1,3 +1,4 @@
+use std::collections::BTreeMap;
 use std::sync::Mutex;
 
 use tokio::sync::{Notify, watch};
@@ -7,7 +8,9 @@ use crate::cluster::Node;
 use crate::cluster::leases::BootId;
 use crate::kernel;
 use crate::names::NodeName;
-use crate::state::{Family, FamilyState, FirewallStep, KernelState, Skeleton};
+use crate::state::{
+    Family, FamilyState, FirewallStep, KernelState, Obstacle, Skeleton, Surroundings,
+};
 
 /// A kernel that remembers what was done to it, and fails where a test wants it.
 #[derive(Debug, Default)]
@@ -18,6 +21,7 @@ struct FakeKernel {
 #[derive(Debug, Default)]
 struct Shared {
     state: Mutex<KernelState>,
+    surroundings: Mutex<BTreeMap<Family, Surroundings>>,
     log: Mutex<Vec<&'static str>>,
     /// How many applies fail, and at which steps.
     failing: Mutex<Failing>,
@@ -63,8 +67,13 @@ impl Kernel for FakeKernel {
         state.families.entry(Family::V4).or_default();
         Ok(Observed {
             state,
+            surroundings: self.shared.surroundings.lock().unwrap().clone(),
             ..Observed::default()
         })
+    }
+
+    async fn look_again(&mut self) -> BTreeMap<Family, Surroundings> {
+        self.shared.surroundings.lock().unwrap().clone()
     }
 
     async fn drifted(&mut self) {
@@ -200,6 +209,31 @@ async fn the_kernel_is_read_back_every_interval_and_repaired() {
         running.kernel.log(),
         ["observe", "applied", "observe", "applied"]
     );
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_surrounds_the_node_is_looked_at_every_minute_without_reading_the_rest() {
+    let running = start(never());
+    pretend_synced(&running.cluster);
+    running.kernel.noted(2).await;
+    let passes = || {
+        let results = ["changed", "unchanged", "failed"].map(|result| vec![("result", result)]);
+        let passes = &running.report.counters.passes;
+        results
+            .iter()
+            .map(|labels| passes.get_or_create(labels).get())
+            .sum::<u64>()
+    };
+    tokio::time::sleep(Duration::from_secs(130)).await;
+    let before = passes();
+    let surroundings = Surroundings {
+        obstacles: [Obstacle::StrictTracking].into(),
+        ..Surroundings::default()
+    };
+    *running.kernel.surroundings.lock().unwrap() = [(Family::V4, surroundings)].into();
+    tokio::time::sleep(Duration::from_secs(130)).await;
+    assert_eq!(passes(), before + 1);
+    assert_eq!(running.kernel.log(), ["observe", "applied"]);
 }
 
 #[tokio::test(start_paused = true)]

@@ -21,7 +21,7 @@ use kube::ResourceExt;
 
 use crate::cluster::leases::BootId;
 use crate::names::{Interface, NodeName, ObjectKey};
-use crate::state::Family;
+use crate::state::{Family, Surroundings};
 
 /// Label that opts a Service in, when its value is [`EGRESS_VALUE`].
 pub const EGRESS_LABEL: &str = "metaleg.de/rewriteSrcIP";
@@ -120,6 +120,8 @@ pub struct View {
     /// Pod networks that the CNI plugin keeps in objects of its own.
     pub pod_pools: BTreeSet<IpNet>,
     pub interfaces: Vec<Interface>,
+    /// What of this node decides with us.
+    pub surroundings: BTreeMap<Family, Surroundings>,
 }
 
 impl Service {

@@ -15,7 +15,7 @@ pub(crate) struct Profile {
     /// The table of nftables that its source NAT is in, if it is in one.
     pub(crate) nat_table: Option<&'static str>,
     /// What an operator can do about NAT chains of others that come first.
-    pub(crate) advice: Option<&'static str>,
+    pub(crate) advice: &'static str,
     /// What another backend would find as remnants of it.
     pub(crate) remnants: Vec<Remnant>,
 }

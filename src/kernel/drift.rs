@@ -14,6 +14,7 @@ use tokio::time::Instant;
 
 use crate::kernel::backend::Watched;
 use crate::kernel::interfaces::WatchedInterfaces;
+use crate::kernel::iptables::forward::{ACCEPT, BASE, FILTER};
 use crate::kernel::netfilter::{Message, NetlinkError, attribute, attributes, messages};
 use crate::kernel::ours::{PROTOCOL_NUMBER, Ranges};
 use crate::state::TableId;
@@ -63,6 +64,8 @@ struct Filter {
     ranges: Ranges,
     watched: Watched,
     interfaces: WatchedInterfaces,
+    /// Whether our chain in iptables' FORWARD may be there.
+    forward: bool,
 }
 
 fn listen(protocol: isize, groups: &[u32]) -> Result<TokioSocket, NetlinkError> {
@@ -80,6 +83,7 @@ impl DriftListener {
         ranges: Ranges,
         watched: Watched,
         interfaces: WatchedInterfaces,
+        forward: bool,
     ) -> Result<DriftListener, NetlinkError> {
         Ok(DriftListener {
             routes: listen(NETLINK_ROUTE, &ROUTE_GROUPS)?,
@@ -89,6 +93,7 @@ impl DriftListener {
                 ranges,
                 watched,
                 interfaces,
+                forward,
             },
             heard: None,
             reported: None,
@@ -165,6 +170,14 @@ impl Filter {
             let end = value.iter().position(|byte| *byte == 0)?;
             std::str::from_utf8(value.get(..end)?).ok()
         };
+        if self.forward && text(TABLE_OF_OBJECT) == Some(FILTER) {
+            let is_of_forward = |chain: &str| [BASE, ACCEPT].contains(&chain);
+            // A rule names its chain, and a chain itself: in the other one's attribute there is no text.
+            let mut names = [CHAIN_OF_RULE, NAME_OF_CHAIN].into_iter().filter_map(text);
+            if names.any(is_of_forward) {
+                return true;
+            }
+        }
         let Watched { tables, chains } = self.watched;
         if !text(TABLE_OF_OBJECT).is_some_and(|table| tables.contains(&table)) {
             return false;

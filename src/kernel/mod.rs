@@ -9,7 +9,6 @@ mod conntrack;
 mod drift;
 mod error;
 mod firewall;
-mod foreign_nat;
 mod interfaces;
 mod iptables;
 #[cfg(feature = "kill-points")]
@@ -17,6 +16,7 @@ mod kill_point;
 pub(crate) mod neighbours;
 mod netfilter;
 mod nftables;
+mod obstacles;
 mod ours;
 mod remnants;
 mod routes;
@@ -28,9 +28,6 @@ mod tool;
 use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
 
-use ipnet::IpNet;
-use tracing::debug;
-
 use crate::error::chain;
 pub use crate::kernel::challenge::Challenges;
 use crate::kernel::challenge::Unheard;
@@ -38,13 +35,16 @@ use crate::kernel::drift::DriftListener;
 use crate::kernel::error::executable;
 pub use crate::kernel::error::{Error, StepError};
 use crate::kernel::firewall::Firewall;
+use crate::kernel::iptables::forward;
+use crate::kernel::obstacles::Obstacles;
 use crate::kernel::ours::Ranges;
 use crate::kernel::routes::Routes;
 use crate::settings::Settings;
 use crate::state::{
     ConnectionStep, Family, FamilyState, FirewallStep, KernelState, NetSet, Observed, Remnant,
-    RouteStep, Step,
+    RouteStep, Rule, Step, Surroundings,
 };
+use ipnet::IpNet;
 
 /// A node's kernel, as the agent sees it.
 pub trait Kernel: Send {
@@ -53,6 +53,9 @@ pub trait Kernel: Send {
     /// # Errors
     /// When any part cannot be read: a partial picture would make the agent repeat or remove the wrong things.
     fn observe(&mut self) -> impl Future<Output = Result<Observed, Error>> + Send;
+
+    /// Looks again at what of the surroundings changes without a notice, at little cost.
+    fn look_again(&mut self) -> impl Future<Output = BTreeMap<Family, Surroundings>> + Send;
 
     /// Waits until others may have changed what is ours. Cancel-safe.
     fn drifted(&mut self) -> impl Future<Output = ()> + Send;
@@ -83,6 +86,11 @@ pub struct NodeKernel {
     remnants: Option<BTreeSet<Remnant>>,
     /// Destinations that are not egress, as far as confirmed: connections to them are never forgotten.
     excluded: BTreeSet<IpNet>,
+    obstacles: Obstacles,
+    /// Our routing rules, as read or confirmed last.
+    rules: BTreeSet<(Family, Rule)>,
+    /// Interfaces with IPv4 addresses, as read last: IPv6 has no settings of an interface that matter.
+    interfaces: Vec<String>,
     challenges: Challenges,
 }
 
@@ -108,21 +116,30 @@ impl NodeKernel {
         let (firewall, refusal) = Firewall::open(settings.firewall, ranges, &families).await?;
         let profile = firewall.profile();
         let mut choice = profile.name;
-        if let Some(error) = refusal {
-            choice += &format!(", because nftables cannot be used: {}", chain(&error));
+        let refusal = refusal.map(|error| chain(&error));
+        if let Some(why) = &refusal {
+            choice += &format!(", because nftables cannot be used: {why}");
         }
         let own_ports = [routes.port].into_iter().chain(profile.port).collect();
-        let drift =
-            DriftListener::open(own_ports, ranges, profile.watched, routes.watched.clone())?;
+        let drift = DriftListener::open(
+            own_ports,
+            ranges,
+            profile.watched,
+            routes.watched.clone(),
+            settings.forward_accept,
+        )?;
         Ok(NodeKernel {
             firewall,
             routes,
             drift,
+            obstacles: Obstacles::new(families.clone(), refusal),
             families,
             ranges,
             choice,
             remnants: None,
             excluded: BTreeSet::new(),
+            rules: BTreeSet::new(),
+            interfaces: Vec::new(),
             challenges: Challenges::default(),
         })
     }
@@ -139,13 +156,25 @@ impl NodeKernel {
         self.challenges.clone()
     }
 
-    /// NAT of others that gets in the way of ours. A failure to see it stops nothing.
-    async fn foreign_nat(&self) -> BTreeSet<String> {
-        let found = foreign_nat::find(&self.firewall).await;
-        found.unwrap_or_else(|error| {
-            debug!("cannot look for NAT of others: {}", chain(&error));
-            BTreeSet::new()
-        })
+    /// Notes which of our routing rules are there, and whether others have removed all of a family.
+    fn note_rules(&mut self, families: &BTreeMap<Family, FamilyState>) {
+        for (family, state) in families {
+            let had_any = self.rules.iter().any(|(of, _)| of == family);
+            if had_any && state.routes.rules.is_empty() {
+                self.obstacles.note_rules_removed(*family);
+            }
+        }
+        let rules = families.iter();
+        let rules = rules.flat_map(|(f, state)| state.routes.rules.iter().map(|r| (*f, *r)));
+        self.rules = rules.collect();
+    }
+
+    fn confirm_rule(&mut self, step: &RouteStep) {
+        match step {
+            RouteStep::AddRule(family, rule) => drop(self.rules.insert((*family, *rule))),
+            RouteStep::RemoveRule(family, rule) => drop(self.rules.remove(&(*family, *rule))),
+            _ => {}
+        }
     }
 
     /// Notes what a batch of firewall steps has changed of what is excluded.
@@ -180,20 +209,34 @@ impl Kernel for NodeKernel {
             _ => remnants::find(&self.firewall, &self.families, routes.earlier).await?,
         };
         self.remnants = Some(remnants.clone());
-        let mut collisions = routes.collisions;
-        collisions.extend(self.foreign_nat().await);
+        self.note_rules(&families);
+        let interfaces = self.routes.interfaces().await?;
+        let is_of_ipv4 = |net: &IpNet| Family::of_net(*net) == Family::V4;
+        let with_nets = interfaces
+            .iter()
+            .filter(|interface| interface.nets.iter().any(is_of_ipv4));
+        self.interfaces = with_nets.map(|interface| interface.name.clone()).collect();
+        let obstacles = &mut self.obstacles;
+        let surroundings = obstacles.look(&self.firewall, routes.surroundings, &self.interfaces);
+        let surroundings = surroundings.await;
         let state = KernelState {
             families,
+            accepted: forward::accepted(&self.families).await?,
             remnants,
             doubt: true,
         };
         self.excluded = state.excluded().collect();
         Ok(Observed {
             state,
-            interfaces: self.routes.interfaces().await?,
+            interfaces,
             occupied: routes.occupied,
-            collisions,
+            surroundings,
         })
+    }
+
+    async fn look_again(&mut self) -> BTreeMap<Family, Surroundings> {
+        let obstacles = &mut self.obstacles;
+        obstacles.look_again(&self.firewall, &self.interfaces).await
     }
 
     async fn drifted(&mut self) {
@@ -208,8 +251,9 @@ impl Kernel for NodeKernel {
             kill_point::before_step();
             let batch = Batch::of(batch);
             for step in executable(&batch.routes, &mut failed) {
-                if let Err(error) = self.routes.execute(step).await {
-                    failed.push(StepError::new(step, error));
+                match self.routes.execute(step).await {
+                    Ok(()) => self.confirm_rule(step),
+                    Err(error) => failed.push(StepError::new(step, error)),
                 }
             }
             if !batch.firewall.is_empty() {
@@ -220,6 +264,12 @@ impl Kernel for NodeKernel {
                 let (steps, excluded) = (&batch.connections, &self.excluded);
                 let firewall = &self.firewall;
                 connections::apply(steps, firewall, excluded, &mut unheard, &mut failed).await;
+            }
+            for (family, sources) in batch.accepts {
+                if let Err(error) = forward::accept(family, sources).await {
+                    let step = Step::Accept(family, sources.clone());
+                    failed.push(StepError::new(&step, error));
+                }
             }
             for remnant in batch.remnants {
                 // What is left does the work until ours does all of it: it stays when anything has failed.
@@ -244,6 +294,7 @@ struct Batch<'a> {
     routes: Vec<&'a RouteStep>,
     firewall: Vec<&'a FirewallStep>,
     connections: Vec<&'a ConnectionStep>,
+    accepts: Vec<(Family, &'a BTreeSet<IpNet>)>,
     remnants: Vec<Remnant>,
 }
 
@@ -255,6 +306,7 @@ impl Batch<'_> {
                 Step::Route(step) => batch.routes.push(step),
                 Step::Firewall(step) => batch.firewall.push(step),
                 Step::Connection(step) => batch.connections.push(step),
+                Step::Accept(family, sources) => batch.accepts.push((*family, sources)),
                 Step::RemoveRemnant(remnant) => batch.remnants.push(*remnant),
             }
         }

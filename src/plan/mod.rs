@@ -6,6 +6,7 @@
 pub mod adopt;
 mod egress;
 mod networks;
+mod obstacles;
 mod pods;
 mod routes;
 pub mod slots;
@@ -21,7 +22,10 @@ use crate::plan::pods::Lookup;
 use crate::plan::slots::Slots;
 pub use crate::plan::verdict::{Blocked, Ignored, Subject, Verdict};
 use crate::settings::Settings;
-use crate::state::{Family, FamilyState, FirewallState, KernelState, NextHop, PodState, Skeleton};
+use crate::state::{
+    Accepted, Family, FamilyState, FirewallState, KernelState, NextHop, Obstacle, PodState,
+    Skeleton,
+};
 
 /// What this node must be, and why.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -31,6 +35,8 @@ pub struct Desired {
     pub slots: Slots,
     /// What becomes of each labelled Service, by family.
     pub services: BTreeMap<ObjectKey, BTreeMap<Family, Verdict>>,
+    /// What of this node is in the way of Services that it has to do with, by family.
+    pub obstacles: BTreeMap<ObjectKey, BTreeMap<Family, BTreeSet<Obstacle>>>,
     /// Services and endpoints that are left out.
     pub ignored: BTreeMap<Subject, Ignored>,
     /// Pods outside every known pod network, one for each family: why all private networks are excluded.
@@ -92,6 +98,11 @@ fn plan_family(
     let own = local.map(|(address, _)| *address);
     let excluded = networks::excluded(family, view, &settings.excluded, own);
 
+    for (service, found) in obstacles::obstacles(family, view, &pods, &egress, &excluded.nets) {
+        let of_service = desired.obstacles.entry(service).or_default();
+        of_service.insert(family, found);
+    }
+
     let mut routes = routes::routes(family, settings, &excluded.nets, &slots, &hops);
     let mut states = BTreeMap::new();
     for (address, pod) in &pods {
@@ -115,6 +126,14 @@ fn plan_family(
     for (key, egress) in &egress {
         let verdicts = desired.services.entry((*key).clone()).or_default();
         verdicts.insert(family, egress.verdict());
+    }
+    let passes = |(address, pod): (&IpAddr, &PodState)| {
+        pod.gateway_here || pods.get(address).is_some_and(|pod| pod.local)
+    };
+    let sources = networks::pods(family, view);
+    if settings.forward_accept && !sources.is_empty() && states.iter().any(passes) {
+        let accepted = Accepted::Sources(sources);
+        desired.kernel.accepted.insert(family, accepted);
     }
     let state = FamilyState {
         routes,

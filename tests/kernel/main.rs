@@ -26,6 +26,7 @@ mod firewall;
 mod foreign_nat;
 mod guard;
 mod lan;
+mod obstacles;
 mod remnants;
 mod routes;
 
@@ -37,8 +38,9 @@ use metaleg::diff::diff;
 use metaleg::kernel::{Kernel, NodeKernel};
 use metaleg::settings::FirewallBackend;
 use metaleg::state::{
-    ConnectionStep, Family, FamilyState, FirewallStep, KernelState, Mark, NetSet, NextHop, PodSet,
-    PodState, Remnant, RouteState, RouteStep, Rule, RuleAction, Skeleton, Step, Table, TableId,
+    Accepted, ConnectionStep, DroppingFilter, Family, FamilyState, FirewallStep, KernelState, Mark,
+    NetSet, NextHop, Obstacle, PodSet, PodState, Remnant, RouteState, RouteStep, Rule, RuleAction,
+    Skeleton, Step, Surroundings, Table, TableId,
 };
 
 use crate::mode::{Mode, open, open_backend};

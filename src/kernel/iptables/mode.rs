@@ -15,6 +15,8 @@ pub(crate) enum Variant {
 }
 
 impl Variant {
+    pub(super) const BOTH: [Variant; 2] = [Variant::Nft, Variant::Legacy];
+
     pub(super) fn other(self) -> Variant {
         match self {
             Variant::Nft => Variant::Legacy,
@@ -78,12 +80,21 @@ async fn survey(variant: Variant, families: &[Family]) -> Result<Survey, Error> 
 
 /// Whether the legacy tables are in use here. The legacy tools would register them when asked.
 pub(super) async fn has_legacy_tables(family: Family) -> bool {
+    !legacy_tables(family).await.trim().is_empty()
+}
+
+/// The same of one table.
+pub(super) async fn has_legacy_table(family: Family, table: &str) -> bool {
+    let names = legacy_tables(family).await;
+    names.lines().any(|name| name == table)
+}
+
+/// The names of the legacy tables, one a line.
+async fn legacy_tables(family: Family) -> String {
     let file = match family {
         Family::V4 => "/proc/thread-self/net/ip_tables_names",
         Family::V6 => "/proc/thread-self/net/ip6_tables_names",
     };
     // Absent until the module is loaded.
-    tokio::fs::read_to_string(file)
-        .await
-        .is_ok_and(|names| !names.trim().is_empty())
+    tokio::fs::read_to_string(file).await.unwrap_or_default()
 }

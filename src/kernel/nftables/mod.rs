@@ -23,19 +23,23 @@ use netlink_packet_netfilter::none::ControlMessage;
 use netlink_packet_netfilter::{NetfilterMessageInner, NetfilterProtoFamily};
 
 use self::elements::{Elements, Kind, Value, late_reply_key, octets};
-pub(crate) use self::read::{BaseChain, any_chain};
+pub(crate) use self::read::BaseChain;
+use self::read::any_chain;
 pub(crate) use self::ruleset::TABLE;
 use self::ruleset::{Chain, TRANSLATION_PRIORITY, chains};
 use crate::kernel::backend::{Profile, Watched};
 use crate::kernel::conntrack::LateReply;
 use crate::kernel::error::{Error, StepError, executable};
 use crate::kernel::netfilter::{Message, Netfilter, NetlinkError, message};
-use crate::kernel::ours::{LATE_REPLY_SECONDS, OwnSet, Ranges};
+use crate::kernel::ours::{LATE_REPLY_SECONDS, OwnSet, Ranges, digit};
+use crate::kernel::tag::TAG;
 use crate::kernel::tool::run;
 use crate::state::{Family, FirewallState, FirewallStep, KernelState, Remnant, Skeleton};
 
 /// `NFNL_SUBSYS_NFTABLES` of nfnetlink.h: the subsystem that a transaction is for.
 const SUBSYSTEM: u16 = 10;
+/// The chain that sets marks.
+const MARKING: &str = "marking";
 /// The length of an attribute is 16 bits: this many elements fit into one, of which the largest, late replies of IPv6,
 /// have 80 bytes.
 const ELEMENTS_AT_ONCE: usize = 500;
@@ -208,9 +212,26 @@ impl Nftables {
             },
             nat_priority: TRANSLATION_PRIORITY,
             nat_table: Some(TABLE),
-            advice: None,
+            advice: "give it a priority after ours, or remove it",
             remnants: vec![Remnant::Nftables],
         }
+    }
+
+    /// What the rules `foreign` have counted.
+    pub(crate) fn foreign_marks(&self) -> Result<BTreeMap<Family, u64>, NetlinkError> {
+        let attributes = vec![
+            RuleAttribute::Table(TABLE.to_owned()),
+            RuleAttribute::Chain(MARKING.to_owned()),
+        ];
+        let question = NfTablesMessage::GetRule(RuleMessage { attributes });
+        let counted: Vec<(String, u64)> = self.dump(question, read::counted)?;
+        let of_family = |family: Family| {
+            let name = format!("{TAG}foreign-{}:", digit(family));
+            let mut counted = counted.iter();
+            let (_, packets) = counted.find(|(tag, _)| tag.starts_with(&name))?;
+            Some((family, *packets))
+        };
+        Ok(Family::ALL.into_iter().filter_map(of_family).collect())
     }
 
     pub(crate) fn observe(&mut self) -> Result<BTreeMap<Family, FirewallState>, NetlinkError> {
@@ -283,6 +304,23 @@ pub(crate) fn exists() -> Result<bool, NetlinkError> {
     let question = NfTablesMessage::GetTable(TableMessage { attributes });
     let tables: Vec<String> = dump(&Netfilter::open()?, question, read::own_table)?;
     Ok(!tables.is_empty())
+}
+
+/// Base chains and others in the tables of everybody: table, name and hook. None where the kernel has no nf_tables.
+pub(crate) fn chains_of_all(
+    family: NetfilterProtoFamily,
+) -> Result<Vec<(String, String, Option<BaseChain>)>, NetlinkError> {
+    let attributes = Vec::new();
+    let question = NfTablesMessage::GetChain(ChainMessage { attributes });
+    let question = NetfilterMessageInner::NfTables(question);
+    let chains = Netfilter::open()?.dump(family, &question, |all: &mut Vec<_>, answer| {
+        all.extend(any_chain(answer));
+        Ok(())
+    });
+    match chains {
+        Err(NetlinkError::Refused(_)) => Ok(Vec::new()),
+        chains => chains,
+    }
 }
 
 /// Removes our table; absent is fine.

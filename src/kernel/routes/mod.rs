@@ -3,6 +3,7 @@
 //! What carries our protocol number is ours, wherever it stands; all else belongs to others, even with our
 //! priority or in our tables.
 
+mod ahead;
 mod codec;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -15,6 +16,7 @@ use netlink_sys::AsyncSocket;
 use nix::libc::{EEXIST, ENOENT, ESRCH};
 use rtnetlink::Handle;
 
+use self::ahead::{Ahead, ahead};
 use self::codec::{
     Found, address_family, fallback_message, gateway_message, is_default_in, parse_rule,
     rule_message, take_route,
@@ -22,7 +24,7 @@ use self::codec::{
 use crate::kernel::interfaces::{self, WatchedInterfaces};
 use crate::kernel::ours::Ranges;
 use crate::names::Interface;
-use crate::state::{Family, RouteState, RouteStep, RuleAction, TableId};
+use crate::state::{Family, RouteState, RouteStep, RuleAction, Surroundings, TableId};
 
 #[derive(Debug, thiserror::Error)]
 pub enum RouteError {
@@ -54,8 +56,8 @@ pub(crate) struct Observed {
     pub(crate) states: BTreeMap<Family, RouteState>,
     /// Tables of our range that others use.
     pub(crate) occupied: BTreeSet<(Family, TableId)>,
-    /// Rules of others that get in the way of ours, as sentences for the operator.
-    pub(crate) collisions: BTreeSet<String>,
+    /// Rules of others ahead of ours.
+    pub(crate) surroundings: BTreeMap<Family, Surroundings>,
     /// Rules of a release before 0.3 are there.
     pub(crate) earlier: bool,
 }
@@ -94,8 +96,18 @@ impl Routes {
         let mut observed = Observed::default();
         for &family in &self.families {
             let mut state = RouteState::default();
+            let mut ahead_of_ours: Vec<Ahead> = Vec::new();
             for message in &self.rules(family).await? {
-                match parse_rule(message) {
+                let found = parse_rule(message);
+                let is_of_others = match &found {
+                    Some(Found::Ours(_)) => false,
+                    Some(Found::Nameless(rule)) => !self.ranges.is_earlier(rule),
+                    Some(Found::Others(_)) | None => true,
+                };
+                if is_of_others {
+                    ahead_of_ours.extend(ahead(family, message, &self.ranges));
+                }
+                match found {
                     Some(Found::Ours(rule)) => drop(state.rules.insert(rule)),
                     Some(Found::Nameless(rule)) if self.ranges.is_earlier(&rule) => {
                         observed.earlier = true;
@@ -103,22 +115,28 @@ impl Routes {
                     }
                     Some(Found::Others(rule) | Found::Nameless(rule)) => {
                         self.occupy(family, rule.action, &mut observed);
-                        if self.ranges.collides(&rule) {
-                            observed.collisions.insert(format!(
-                                "the {family} routing rule `{rule}` of others comes before ours or among them"
-                            ));
-                        }
                     }
                     None => {}
                 }
             }
+            let mut of_others = BTreeSet::new();
             for route in &self.routes(family).await? {
-                if let Some(table) = take_route(route, &names, &mut state.tables)
-                    && self.ranges.has_table(table)
-                {
-                    observed.occupied.insert((family, table));
-                }
+                of_others.extend(take_route(route, &names, &mut state.tables));
             }
+            // What a table does not know goes on to the next rule: an empty one takes nothing away.
+            let takes = |(_, table): &Ahead| table.is_none_or(|table| of_others.contains(&table));
+            let rules = ahead_of_ours.into_iter().filter(takes);
+            let found = Surroundings {
+                rules: rules.map(|(rule, _)| rule).collect(),
+                ..Surroundings::default()
+            };
+            observed.surroundings.insert(family, found);
+            let occupied = of_others
+                .into_iter()
+                .filter(|table| self.ranges.has_table(*table));
+            observed
+                .occupied
+                .extend(occupied.map(|table| (family, table)));
             observed.states.insert(family, state);
         }
         Ok(observed)
