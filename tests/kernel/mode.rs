@@ -103,15 +103,24 @@ impl Mode {
 
 /// The mode of iptables is said the way a kubelet does.
 pub(crate) async fn open(mode: Mode) -> NodeKernel {
+    open_with(mode, &[]).await
+}
+
+/// With settings beside the backend.
+pub(crate) async fn open_with(mode: Mode, settings: &[&str]) -> NodeKernel {
     for tool in mode.tools() {
         sh(&format!(
             "{tool} -t mangle -N KUBE-IPTABLES-HINT 2>/dev/null || true"
         ));
     }
-    open_backend(mode.backend()).await
+    open_kernel(mode.backend(), settings).await
 }
 
 pub(crate) async fn open_backend(backend: FirewallBackend) -> NodeKernel {
+    open_kernel(backend, &[]).await
+}
+
+async fn open_kernel(backend: FirewallBackend, settings: &[&str]) -> NodeKernel {
     let name = match backend {
         FirewallBackend::Auto => "auto",
         FirewallBackend::Nftables => "nftables",
@@ -119,7 +128,8 @@ pub(crate) async fn open_backend(backend: FirewallBackend) -> NodeKernel {
     };
     let backend = format!("--firewall-backend={name}");
     let args = ["agent", "--node-name=node1", &backend];
-    let (_, settings) = metaleg::cli::load(args.map(Into::into)).unwrap();
+    let args = args.iter().chain(settings).map(Into::into);
+    let (_, settings) = metaleg::cli::load(args).unwrap();
     assert_eq!(settings.mask.bits(), MASK);
     NodeKernel::open(&settings).await.unwrap()
 }
