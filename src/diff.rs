@@ -3,7 +3,7 @@
 //! Pure. The agent may die after any step, and packets flow between any two: so what protects a pod comes
 //! before what depends on it, and goes after it.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use ipnet::IpNet;
@@ -102,7 +102,7 @@ pub fn diff(observed: &KernelState, desired: &KernelState) -> Vec<Step> {
         rerouted.extend(pods.map(|(pod, _)| pod));
     }
     if wrong_sources {
-        steps.add(Phase::Connections, forget_wrong_sources(desired));
+        steps.add(Phase::Connections, forget_wrong_sources(observed, desired));
     }
     for remnant in observed.remnants.difference(&desired.remnants) {
         steps.add(Phase::Remnants, Step::RemoveRemnant(*remnant));
@@ -143,14 +143,32 @@ fn accepted(family: Family, observed: &KernelState, desired: &KernelState, steps
     }
 }
 
-fn forget_wrong_sources(desired: &KernelState) -> ConnectionStep {
+fn forget_wrong_sources(observed: &KernelState, desired: &KernelState) -> ConnectionStep {
     let firewalls = || desired.families.values().map(|family| &family.firewall);
     let pods = firewalls().flat_map(|firewall| &firewall.pods);
     let sources = pods.filter_map(|(pod, state)| Some((*pod, source(*pod, state)?)));
+    let sources: BTreeMap<IpAddr, IpAddr> = sources.collect();
     let vips = firewalls().flat_map(|firewall| &firewall.vips).copied();
+    let is_unguarded = |pod: &&IpAddr| {
+        let family = observed.families.get(&Family::of(**pod));
+        family.is_some_and(has_lost_its_guard)
+    };
     ConnectionStep::ForgetWrongSource {
-        sources: sources.collect(),
+        unguarded: sources.keys().filter(is_unguarded).copied().collect(),
+        sources,
         vips: vips.collect(),
+    }
+}
+
+/// Whether a guard that had been there was not whole. Not where this is the first one: what is inbound there is what it
+/// seems to be.
+fn has_lost_its_guard(family: &FamilyState) -> bool {
+    match family.firewall.skeleton {
+        Skeleton::Intact => false,
+        Skeleton::Damaged(_) => true,
+        Skeleton::Absent => {
+            family.routes != RouteState::default() || family.firewall != FirewallState::default()
+        }
     }
 }
 
@@ -239,7 +257,14 @@ fn firewall(
             // Pods are let go one step after the other, as always: with everything gone at once, connections
             // would go on with the pod's own address.
             for (address, state) in &from.pods {
-                pod(*address, state, &PodState::default(), doubt, steps);
+                let leaves = doubt && state.egress;
+                pod(*address, state, &PodState::default(), leaves, steps);
+            }
+            for set in [NetSet::RemotePods, NetSet::LocalPods] {
+                for net in from.nets(set) {
+                    let step = FirewallStep::RemoveNet(set, *net);
+                    steps.add(Phase::OldPodNetworks, step);
+                }
             }
             steps.add(Phase::OldSkeletons, FirewallStep::Remove(family));
         }

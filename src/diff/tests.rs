@@ -205,6 +205,65 @@ fn a_pod_of_another_node_that_does_not_pass_here_costs_no_look_at_the_connection
 }
 
 #[test]
+fn what_came_while_a_guard_was_not_whole_is_looked_for_where_there_had_been_one() {
+    let remote = kernel(Some(translated()));
+    let to = kernel(Some(routed(1)));
+    let route = |state: &mut KernelState| {
+        let routes = &mut state.families.entry(Family::V4).or_default().routes;
+        let gateway = None;
+        let fallback = true;
+        routes.tables.insert(
+            TableId(100_001),
+            Table {
+                fallback,
+                gateway,
+                ..Table::default()
+            },
+        );
+    };
+    let with = |mut state: KernelState, skeleton: Skeleton| {
+        let firewall = &mut state.families.entry(Family::V4).or_default().firewall;
+        firewall.skeleton = skeleton;
+        state
+    };
+    let nothing = || with(KernelState::default(), Skeleton::Absent);
+    let damaged = || Skeleton::Damaged("chain guard".to_owned());
+    let mut flushed = nothing();
+    route(&mut flushed);
+    for (what, from, to, expected) in [
+        ("whole", to.clone(), &to, vec![]),
+        ("the first one", nothing(), &to, vec![]),
+        ("damaged", with(to.clone(), damaged()), &to, vec![ip(11)]),
+        ("flushed, with the routes left", flushed, &to, vec![ip(11)]),
+        (
+            "chains gone, with the sets left",
+            with(to.clone(), Skeleton::Absent),
+            &to,
+            vec![ip(11)],
+        ),
+        (
+            "damaged, of a pod that is elsewhere",
+            with(remote.clone(), damaged()),
+            &remote,
+            vec![],
+        ),
+    ] {
+        let from = KernelState {
+            doubt: true,
+            ..from
+        };
+        let steps = diff(&from, to);
+        let found = steps.iter().find_map(|step| match step {
+            Step::Connection(ConnectionStep::ForgetWrongSource { unguarded, .. }) => {
+                Some(unguarded.iter().copied().collect::<Vec<_>>())
+            }
+            _ => None,
+        });
+        assert_eq!(found, Some(expected), "{what}");
+    }
+}
+
+#[test]
 fn a_pod_is_blocked_before_its_mark_goes_and_unblocked_after_it_is_back() {
     assert_eq!(
         steps(Some(routed(1)), Some(blocked())),

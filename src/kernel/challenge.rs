@@ -25,12 +25,18 @@ use tracing::debug;
 
 use crate::error::chain;
 use crate::ethernet::{Mac, syn};
-use crate::kernel::conntrack::{self, Flow};
+use crate::kernel::conntrack::{self, Conntrack, Flow};
 use crate::kernel::neighbours::neighbour_table;
+use crate::state::{ConnectionStep, Step};
 
 /// Pauses before the pods are challenged again: the new gateway's agent may not know yet that it is one. A kernel sends
 /// one challenge ACK each 0.5 s on a connection (`tcp_invalid_ratelimit`).
 const PAUSES: [Duration; 2] = [Duration::from_millis(600), Duration::from_millis(1400)];
+
+/// How many challenge ACKs all pods of a host together may send in a second. Kernels from 5.19 on have no limit by default.
+const BUDGET: &str = "/proc/sys/net/ipv4/tcp_challenge_ack_limit";
+const DEFAULT_BUDGET: usize = 1000;
+const BUDGET_TIME: Duration = Duration::from_secs(1);
 
 /// How often pods were challenged, since the start. Cheap to clone; all clones count together.
 #[derive(Clone, Debug, Default)]
@@ -49,7 +55,8 @@ impl Challenges {
         self.0.sent.load(Ordering::Relaxed)
     }
 
-    /// Rounds that failed: connections, pods or interfaces could not be looked up, or frames not be sent.
+    /// Rounds that failed, as a whole or on an interface: connections, pods or interfaces could not be looked up, or frames
+    /// not be sent.
     #[must_use]
     pub fn failures(&self) -> u64 {
         self.0.failures.load(Ordering::Relaxed)
@@ -64,64 +71,105 @@ impl Challenges {
 /// Which connections the new gateway may not have heard of.
 #[derive(Debug, Default)]
 pub(crate) struct Unheard {
-    /// Pods: their connections to outside.
+    /// Pods that are going to be challenged, unless a step fails.
+    pub(crate) expected: BTreeSet<IpAddr>,
+    /// Pods that are challenged: their connections to outside.
     pub(crate) pods: BTreeSet<IpAddr>,
-    /// Connections that were forgotten: connection tracking does not list them any more.
-    pub(crate) flows: BTreeSet<Flow>,
+    /// Connections of the expected pods, when they were looked at already: those that were forgotten are not listed any
+    /// more.
+    pub(crate) flows: Option<BTreeSet<Flow>>,
+}
+
+impl Unheard {
+    /// Whose connections are to be looked at for these steps.
+    pub(crate) fn expect(steps: &[Step]) -> Unheard {
+        let pods = steps.iter().filter_map(|step| match step {
+            Step::Connection(ConnectionStep::ElicitAck(pod)) => Some(*pod),
+            _ => None,
+        });
+        Unheard {
+            expected: pods.collect(),
+            ..Unheard::default()
+        }
+    }
 }
 
 /// Challenges the pods, now and twice more, in a task of its own; pods that are not on a link of this node are skipped. A
 /// failure costs only time: the connection goes on when the pod sends something by itself.
-pub(crate) fn elicit(unheard: Unheard, excluded: BTreeSet<IpNet>, challenges: Challenges) {
-    let Unheard { mut flows, pods } = unheard;
+pub(crate) fn elicit(
+    unheard: Unheard,
+    mut conntrack: Conntrack,
+    excluded: BTreeSet<IpNet>,
+    challenges: Challenges,
+) {
+    let Unheard { pods, flows, .. } = unheard;
     if pods.is_empty() {
         return;
     }
-    flows.retain(|flow| pods.contains(&flow.pod.ip()));
     tokio::spawn(async move {
-        flows.extend(established(pods.clone(), &excluded, &challenges).await);
-        if flows.is_empty() {
-            return;
+        let mut flows = match flows {
+            Some(flows) => flows,
+            None => match conntrack.flows(pods.clone(), excluded).await {
+                Ok(flows) => flows,
+                Err(error) => return challenges.failed("find the connections of pods", &error),
+            },
+        };
+        flows.retain(|flow| pods.contains(&flow.pod.ip()));
+        for pause in PAUSES {
+            if flows.is_empty() {
+                return;
+            }
+            challenge(&flows, &challenges).await;
+            tokio::time::sleep(pause).await;
+            // What has ended, or has begun anew, is challenged no more: a pod that waits for the answer to its own SYN would
+            // take ours for one. What is not known is challenged again: the pod's answer may have been lost, or not been
+            // sent. Where no socket is left, the reset that it sends is INVALID, and dropped.
+            match conntrack::not_open(flows.clone()).await {
+                Ok(not_open) => flows.retain(|flow| !not_open.contains(flow)),
+                Err(error) => return challenges.failed("ask for connections of pods", &error),
+            }
         }
         challenge(&flows, &challenges).await;
-        for pause in PAUSES {
-            tokio::time::sleep(pause).await;
-            // What has ended is challenged no more: the pod would answer with a reset that belongs to nothing.
-            let now = established(pods.clone(), &excluded, &challenges).await;
-            flows.retain(|flow| now.contains(flow));
-            challenge(&flows, &challenges).await;
-        }
     });
 }
 
-async fn established(
-    pods: BTreeSet<IpAddr>,
-    excluded: &BTreeSet<IpNet>,
-    challenges: &Challenges,
-) -> BTreeSet<Flow> {
-    let found = conntrack::established(pods, excluded.clone()).await;
-    found.unwrap_or_else(|error| {
-        challenges.failed("find the connections of pods", &error);
-        BTreeSet::new()
-    })
+async fn challenge(flows: &BTreeSet<Flow>, challenges: &Challenges) {
+    let at_once = at_once().await;
+    let flows: Vec<Flow> = flows.iter().copied().collect();
+    for (number, flows) in flows.chunks(at_once).enumerate() {
+        if number > 0 {
+            tokio::time::sleep(BUDGET_TIME).await;
+        }
+        let frames = match frames(flows).await {
+            Ok(frames) => frames,
+            Err(error) => return challenges.failed("find pods on links", &error),
+        };
+        let counts = challenges.clone();
+        let sent = tokio::task::spawn_blocking(move || {
+            for (link, frames) in frames.into_values() {
+                if let Err(error) = send(link, &frames, &counts.0.sent) {
+                    counts.failed("challenge the pods of an interface", &error);
+                }
+            }
+        });
+        if let Err(error) = sent.await {
+            challenges.failed("challenge pods", &error);
+        }
+    }
 }
 
-async fn challenge(flows: &BTreeSet<Flow>, challenges: &Challenges) {
-    let frames = match frames(flows).await {
-        Ok(frames) => frames,
-        Err(error) => return challenges.failed("find pods on links", &error),
-    };
-    let counts = challenges.clone();
-    let sent = tokio::task::spawn_blocking(move || send(&frames, &counts.0.sent)).await;
-    if let Err(error) = sent.unwrap_or_else(|error| Err(io::Error::other(error))) {
-        challenges.failed("challenge pods", &error);
-    }
+/// How many connections are challenged at once: about half of those that a kernel answers for in a second, because what
+/// counts is a number that it draws between half of the budget and one and a half.
+async fn at_once() -> usize {
+    let budget = tokio::fs::read_to_string(BUDGET).await.unwrap_or_default();
+    let budget = budget.trim().parse().unwrap_or(DEFAULT_BUDGET);
+    (budget / 2).max(1)
 }
 
 /// Frames by interface, with its address.
 type Frames = BTreeMap<usize, (LinkAddr, Vec<Vec<u8>>)>;
 
-async fn frames(flows: &BTreeSet<Flow>) -> io::Result<Frames> {
+async fn frames(flows: &[Flow]) -> io::Result<Frames> {
     let neighbours = neighbour_table().await.map_err(io::Error::other)?;
     let neighbours: BTreeMap<IpAddr, (usize, Mac)> = neighbours
         .iter()
@@ -149,15 +197,17 @@ async fn frames(flows: &BTreeSet<Flow>) -> io::Result<Frames> {
     Ok(frames)
 }
 
-fn send(frames: &Frames, sent: &AtomicU64) -> io::Result<()> {
-    for (link, frames) in frames.values() {
-        // Without a protocol it receives nothing.
-        let socket = Socket::new(Domain::PACKET, Type::RAW, None)?;
-        bind(socket.as_raw_fd(), link)?;
-        for frame in frames {
-            socket.send(frame)?;
-            sent.fetch_add(1, Ordering::Relaxed);
+/// Sends frames on one interface. What cannot be sent, as when there is no room for the moment, costs no other.
+fn send(link: LinkAddr, frames: &[Vec<u8>], sent: &AtomicU64) -> io::Result<()> {
+    // Without a protocol it receives nothing.
+    let socket = Socket::new(Domain::PACKET, Type::RAW, None)?;
+    bind(socket.as_raw_fd(), &link)?;
+    let mut result = Ok(());
+    for frame in frames {
+        match socket.send(frame) {
+            Ok(_) => drop(sent.fetch_add(1, Ordering::Relaxed)),
+            Err(error) => result = Err(error),
         }
     }
-    Ok(())
+    result
 }

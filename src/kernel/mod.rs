@@ -37,6 +37,7 @@ use ipnet::IpNet;
 use crate::error::chain;
 pub use crate::kernel::challenge::Challenges;
 use crate::kernel::challenge::Unheard;
+use crate::kernel::conntrack::Conntrack;
 pub use crate::kernel::drift::Drift;
 use crate::kernel::drift::DriftListener;
 use crate::kernel::error::executable;
@@ -116,6 +117,7 @@ pub struct NodeKernel {
     rules: BTreeSet<(Family, Rule)>,
     /// Interfaces with IPv4 addresses, as read last: IPv6 has no settings of an interface that matter.
     interfaces: Vec<String>,
+    conntrack: Conntrack,
     challenges: Challenges,
 }
 
@@ -175,6 +177,7 @@ impl NodeKernel {
             excluded: BTreeSet::new(),
             rules: BTreeSet::new(),
             interfaces: Vec::new(),
+            conntrack: Conntrack::default(),
             challenges: Challenges::default(),
         })
     }
@@ -327,7 +330,7 @@ impl Kernel for NodeKernel {
 
     async fn apply(&mut self, steps: &[Step]) -> Vec<StepError> {
         let mut failed = Vec::new();
-        let mut unheard = Unheard::default();
+        let mut unheard = Unheard::expect(steps);
         for batch in steps.chunk_by(|a, b| !is_one_by_one() && a.executor() == b.executor()) {
             #[cfg(feature = "kill-points")]
             kill_point::before_step();
@@ -344,8 +347,10 @@ impl Kernel for NodeKernel {
             }
             if !batch.connections.is_empty() {
                 let (steps, excluded) = (&batch.connections, &self.excluded);
-                let firewall = &mut self.firewall;
-                connections::apply(steps, firewall, excluded, &mut unheard, &mut failed).await;
+                let (firewall, conntrack) = (&mut self.firewall, &mut self.conntrack);
+                let unheard = &mut unheard;
+                connections::apply(steps, firewall, conntrack, excluded, unheard, &mut failed)
+                    .await;
             }
             for (family, sources) in batch.accepts {
                 self.may_accept = true;
@@ -366,7 +371,8 @@ impl Kernel for NodeKernel {
                 }
             }
         }
-        challenge::elicit(unheard, self.excluded.clone(), self.challenges());
+        let conntrack = self.conntrack.clone();
+        challenge::elicit(unheard, conntrack, self.excluded.clone(), self.challenges());
         failed
     }
 }

@@ -2,7 +2,6 @@
 
 use netlink_packet_core::{
     NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload,
-    ParseableParametrized,
 };
 use netlink_packet_netfilter::{
     NetfilterHeader, NetfilterMessage, NetfilterMessageInner, NetfilterProtoFamily,
@@ -29,11 +28,6 @@ impl<'a> Message<'a> {
     /// The family that an object belongs to.
     pub(crate) fn family(&self) -> NetfilterProtoFamily {
         self.byte_at(0).unwrap_or_default().into()
-    }
-
-    /// The whole message in the crate's words.
-    pub(crate) fn decode(&self) -> Result<NetfilterMessageInner, NetlinkError> {
-        Ok(NetfilterMessage::parse_with_param(self.payload, self.kind)?.inner)
     }
 }
 

@@ -6,7 +6,7 @@ use crate::state::{Family, NetSet, PodSet, Rule, RuleAction, TableId};
 /// and `ip route` as `proto 77`.
 pub(crate) const PROTOCOL_NUMBER: u8 = 77;
 /// Realm of the routes to gateways (IPv4 only): by it the iptables backend sees whether a packet takes one.
-pub(crate) const REALM: u16 = u16::from_le_bytes([PROTOCOL_NUMBER, 0]);
+pub(crate) const REALM: u16 = 77;
 /// How many priorities of routing rules are ours.
 const PRIORITIES: u32 = 2;
 /// How long replies to forgotten connections are still dropped. Old gateway and server normally learn of the change
@@ -67,7 +67,7 @@ pub(crate) enum OwnSet {
     Pods(PodSet),
     /// VIPs to guard.
     Vips,
-    /// Replies to forgotten connections: the kernel removes them by itself, and nobody reads them.
+    /// Replies to forgotten connections: the kernel removes them by itself.
     LateReplies,
 }
 

@@ -125,7 +125,7 @@ pub(super) fn documented(heading: &str) -> Vec<Vec<String>> {
     rows.map(cells).collect()
 }
 
-/// The names of a set and of what a backend has for it, from the table of sets.
+/// The names of a set and of what a backend has for it, from the table of sets; not those of sets that it has none for.
 pub(super) fn documented_sets(column: usize) -> BTreeMap<String, String> {
     let rows = documented("## Sets and maps");
     rows.into_iter()

@@ -112,8 +112,9 @@ pub(super) fn throws(
     if traits.marks_before_dnat {
         return excluded.clone();
     }
-    let own: Vec<IpNet> = own_pods
-        .filter(|net| Family::of_net(*net) == family)
-        .collect();
+    // Where the operator does not exclude them, they are egress as anything else.
+    let is_inside = |net: &IpNet| excluded.iter().any(|wider| wider.contains(net));
+    let own = own_pods.filter(|net| Family::of_net(*net) == family);
+    let own: Vec<IpNet> = own.filter(is_inside).collect();
     IpNet::aggregate(&own).into_iter().collect()
 }

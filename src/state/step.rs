@@ -103,9 +103,11 @@ pub enum ConnectionStep {
     ElicitAck(IpAddr),
     /// Forget what came about under other rules than the present ones.
     #[display(
-        "forget connections of {} pods that have another source than theirs, and unreplied ones to {} VIPs",
+        "forget connections of {} pods that have another source than theirs, unreplied ones to {} VIPs, and those to {} \
+         pods that nobody guarded",
         sources.len(),
-        vips.len()
+        vips.len(),
+        unguarded.len()
     )]
     ForgetWrongSource {
         /// Connections that these pods opened to outside with another source than the one given for each.
@@ -113,6 +115,9 @@ pub enum ConnectionStep {
         /// Unreplied entries to these VIPs: a server's packet that came before the guard was in place created one; it
         /// occupies VIP:port, and SNAT would remap the pod's connection to another port.
         vips: BTreeSet<IpAddr>,
+        /// Entries from outside to these pods' own addresses, of protocols in which any packet may begin a connection:
+        /// while the guard was not whole, the server's next packet of a connection that was lost here has begun them.
+        unguarded: BTreeSet<IpAddr>,
     },
     /// Forget what pods opened to destinations that are excluded from now on, other than by way of a Service.
     #[display("forget connections of {} pods to {}", pods.len(), joined(nets))]

@@ -121,6 +121,7 @@ fn steps(about: About) -> Vec<Step> {
         ConnectionStep::ForgetWrongSource {
             sources: BTreeMap::from([(pod, vip)]),
             vips: [vip].into(),
+            unguarded: [pod].into(),
         }
         .into(),
         ConnectionStep::ForgetNewlyExcluded {

@@ -1,8 +1,10 @@
 //! Connections that are forgotten, resumed, and what may still come of them.
 
 use std::io::{Read as _, Write as _};
-use std::net::TcpStream;
+use std::net::{SocketAddr, TcpStream};
 use std::time::Instant;
+
+use socket2::{Domain, Socket, Type};
 
 use super::*;
 use crate::hosts::{add_gateway, connect_hosts, prepare_gateway, route_first_vip_to};
@@ -164,9 +166,7 @@ async fn a_late_reply_begins_no_connection(mode: Mode) {
     let expected = all_from(&vips);
     assert_eq!(talk.arrive(&mut server, &expected), expected);
 
-    let pods = Family::ALL.map(|family| pod(family, 12));
-    let forget = pods.map(|pod| Step::Connection(ConnectionStep::Forget(pod)));
-    apply(&mut kernel, &forget).await;
+    forget_pod(&mut kernel).await;
     for (server, pod) in server.udp.iter().zip(&talk.udp) {
         server.send_to(b"late", pod.local_addr().unwrap()).unwrap();
     }
@@ -178,6 +178,274 @@ async fn a_late_reply_begins_no_connection(mode: Mode) {
 }
 
 each_mode!(a_late_reply_begins_no_connection);
+
+async fn forget_pod(kernel: &mut NodeKernel) {
+    let pods = Family::ALL.map(|family| pod(family, 12));
+    let forget = pods.map(|pod| Step::Connection(ConnectionStep::Forget(pod)));
+    apply(kernel, &forget).await;
+}
+
+/// Protocols without ports, and what a packet carries: ESP, two numbers; GRE, no flags, IP, and as much as translation wants.
+const PORTLESS: [(u8, [u8; 8]); 2] = [
+    (50, [0, 0, 0, 1, 0, 0, 0, 1]),
+    (47, [0, 0, 8, 0, 0, 0, 0, 0]),
+];
+
+fn raw_socket(protocol: u8, from: IpAddr) -> Socket {
+    let domain = match from {
+        IpAddr::V4(_) => Domain::IPV4,
+        IpAddr::V6(_) => Domain::IPV6,
+    };
+    let protocol = i32::from(protocol).into();
+    let socket = Socket::new(domain, Type::RAW, Some(protocol)).unwrap();
+    socket.bind(&SocketAddr::new(from, 0).into()).unwrap();
+    socket
+}
+
+/// The same of protocols that have no ports.
+async fn a_late_packet_without_ports_begins_no_connection(mode: Mode) {
+    connect_hosts(mode);
+    prepare_gateway(mode);
+    let mut server = Server::start();
+    reach_and_die(mode, &labelled(12));
+    let mut kernel = open(mode).await;
+    let rule = match mode {
+        Mode::Nftables => "late-portless",
+        Mode::IptablesNft | Mode::IptablesLegacy => "late-reply",
+    };
+    let the_pod: fn(Family) -> IpAddr = |family| pod(family, 12);
+    for (protocol, packet) in PORTLESS {
+        let sockets = |of: fn(Family) -> IpAddr| Family::ALL.map(|f| raw_socket(protocol, of(f)));
+        let pods = on("pods", || sockets(the_pod));
+        let servers = on("outside", || sockets(outside));
+        let send = |from: &[Socket; 2], to: fn(Family) -> IpAddr| {
+            for (socket, family) in from.iter().zip(Family::ALL) {
+                let to = SocketAddr::new(to(family), 0);
+                socket.send_to(&packet, &to.into()).unwrap();
+            }
+        };
+        let expected: Seen = Family::ALL
+            .map(|family| (Carried::Other(u64::from(protocol)), vip(family, 0)))
+            .into();
+        let arrive = |server: &mut Server| {
+            let mut seen = Seen::new();
+            eventually("packets of the pod", || {
+                send(&pods, outside);
+                seen.extend(server.seen());
+                seen.is_superset(&expected)
+            });
+            assert_eq!(seen, expected, "protocol {protocol}");
+        };
+        arrive(&mut server);
+        forget_pod(&mut kernel).await;
+        let before = mode.met(rule);
+        send(&servers, the_pod);
+        eventually("late packets", || {
+            let mut met = mode.met(rule).into_iter().zip(before);
+            met.all(|(now, before)| now > before)
+        });
+        server.seen();
+        arrive(&mut server);
+    }
+}
+
+each_mode!(a_late_packet_without_ports_begins_no_connection);
+
+/// What is expected stays so when the table is written anew.
+async fn late_replies_are_expected_through_a_repair(mode: Mode) {
+    let mut kernel = open(mode).await;
+    reach(&mut kernel, &labelled(12)).await;
+    for family in Family::ALL {
+        let (pod, outside) = (pod(family, 12), outside(family));
+        for protocol in ["udp", "50"] {
+            sh(&entry_of(protocol, pod, outside, [outside, pod]));
+        }
+    }
+    forget_pod(&mut kernel).await;
+    let expected = || {
+        let sets = [
+            "late_replies4",
+            "late_portless4",
+            "late_replies6",
+            "late_portless6",
+        ];
+        sets.map(|set| {
+            let listed = sh(&format!("nft -n list set inet metaleg {set}"));
+            let element = listed.split_once("elements = { ").unwrap().1;
+            let (key, rest) = element.split_once(" expires ").unwrap();
+            let seconds = rest.split_once('s').unwrap().0;
+            (key.to_owned(), seconds.parse::<u32>().unwrap())
+        })
+    };
+    let before = expected();
+    eventually("time passes", || expected()[0].1 < before[0].1);
+    sh("nft flush chain inet metaleg guard");
+    reach(&mut kernel, &labelled(12)).await;
+    for ((key, at_first), (found, seconds)) in before.iter().zip(expected()) {
+        assert_eq!(key, &found);
+        assert!(seconds < *at_first, "{found} {seconds}");
+    }
+}
+
+each_mode!(late_replies_are_expected_through_a_repair: nftables);
+
+/// The command that makes an entry of a protocol.
+fn entry_of(protocol: &str, source: IpAddr, destination: IpAddr, reply: [IpAddr; 2]) -> String {
+    let ports = match protocol {
+        "tcp" | "udp" | "udplite" | "sctp" => {
+            "--sport 7 --dport 53 --reply-port-src 53 --reply-port-dst 7"
+        }
+        _ => "",
+    };
+    let rest = match protocol {
+        "tcp" => "--state ESTABLISHED",
+        "sctp" => "--state ESTABLISHED --orig-vtag 1 --reply-vtag 1",
+        "gre" => "--srckey 1 --dstkey 2 --reply-key-src 2 --reply-key-dst 1",
+        "icmp" => "--icmp-type 8 --icmp-code 0 --icmp-id 7",
+        "icmpv6" => "--icmpv6-type 128 --icmpv6-code 0 --icmpv6-id 7",
+        _ => "",
+    };
+    let [answerer, leaves_as] = reply;
+    format!(
+        "conntrack -I -p {protocol} -s {source} -d {destination} -r {answerer} -q {leaves_as} \
+         {ports} {rest} -t 600 >/dev/null 2>&1\n"
+    )
+}
+
+/// Protocol, source and destination of every entry, in order.
+fn all_entries() -> Vec<String> {
+    let all = sh("conntrack -L -f ipv4 2>/dev/null; conntrack -L -f ipv6 2>/dev/null");
+    let said = |line: &str| {
+        let is_end = |word: &&str| word.starts_with("src=") || word.starts_with("dst=");
+        let protocol = line.split_whitespace().nth(1);
+        let ends = line.split_whitespace().filter(is_end).take(2);
+        let words: Vec<&str> = protocol.into_iter().chain(ends).collect();
+        words.join(" ")
+    };
+    let mut all: Vec<String> = all.lines().map(said).collect();
+    all.sort();
+    all
+}
+
+/// Whatever the protocol of a connection, it is forgotten where its source is wrong.
+async fn connections_of_every_protocol_are_forgotten(mode: Mode) {
+    let mut kernel = open(mode).await;
+    install(&mut kernel).await;
+    let entries = |last: u8| -> String {
+        let of_family = |family: Family| {
+            let icmp = match family {
+                Family::V4 => "icmp",
+                Family::V6 => "icmpv6",
+            };
+            let (pod, outside) = (pod(family, last), outside(family));
+            ["tcp", "udp", "udplite", "sctp", "gre", "50", icmp]
+                .map(|protocol| entry_of(protocol, pod, outside, [outside, pod]))
+                .concat()
+        };
+        Family::ALL.map(of_family).concat()
+    };
+    sh(&entries(99));
+    let others = all_entries();
+    assert_eq!(others.len(), 14, "{others:?}");
+    let sources = Family::ALL.map(|family| (pod(family, 12), vip(family, 0)));
+    let wrong_sources = ConnectionStep::ForgetWrongSource {
+        sources: sources.into(),
+        vips: BTreeSet::new(),
+        unguarded: BTreeSet::new(),
+    };
+    let forget = Family::ALL.map(|family| ConnectionStep::Forget(pod(family, 12)));
+    for steps in [vec![wrong_sources], forget.to_vec()] {
+        sh(&entries(12));
+        assert_eq!(all_entries().len(), 28);
+        let steps: Vec<Step> = steps.into_iter().map(Step::Connection).collect();
+        apply(&mut kernel, &steps).await;
+        assert_eq!(all_entries(), others);
+    }
+}
+
+each_mode!(connections_of_every_protocol_are_forgotten);
+
+/// Switches in software track the same packets in zones of their own, without translation.
+async fn connections_of_other_zones_are_left_alone(mode: Mode) {
+    let mut kernel = open(mode).await;
+    install(&mut kernel).await;
+    for family in Family::ALL {
+        let (pod, outside) = (pod(family, 12), outside(family));
+        let zones = ["", "-w 5", "--orig-zone 6", "--reply-zone 7"];
+        for (port, zone) in (5000..).zip(zones) {
+            sh(&format!(
+                "conntrack -I -p tcp -s {pod} -d {outside} --sport {port} --dport 443 \
+                 --state ESTABLISHED -t 600 {zone} 2>/dev/null"
+            ));
+        }
+    }
+    assert_eq!(all_entries().len(), 8);
+    let sources = Family::ALL.map(|family| (pod(family, 12), vip(family, 0)));
+    let wrong_sources = ConnectionStep::ForgetWrongSource {
+        sources: sources.into(),
+        vips: Family::ALL.map(outside).into(),
+        unguarded: BTreeSet::new(),
+    };
+    apply(&mut kernel, &[Step::Connection(wrong_sources)]).await;
+    assert_eq!(all_entries().len(), 6);
+    forget_pod(&mut kernel).await;
+    let resume = Family::ALL.map(|family| {
+        let (pod, source) = (pod(family, 12), vip(family, 0));
+        Step::Connection(ConnectionStep::Resume { pod, source })
+    });
+    apply(&mut kernel, &resume).await;
+    assert_eq!(all_entries().len(), 6);
+}
+
+each_mode!(connections_of_other_zones_are_left_alone: nftables);
+
+/// While the guard was not whole, connections of the pod were lost and begun anew by what the server said.
+async fn what_nobody_guarded_against_is_forgotten_by_the_repair(mode: Mode) {
+    let mut kernel = open(mode).await;
+    reach(&mut kernel, &labelled(12)).await;
+    let of = |family: Family| {
+        let (server, own, other) = (outside(family), pod(family, 12), pod(family, 99));
+        let to = |protocol, pod| entry_of(protocol, server, pod, [pod, server]);
+        let rest = ["udp", "sctp", "gre", "50"].map(|protocol| to(protocol, own));
+        let to_service = entry_of("udplite", server, node(family), [own, server]);
+        let inside = ip(match family {
+            Family::V4 => "10.244.2.21",
+            Family::V6 => "fd00:10:244:2::21",
+        });
+        let from_inside = entry_of("udp", inside, own, [own, inside]);
+        let stays = [to("tcp", own), to("udp", other), to_service, from_inside];
+        (rest.concat(), stays.concat())
+    };
+    for (_, stays) in Family::ALL.map(of) {
+        sh(&stays);
+    }
+    let stays = all_entries();
+    assert_eq!(stays.len(), 8, "{stays:?}");
+    for (rest, _) in Family::ALL.map(of) {
+        sh(&rest);
+    }
+    assert_eq!(all_entries().len(), 16);
+    // A look alone ends no conversation of others with the pod.
+    let look = async |kernel: &mut NodeKernel| {
+        let found = kernel.observe().await.unwrap().state;
+        let steps = diff(&found, &labelled(12));
+        apply(kernel, &steps).await;
+    };
+    look(&mut kernel).await;
+    assert_eq!(all_entries().len(), 16);
+    match mode {
+        Mode::Nftables => drop(sh("nft flush chain inet metaleg guard")),
+        Mode::IptablesNft | Mode::IptablesLegacy => {
+            for tool in mode.tools() {
+                sh(&format!("{tool} -t mangle -F METALEG-GUARD"));
+            }
+        }
+    }
+    look(&mut kernel).await;
+    assert_eq!(all_entries(), stays);
+}
+
+each_mode!(what_nobody_guarded_against_is_forgotten_by_the_repair);
 
 /// The VIP was announced by another node for a while, and connections of the pod have gone on there: what this node knows
 /// of their windows is outdated.

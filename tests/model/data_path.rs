@@ -1,14 +1,16 @@
 //! A model of the data path: what one packet experiences on a node whose kernel holds a given state.
 //!
 //! The model follows the chains and rules, not the code that writes them. Families share no kernel object here; with
-//! the nftables backend they share a table, which is written as a whole.
+//! the nftables backend they share a table, which is written as a whole. Marks without a way, which rules of others or their
+//! loss make of ours, are packets of a state without routes.
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use ipnet::IpNet;
 use metaleg::state::{
-    Family, FamilyState, FirewallState, PodState, RouteState, Rule, RuleAction, Skeleton, Table,
+    self, Family, FamilyState, FirewallState, Landmark, Mark, PodState, RouteState, Rule,
+    RuleAction, Skeleton, Table, Traits,
 };
 
 use crate::fixtures::net;
@@ -57,38 +59,59 @@ pub(crate) enum Fate {
     Dropped,
 }
 
+/// Whose chains a packet meets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Backend {
+    Nftables,
+    Iptables,
+}
+
+impl Backend {
+    pub(crate) fn traits(self) -> Traits {
+        Traits {
+            marks_before_dnat: self == Backend::Iptables,
+            ..Traits::default()
+        }
+    }
+}
+
 /// What the routing rules decide.
+#[derive(Clone, Copy)]
 enum Way {
     Main,
     Via(IpAddr),
     Unreachable,
 }
 
-pub(crate) fn fate(state: &FamilyState, packet: &Packet) -> Fate {
+pub(crate) fn fate(by: Backend, state: &FamilyState, packet: &Packet) -> Fate {
     let firewall = &state.firewall;
     // Chains that are not whole may do anything; the least that they may do is nothing.
     let in_force = firewall.skeleton == Skeleton::Intact && !packet.host;
     let unknown = PodState::default();
     let pod = firewall.pods.get(&packet.source).unwrap_or(&unknown);
-    let mark = pod
-        .mark
-        .filter(|_| in_force && packet.tracking != Tracking::Reply)
-        .map_or(0, |mark| mark.value);
-    let way = way(&state.routes, mark, packet);
+    let is_excluded = within(&firewall.excluded, packet.destination);
+    let is_marked =
+        in_force && packet.tracking != Tracking::Reply && (by == Backend::Iptables || !is_excluded);
+    let mark = pod.mark.filter(|_| is_marked);
+    let way = way(&state.routes, mark.map_or(0, |mark| mark.value), packet);
     if matches!(way, Way::Unreachable) {
         return Fate::Rejected;
     }
-    if in_force && let Some(end) = guard(firewall, pod, mark, packet) {
+    if in_force && let Some(end) = guard(by, firewall, pod, packet) {
         return end;
     }
     let source = match packet.tracking {
         Tracking::New if firewall.skeleton == Skeleton::Intact => {
-            translate(firewall, pod, mark, packet)
+            translate(by, firewall, pod, packet)
         }
         Tracking::New => masquerade(packet),
         Tracking::Established(source) => source,
         Tracking::Reply | Tracking::Invalid => packet.source,
     };
+    let is_looked_at = in_force && packet.tracking != Tracking::Reply && !is_excluded;
+    if is_looked_at && leaks(by, firewall, packet, mark, way, source) {
+        return Fate::Dropped;
+    }
     match way {
         Way::Via(via) => Fate::ToGateway { via, source },
         _ => Fate::Direct(source),
@@ -97,7 +120,11 @@ pub(crate) fn fate(state: &FamilyState, packet: &Packet) -> Fate {
 
 /// What would become of a packet on a node without us.
 pub(crate) fn without_us(packet: &Packet) -> Fate {
-    fate(&FamilyState::default(), packet)
+    fate(Backend::Nftables, &FamilyState::default(), packet)
+}
+
+fn within(nets: &BTreeSet<IpNet>, ip: IpAddr) -> bool {
+    nets.iter().any(|net| net.contains(&ip))
 }
 
 fn way(routes: &RouteState, mark: u32, packet: &Packet) -> Way {
@@ -116,6 +143,7 @@ fn way(routes: &RouteState, mark: u32, packet: &Packet) -> Way {
             RuleAction::Unreachable => return Way::Unreachable,
             // A table that lost everything has no match, and the lookup goes on.
             RuleAction::Lookup(table) => match routes.tables.get(&table) {
+                Some(table) if within(&table.throws, packet.destination) => {}
                 Some(Table {
                     gateway: Some(hop), ..
                 }) => return Way::Via(hop.via),
@@ -133,19 +161,21 @@ fn way(routes: &RouteState, mark: u32, packet: &Packet) -> Way {
 }
 
 /// The chains that drop and reject what is forwarded, in their order.
-fn guard(firewall: &FirewallState, pod: &PodState, mark: u32, packet: &Packet) -> Option<Fate> {
+fn guard(by: Backend, firewall: &FirewallState, pod: &PodState, packet: &Packet) -> Option<Fate> {
     let Packet {
         source,
         destination,
         tracking,
         ..
     } = *packet;
-    let within = |nets: &BTreeSet<IpNet>, ip| nets.iter().any(|net| net.contains(&ip));
+    // From outside, to a VIP: no beginning of a connection, and it would leave by the LAN that it came from.
     let starts = matches!(tracking, Tracking::New | Tracking::Invalid);
-    if starts && firewall.vips.contains(&destination) {
-        return Some(Fate::Dropped);
-    }
-    if firewall.vips.contains(&source) {
+    let has_lan = firewall
+        .landmarks
+        .iter()
+        .any(|l| matches!(l, Landmark::Lan(_)));
+    let is_inside = within(&firewall.excluded, source);
+    if starts && has_lan && !is_inside && firewall.vips.contains(&destination) {
         return Some(Fate::Dropped);
     }
     if within(&firewall.excluded, destination) || tracking == Tracking::Reply {
@@ -154,11 +184,20 @@ fn guard(firewall: &FirewallState, pod: &PodState, mark: u32, packet: &Packet) -
     if pod.blocked {
         return Some(Fate::Rejected);
     }
-    // To the kernel, a connection that was translated to its own address is not translated.
-    let untranslated = tracking == Tracking::Established(source);
-    let escapes = tracking == Tracking::Invalid || (untranslated && mark == 0);
-    if pod.egress && escapes {
+    if pod.egress && tracking == Tracking::Invalid {
         return Some(Fate::Dropped);
+    }
+    if by == Backend::Iptables && pod.egress {
+        // To the kernel, a connection that was translated to its own address is not translated.
+        let is_translated = matches!(tracking, Tracking::Established(bound) if bound != source);
+        let is_known = matches!(tracking, Tracking::Established(_));
+        let is_wrong = match pod.mark {
+            Some(_) => is_translated,
+            None => is_known && !is_translated,
+        };
+        if is_wrong {
+            return Some(Fate::Dropped);
+        }
     }
     if within(&firewall.remote_pods, source) && !pod.egress {
         return Some(Fate::Dropped);
@@ -170,16 +209,45 @@ fn guard(firewall: &FirewallState, pod: &PodState, mark: u32, packet: &Packet) -
 }
 
 /// The source that a new connection gets.
-fn translate(firewall: &FirewallState, pod: &PodState, mark: u32, packet: &Packet) -> IpAddr {
-    let excluded = &firewall.excluded;
-    if !pod.egress || excluded.iter().any(|n| n.contains(&packet.destination)) {
+fn translate(by: Backend, firewall: &FirewallState, pod: &PodState, packet: &Packet) -> IpAddr {
+    if !pod.egress || within(&firewall.excluded, packet.destination) {
         masquerade(packet)
-    } else if mark != 0 {
+    } else if pod.mark.is_some() {
         packet.source
     } else {
         // In the middle of a change there may be two: which one counts is the order of the rules.
         let vip = pod.vips.iter().find(|vip| firewall.vips.contains(vip));
-        vip.copied().unwrap_or_else(|| masquerade(packet))
+        let untranslated = || match by {
+            // Dropped where translations are decided; its own address is dropped, too.
+            Backend::Nftables => packet.source,
+            Backend::Iptables => masquerade(packet),
+        };
+        vip.copied().unwrap_or_else(untranslated)
+    }
+}
+
+/// Whether a packet to outside is dropped at last, for where it goes and as whom.
+fn leaks(
+    by: Backend,
+    firewall: &FirewallState,
+    packet: &Packet,
+    mark: Option<Mark>,
+    way: Way,
+    source: IpAddr,
+) -> bool {
+    let Some(pod) = firewall.pods.get(&packet.source).filter(|pod| pod.egress) else {
+        return false;
+    };
+    let landmarks = &firewall.landmarks;
+    let is_way = match (mark, way) {
+        (Some(mark), Way::Via(via)) => landmarks.contains(&Landmark::Way(state::Way { mark, via })),
+        _ => false,
+    };
+    match by {
+        Backend::Nftables if source == packet.source => !is_way,
+        Backend::Nftables => !firewall.vips.contains(&source) || pod.mark.is_some(),
+        // By the realm of the route; routes of IPv6 have none.
+        Backend::Iptables => mark.is_some() && matches!(way, Way::Main) && source.is_ipv4(),
     }
 }
 

@@ -9,12 +9,15 @@ use metaleg::cluster::View;
 use metaleg::plan::slots::Slots;
 use metaleg::plan::{Desired, plan};
 use metaleg::settings::Settings;
-use metaleg::state::{Family, FamilyState, KernelState, PodState, Remnant, Skeleton, Table};
+use metaleg::state::{
+    Family, FamilyState, KernelState, PodState, Remnant, Skeleton, Table, Traits,
+};
 use proptest::prelude::*;
 
+use crate::data_path::Backend;
 use crate::fixtures::ip;
 use crate::fixtures::worlds::{
-    NODES, any_settings, any_world, calico_pods, name_of, pod_address, vip,
+    NODES, World, any_settings, any_world, calico_pods, name_of, pod_address, vip,
 };
 
 /// A cluster that a node has to follow, and what happens on the way there.
@@ -109,6 +112,13 @@ impl Moment {
         found
     }
 
+    pub(crate) fn by(&self) -> Backend {
+        match self.view.traits.marks_before_dnat {
+            true => Backend::Iptables,
+            false => Backend::Nftables,
+        }
+    }
+
     pub(crate) fn plan(&self, slots: &Slots) -> Desired {
         plan(&self.view, &self.settings, &Family::ALL.into(), slots)
     }
@@ -116,6 +126,7 @@ impl Moment {
 
 #[derive(Clone, Debug)]
 pub(crate) struct History {
+    pub(crate) by: Backend,
     /// The first moment is the agent's first on this node; else it is what the node is like when it begins.
     pub(crate) from_nothing: bool,
     pub(crate) moments: Vec<Moment>,
@@ -175,6 +186,20 @@ fn any_remnants() -> impl Strategy<Value = BTreeSet<Remnant>> {
     some.prop_map(|some| some.into_iter().collect())
 }
 
+/// What the node sees of a world; besides, whether marks are set before DNAT, whether others use the mask, and whether the
+/// node was a gateway a moment ago.
+fn seen(world: &World, settings: &Settings, flags: (bool, bool, bool)) -> View {
+    let (marks_before_dnat, mask_is_shared, was_gateway) = flags;
+    let mut view = world.seen_from(&settings.node_name);
+    view.traits = Traits {
+        marks_before_dnat,
+        mask_is_shared,
+    };
+    let mut announcers = view.announcers.values();
+    view.is_gateway = was_gateway || announcers.any(|node| *node == settings.node_name);
+    view
+}
+
 fn any_moment() -> impl Strategy<Value = Moment> {
     let vips = Family::ALL.map(|family| (0..3).map(move |n| vip(family, n)));
     let vips: Vec<IpAddr> = vips.into_iter().flatten().collect();
@@ -185,10 +210,11 @@ fn any_moment() -> impl Strategy<Value = Moment> {
         proptest::sample::subsequence(vips, 0..=6),
         any_remnants(),
         prop::option::weighted(0.3, 0..40_usize),
+        (any::<bool>(), prop::bool::weighted(0.2), any::<bool>()),
     )
         .prop_map(
-            |(world, settings, restarted, interrupted, remnants, death)| Moment {
-                view: world.seen_from(&settings.node_name),
+            |(world, settings, restarted, interrupted, remnants, death, flags)| Moment {
+                view: seen(&world, &settings, flags),
                 settings,
                 restarted,
                 interrupted: interrupted.into_iter().collect(),
@@ -206,7 +232,10 @@ pub(crate) fn any_history() -> impl Strategy<Value = History> {
         // excluded destinations, once the old exceptions are gone).
         let (mask, priority) = (moments[0].settings.mask, moments[0].settings.rule_priority);
         let mut settings = moments[0].settings.clone();
+        // A node keeps its backend.
+        let (by, traits) = (moments[0].by(), moments[0].view.traits);
         for moment in &mut moments {
+            moment.view.traits = traits;
             if moment.restarted {
                 settings = moment.settings.clone();
                 (settings.mask, settings.rule_priority) = (mask, priority);
@@ -214,6 +243,7 @@ pub(crate) fn any_history() -> impl Strategy<Value = History> {
             moment.settings = settings.clone();
         }
         History {
+            by,
             from_nothing,
             moments,
         }
@@ -228,6 +258,7 @@ pub(crate) fn any_damage() -> impl Strategy<Value = (Moment, KernelState)> {
     (any_moment(), any_moment(), flags, kept).prop_map(
         |(old, mut moment, [changed, whole], (kept, kept_here))| {
             moment.settings = old.settings.clone();
+            moment.view.traits = old.view.traits;
             let old = if changed { &old } else { &moment };
             let mut kernel = old.plan(&Slots::default()).kernel;
             let mut kept = kept.iter().chain(&kept_here).copied().cycle();
@@ -246,11 +277,13 @@ fn damage(state: &mut FamilyState, whole: bool, keep: &mut impl FnMut() -> bool)
     for table in state.routes.tables.values_mut() {
         table.fallback = keep();
         table.gateway = table.gateway.take().filter(|_| keep());
+        table.throws.retain(|_| keep());
     }
     let firewall = &mut state.firewall;
     firewall.excluded.retain(|_| keep());
     firewall.remote_pods.retain(|_| keep());
     firewall.local_pods.retain(|_| keep());
+    firewall.landmarks.retain(|_| keep());
     for pod in firewall.pods.values_mut() {
         pod.egress &= keep();
         pod.mark = pod.mark.filter(|_| keep());

@@ -15,17 +15,15 @@ use std::net::IpAddr;
 
 use metaleg::cluster::View;
 use metaleg::diff::diff;
+use metaleg::ethernet::Mac;
 use metaleg::names::NodeName;
 use metaleg::plan::plan;
 use metaleg::plan::slots::Slots;
-use metaleg::state::{ConnectionStep, Family, FamilyState, KernelState, Step};
+use metaleg::state::{ConnectionStep, Family, FamilyState, KernelState, Landmark, Step};
 
-use crate::data_path::{Fate, Packet, Tracking, fate};
-use crate::fixtures::{With, endpoint, lan, node as node_fixture, service, settings_on, slice};
+use crate::data_path::{Backend, Fate, Packet, Tracking, fate};
+use crate::fixtures::{With, endpoint, ip, lan, node as node_fixture, service, settings_on, slice};
 
-const POD: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(10, 244, 1, 11));
-const VIP: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(192, 0, 2, 200));
-const SERVER: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(198, 51, 100, 10));
 /// The pod's node: the first one.
 const HOME: usize = 0;
 const MOST_NODES: usize = 3;
@@ -40,17 +38,51 @@ enum Without {
     Forgetting,
     /// Connections are taken up by a node that is gateway again.
     Resuming,
-    /// Late replies of forgotten connections are dropped.
+    /// Late replies of forgotten connections are dropped, and what other nodes hand over.
     LateReplies,
+    /// What other nodes hand over from outside begins nothing.
+    Nodes,
     /// Connections to a VIP that nobody has answered are forgotten at a start.
     Unanswered,
     /// A gateway that hears that it was none for a while begins anew.
     Interruptions,
 }
 
+/// Who talks with whom.
+#[derive(Clone, Copy, Debug)]
+struct Ends {
+    pod: IpAddr,
+    vip: IpAddr,
+    server: IpAddr,
+}
+
+impl Ends {
+    fn of(family: Family) -> Ends {
+        let [pod, vip, server] = match family {
+            Family::V4 => ["10.244.1.11", "192.0.2.200", "198.51.100.10"],
+            Family::V6 => ["fd00:10:244:1::11", "2001:db8:1::200", "2001:db8:2::10"],
+        }
+        .map(ip);
+        Ends { pod, vip, server }
+    }
+}
+
+/// What is sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Carried {
+    Tcp,
+    /// Nobody knows windows, and whatever comes first begins a connection.
+    Udp,
+}
+
 /// The course of events.
 #[derive(Clone, Debug)]
 struct Course {
+    by: Backend,
+    family: Family,
+    carried: Carried,
+    /// How often the pod's node loses its entry: others delete it, or it times out there alone.
+    losses: u8,
     /// Who has the VIP, one after the other.
     announcers: &'static [usize],
     nodes: usize,
@@ -123,6 +155,7 @@ struct World {
     /// How many moves the server's neighbour table knows of.
     server_knows: usize,
     deaths: u8,
+    losses: u8,
     /// As many as the course has nodes; the others do nothing.
     members: [Member; MOST_NODES],
     from_pod: Option<FromPod>,
@@ -156,6 +189,7 @@ enum Event {
     Learn(usize),
     Step(usize, usize, usize),
     Death(usize),
+    Loss,
     PodSends,
     FromPod(usize, IpAddr),
     ServerSends,
@@ -170,22 +204,37 @@ fn node(n: usize) -> NodeName {
     NodeName(format!("node{}", n + 1))
 }
 
-fn address(n: usize) -> IpAddr {
-    IpAddr::from([192, 0, 2, 11 + u8::try_from(n).unwrap()])
+fn address(family: Family, n: usize) -> IpAddr {
+    match family {
+        Family::V4 => ip(&format!("192.0.2.{}", 11 + n)),
+        Family::V6 => ip(&format!("2001:db8:1::{}", 11 + n)),
+    }
+}
+
+fn mac(n: usize) -> Mac {
+    Mac([2, 0, 0, 0, 0, u8::try_from(n).unwrap()])
 }
 
 fn view(course: &Course, announcer: usize) -> View {
     let nodes = (0..course.nodes).map(|n| {
-        let net = format!("10.244.{}.0/24", n + 1);
+        let net = match course.family {
+            Family::V4 => format!("10.244.{}.0/24", n + 1),
+            Family::V6 => format!("fd00:10:244:{}::/64", n + 1),
+        };
         node_fixture(&node(n).0)
-            .address(&address(n).to_string())
+            .address(&address(course.family, n).to_string())
             .pod_net(&net)
     });
+    let ends = Ends::of(course.family);
     let shop = service("shop")
-        .families(&[Family::V4])
-        .vip(&VIP.to_string());
+        .families(&[course.family])
+        .vip(&ends.vip.to_string());
+    let neighbours = (0..course.nodes).map(|n| (address(course.family, n), mac(n)));
+    let are_known = ![Without::Nodes, Without::LateReplies].contains(&course.without);
     let view = View {
+        traits: course.by.traits(),
         interfaces: vec![lan()],
+        neighbours: neighbours.filter(|_| are_known).collect(),
         ..View::default()
     };
     nodes
@@ -194,7 +243,7 @@ fn view(course: &Course, announcer: usize) -> View {
         .with(slice(
             "shop",
             "shop",
-            [endpoint(&POD.to_string(), &node(HOME).0)],
+            [endpoint(&ends.pod.to_string(), &node(HOME).0)],
         ))
 }
 
@@ -210,12 +259,13 @@ impl Model {
             fates: RefCell::default(),
         };
         let first = model.course.announcers[0];
+        let family = model.course.family;
         let mut members = [Member::default(); MOST_NODES];
         for (n, member) in members.iter_mut().enumerate().take(model.course.nodes) {
             let booted = model.course.booted == Some(n);
             let kernel = match booted {
-                true => nothing(),
-                false => model.desired(n, first, &nothing()),
+                true => nothing(family),
+                false => model.desired(n, first, &nothing(family)),
             };
             member.kernel = model.kernel(kernel);
             member.programmed = !booted;
@@ -224,6 +274,7 @@ impl Model {
             moves: 0,
             server_knows: 0,
             deaths: 0,
+            losses: 0,
             members,
             from_pod: None,
             from_server: None,
@@ -244,7 +295,7 @@ impl Model {
         let settings = settings_on(&node(n).0);
         let slots = Slots::adopt(kernel, &settings);
         let view = view(&self.course, announcer);
-        plan(&view, &settings, &[Family::V4].into(), &slots).kernel
+        plan(&view, &settings, &[self.course.family].into(), &slots).kernel
     }
 
     /// The steps to what a node should be.
@@ -264,8 +315,18 @@ impl Model {
         self.lists.len() - 1
     }
 
-    fn v4(&self, member: &Member) -> &FamilyState {
-        &self.kernels[member.kernel].families[&Family::V4]
+    fn state(&self, member: &Member) -> &FamilyState {
+        &self.kernels[member.kernel].families[&self.course.family]
+    }
+
+    fn ends(&self) -> Ends {
+        Ends::of(self.course.family)
+    }
+
+    /// Whether a node drops what another one hands over from outside, unless it begins a connection.
+    fn knows(&self, member: &Member, other: usize) -> bool {
+        let landmark = Landmark::Node(mac(other));
+        self.state(member).firewall.landmarks.contains(&landmark)
     }
 
     fn announcer(&self, world: &World) -> usize {
@@ -322,10 +383,16 @@ impl Model {
                 }
             }
         }
+        if world.losses < self.course.losses && world.members[HOME].tracked.own.is_some() {
+            let mut next = *world;
+            next.losses += 1;
+            next.members[HOME].tracked.own = None;
+            all.push((Event::Loss, Ok(next)));
+        }
         match world.from_pod {
             None => {
                 let mut next = *world;
-                next.from_pod = Some(FromPod::At(HOME, POD));
+                next.from_pod = Some(FromPod::At(HOME, self.ends().pod));
                 all.push((Event::PodSends, Ok(next)));
             }
             Some(FromPod::At(n, source)) => {
@@ -358,6 +425,7 @@ impl Model {
                 format!("{}: {}", node(n), step.unwrap_or_default())
             }
             Event::Death(n) => format!("{} dies, and starts again", node(n)),
+            Event::Loss => "the pod's node loses its entry".to_owned(),
             Event::PodSends => "the pod sends".to_owned(),
             Event::FromPod(n, source) => format!("{} gets the pod's packet as {source}", node(n)),
             Event::ServerSends => "the server sends".to_owned(),
@@ -375,7 +443,7 @@ impl Model {
             return *known;
         }
         let mut state = self.kernels[kernel].clone();
-        state.interrupt(&[VIP].into());
+        state.interrupt(&[self.ends().vip].into());
         let interrupted = self.kernel(state);
         self.interruptions.insert(kernel, interrupted);
         interrupted
@@ -410,7 +478,7 @@ impl Model {
         let kernel = self.stepped(world.members[n].kernel, list, done);
         let member = &mut next.members[n];
         if let Some(step) = self.lists[list].get(done) {
-            forget(&mut member.tracked, step, self.course.without);
+            forget(&mut member.tracked, step, &self.course);
         }
         member.kernel = kernel;
         let is_last = done + 1 >= self.lists[list].len();
@@ -421,6 +489,7 @@ impl Model {
 
     /// A packet of the pod enters a node.
     fn out(&self, world: &World, n: usize, source: IpAddr) -> Result<World, Violation> {
+        let Ends { vip, server, .. } = self.ends();
         let mut next = *world;
         next.from_pod = None;
         let member = &mut next.members[n];
@@ -437,10 +506,10 @@ impl Model {
             let packet = Packet {
                 source,
                 host: false,
-                destination: SERVER,
+                destination: server,
                 tracking,
             };
-            fate(self.v4(member), &packet)
+            fate(self.course.by, self.state(member), &packet)
         });
         let (Fate::Direct(leaves) | Fate::ToGateway { source: leaves, .. }) = fate else {
             return Ok(next);
@@ -448,7 +517,7 @@ impl Model {
         if tracking == Tracking::New {
             member.tracked.own = Some(Outbound {
                 source: leaves,
-                other_port: leaves == VIP && tracked.unanswered,
+                other_port: leaves == vip && tracked.unanswered,
                 answered: false,
                 stale: false,
                 resumed: false,
@@ -457,11 +526,12 @@ impl Model {
         let other_port = member.tracked.own.is_some_and(|own| own.other_port);
         match fate {
             Fate::ToGateway { via, .. } => {
-                let gateway = (0..self.course.nodes).find(|n| address(*n) == via);
+                let gateway =
+                    (0..self.course.nodes).find(|n| address(self.course.family, *n) == via);
                 next.from_pod = gateway.map(|gateway| FromPod::At(gateway, leaves));
                 Ok(next)
             }
-            _ if leaves != VIP => Err("a packet leaves with another address than the VIP"),
+            _ if leaves != vip => Err("a packet leaves with another address than the VIP"),
             _ if next.open && other_port => Err("the connection has another port"),
             _ => {
                 next.open = true;
@@ -472,20 +542,21 @@ impl Model {
 
     /// A packet of the server to the VIP enters a node; also whether it is on its way to the pod, or there.
     fn to_vip(&self, world: &World, n: usize) -> (World, bool) {
+        let vip = self.ends().vip;
         let mut next = *world;
         next.from_server = None;
         let is_guarded = self.course.without != Without::Guard
-            && self.v4(&next.members[n]).firewall.vips.contains(&VIP);
+            && self.state(&next.members[n]).firewall.vips.contains(&vip);
         let tracked = &mut next.members[n].tracked;
         if let Some(own) = &mut tracked.own {
-            own.answered |= own.source == VIP;
+            own.answered |= own.source == vip;
         }
         match tracked.own {
-            Some(own) if own.source == VIP && n == HOME => {
-                outdate(&mut next, n);
+            Some(own) if own.source == vip && n == HOME => {
+                self.outdate(&mut next, n);
                 (next, true)
             }
-            Some(own) if own.source == VIP => {
+            Some(own) if own.source == vip => {
                 next.from_server = Some(FromServer::ToPod(n));
                 (next, true)
             }
@@ -501,19 +572,33 @@ impl Model {
     fn to_pod(&self, world: &World, via: usize) -> (World, bool) {
         let mut next = *world;
         next.from_server = None;
+        let is_known = self.knows(&next.members[HOME], via);
         let tracked = &mut next.members[HOME].tracked;
         let arrives = match tracked.own {
-            Some(own) => own.source == POD,
-            None if tracked.late => false,
+            Some(own) => own.source == self.ends().pod,
+            None if tracked.late || is_known => false,
             None => {
                 tracked.inbound = true;
                 true
             }
         };
         if arrives {
-            outdate(&mut next, via);
+            self.outdate(&mut next, via);
         }
         (next, arrives)
+    }
+
+    /// The pod has got a packet through a node: what other gateways know of the connection is old.
+    fn outdate(&self, world: &mut World, via: usize) {
+        let vip = self.ends().vip;
+        for (n, member) in world.members.iter_mut().enumerate() {
+            if let Some(own) = &mut member.tracked.own
+                && n != via
+                && own.source == vip
+            {
+                own.stale |= own.answered && self.course.carried == Carried::Tcp;
+            }
+        }
     }
 
     /// When nothing more happens and all agents have done their work: the pod's packet reaches the server, and the
@@ -528,7 +613,7 @@ impl Model {
             return Ok(());
         }
         let mut now = *world;
-        now.from_pod = Some(FromPod::At(HOME, POD));
+        now.from_pod = Some(FromPod::At(HOME, self.ends().pod));
         now.open = false;
         while let Some(FromPod::At(n, source)) = now.from_pod {
             now = self.out(&now, n, source)?;
@@ -547,26 +632,15 @@ impl Model {
     }
 }
 
-/// The pod has got a packet through a node: what other gateways know of the connection is old.
-fn outdate(world: &mut World, via: usize) {
-    for (n, member) in world.members.iter_mut().enumerate() {
-        if let Some(own) = &mut member.tracked.own
-            && n != via
-            && own.source == VIP
-        {
-            own.stale |= own.answered;
-        }
-    }
-}
-
-fn nothing() -> KernelState {
+fn nothing(family: Family) -> KernelState {
     KernelState {
-        families: [(Family::V4, FamilyState::default())].into(),
+        families: [(family, FamilyState::default())].into(),
         ..KernelState::default()
     }
 }
 
-fn forget(tracked: &mut Tracked, step: &Step, without: Without) {
+fn forget(tracked: &mut Tracked, step: &Step, course: &Course) {
+    let (without, ends) = (course.without, Ends::of(course.family));
     let forgets = match step {
         Step::Connection(ConnectionStep::Forget(_)) => without != Without::Forgetting,
         Step::Connection(ConnectionStep::Resume { source, .. }) => {
@@ -575,17 +649,17 @@ fn forget(tracked: &mut Tracked, step: &Step, without: Without) {
             }
             tracked.own.is_some_and(|own| own.source != *source)
         }
-        Step::Connection(ConnectionStep::ForgetWrongSource { sources, vips }) => {
-            let is_unanswered = without != Without::Unanswered && vips.contains(&VIP);
+        Step::Connection(ConnectionStep::ForgetWrongSource { sources, vips, .. }) => {
+            let is_unanswered = without != Without::Unanswered && vips.contains(&ends.vip);
             tracked.unanswered &= !is_unanswered;
-            let wanted = sources.get(&POD);
+            let wanted = sources.get(&ends.pod);
             wanted.is_some_and(|wanted| tracked.own.is_some_and(|own| own.source != *wanted))
         }
         _ => false,
     };
     if let Some(own) = tracked.own.filter(|_| forgets) {
         tracked.own = None;
-        tracked.late |= own.source == POD && without != Without::LateReplies;
+        tracked.late |= own.source == ends.pod && without != Without::LateReplies;
     }
 }
 
@@ -626,8 +700,12 @@ fn explore(course: Course) -> Result<usize, String> {
 }
 
 /// The pod's node gets the VIP and loses it, other nodes hand it over, a gateway is booted.
-fn courses(without: Without) -> Vec<Course> {
+fn courses(by: Backend, without: Without) -> Vec<Course> {
     let course = |announcers: &'static [usize], nodes, booted, deaths, late_server| Course {
+        by,
+        family: Family::V4,
+        carried: Carried::Tcp,
+        losses: 0,
         announcers,
         nodes,
         booted,
@@ -649,9 +727,36 @@ fn courses(without: Without) -> Vec<Course> {
     ]
 }
 
+/// The same with datagrams, with IPv6, with entries that are lost, and by the other backend; as little of it as makes a
+/// difference.
+fn other_courses(without: Without) -> Vec<Course> {
+    let all = || courses(Backend::Nftables, without).into_iter();
+    let short = || all().filter(|course| course.announcers.len() == 2 && course.nodes == 2);
+    let of_udp = short().map(|course| Course {
+        carried: Carried::Udp,
+        deaths: 0,
+        losses: 1,
+        ..course
+    });
+    let of_tcp = short().map(|course| Course {
+        deaths: 0,
+        losses: 1,
+        ..course
+    });
+    let of_v6 = short().map(|course| Course {
+        family: Family::V6,
+        ..course
+    });
+    let of_iptables = courses(Backend::Iptables, without).into_iter();
+    let of_iptables = of_iptables.filter(|course| course.nodes == 2);
+    let others = of_udp.chain(of_tcp).chain(of_v6);
+    others.chain(of_iptables).collect()
+}
+
 #[test]
 fn i1_i6_no_order_of_events_leaks_and_every_run_ends_continuous() {
-    for course in courses(Without::Nothing) {
+    let all = courses(Backend::Nftables, Without::Nothing).into_iter();
+    for course in all.chain(other_courses(Without::Nothing)) {
         match explore(course.clone()) {
             Ok(worlds) => println!("{worlds} worlds: {course:?}"),
             Err(events) => panic!("{course:?}\n{events}"),
@@ -666,10 +771,12 @@ fn what_is_taken_out_is_missed() {
         Without::Forgetting,
         Without::Resuming,
         Without::LateReplies,
+        Without::Nodes,
         Without::Unanswered,
         Without::Interruptions,
     ] {
-        let mut courses = courses(without).into_iter();
+        let courses = courses(Backend::Nftables, without).into_iter();
+        let mut courses = courses.chain(other_courses(without));
         let violation = courses.find_map(|course| explore(course).err());
         println!(
             "without {without:?}:\n{}\n",

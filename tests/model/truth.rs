@@ -171,6 +171,7 @@ impl<'a> Reader<'a> {
         let is_gateway = matches!(self.gateway(service), Ok((_, node, None)) if node == *self.me());
         let vip = service.vips.get(&self.family).copied();
         let way = match (vip, self.gateway(service)) {
+            (None, _) if !local && !self.has_work() => Way::Elsewhere,
             (None, _) => Way::Rejected,
             (Some(vip), Ok((_, _, None))) => Way::Here(vip),
             // Its own node routes it; should it pass here, it has its VIP all the same.
@@ -183,6 +184,17 @@ impl<'a> Reader<'a> {
             vip,
             passes: local || is_gateway,
         }
+    }
+
+    /// Something concerns this node: a VIP, an egress pod of its own, or pods that wait.
+    fn has_work(&self) -> bool {
+        let has_vip = |service: &Service| service.vips.contains_key(&self.family);
+        let has_pod = |key: &ObjectKey, service: &Service| {
+            !self.is_released(service)
+                && all_pods(self.family).any(|pod| self.owns_local(key, service, pod))
+        };
+        let mut services = self.services().into_iter();
+        self.settings.strict_start || services.any(|(key, s)| has_vip(s) || has_pod(key, s))
     }
 
     /// The endpoints of a Service's slices that stand for this pod: of its namespace, and nobody knows better.

@@ -1,12 +1,12 @@
 //! Which connections are forgotten, and which are resumed. Pure.
 //!
-//! Entries are chosen by their original source: an inbound connection has the client's, and stays.
+//! Entries are chosen by their original source: an inbound connection has the client's, and stays. But for those that
+//! nobody guarded against.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use ipnet::IpNet;
-use netlink_packet_netfilter::conntrack::Protocol;
 
 use crate::kernel::conntrack::connection::Connection;
 use crate::state::{ConnectionStep, Family};
@@ -32,6 +32,8 @@ pub(crate) struct Selection {
     /// Those of these pods to destinations that are excluded from now on.
     newly_excluded_of: BTreeSet<IpAddr>,
     newly_excluded: BTreeSet<IpNet>,
+    /// Those to these pods that may be the rest of the pods' own.
+    unguarded: BTreeSet<IpAddr>,
 }
 
 /// What happens to a connection.
@@ -39,8 +41,8 @@ pub(crate) struct Selection {
 pub(super) enum Choice {
     /// It is a pod's: forgotten, and its late replies are expected.
     Forget,
-    /// It is a server's, to a VIP: forgotten.
-    ForgetUnreplied,
+    /// It is a server's, to a VIP or to a pod: forgotten.
+    ForgetInbound,
     /// It is kept, and set liberal.
     Resume,
     Leave,
@@ -54,11 +56,16 @@ impl Selection {
             ConnectionStep::Resume { pod, source } => {
                 self.pods.insert(*pod, Keep::Resumed(*source));
             }
-            ConnectionStep::ForgetWrongSource { sources, vips } => {
+            ConnectionStep::ForgetWrongSource {
+                sources,
+                vips,
+                unguarded,
+            } => {
                 for (pod, source) in sources {
                     self.pods.entry(*pod).or_insert(Keep::WithSource(*source));
                 }
                 self.unreplied_to.extend(vips);
+                self.unguarded.extend(unguarded);
             }
             ConnectionStep::ForgetNewlyExcluded { pods, nets } => {
                 self.newly_excluded_of.extend(pods);
@@ -69,21 +76,26 @@ impl Selection {
         }
     }
 
-    /// Whether connections of a family have to be looked at.
-    pub(super) fn concerns(&self, family: Family) -> bool {
-        let addresses = self.pods.keys().chain(&self.unreplied_to);
-        let mut addresses = addresses.chain(&self.newly_excluded_of);
-        addresses.any(|address| Family::of(*address) == family)
+    /// The pods of a family whose own connections are looked at.
+    pub(super) fn openers(&self, family: Family) -> BTreeSet<IpAddr> {
+        let pods = self.pods.keys().chain(&self.newly_excluded_of);
+        of_family(pods, family).collect()
+    }
+
+    /// Whether more connections of a family are looked at than those that pods opened.
+    pub(super) fn is_about_others(&self, family: Family) -> bool {
+        let addresses = self.unreplied_to.iter().chain(&self.unguarded);
+        of_family(addresses, family).next().is_some()
     }
 
     /// What happens to a connection; those of pods to destinations in `excluded` stay.
-    pub(super) fn choose(&self, connection: &Connection, excluded: &BTreeSet<IpNet>) -> Choice {
+    pub(super) fn choose(&self, connection: &Connection<'_>, excluded: &BTreeSet<IpNet>) -> Choice {
         if self.has_wrong_source(connection) && is_to_outside(connection, excluded)
             || self.is_newly_excluded(connection)
         {
             Choice::Forget
-        } else if self.is_unreplied(connection) {
-            Choice::ForgetUnreplied
+        } else if self.is_unreplied(connection) || self.is_rest(connection, excluded) {
+            Choice::ForgetInbound
         } else if self.is_resumed(connection) && is_to_outside(connection, excluded) {
             Choice::Resume
         } else {
@@ -92,7 +104,7 @@ impl Selection {
     }
 
     /// Opened by one of the pods, and does not leave with the source that it should have.
-    fn has_wrong_source(&self, connection: &Connection) -> bool {
+    fn has_wrong_source(&self, connection: &Connection<'_>) -> bool {
         match self.pods.get(&connection.opener()) {
             None => false,
             Some(Keep::Nothing) => true,
@@ -104,29 +116,48 @@ impl Selection {
 
     /// Opened by a pod to a destination that is excluded from now on; not by way of a Service: its next packet would go to
     /// another backend.
-    fn is_newly_excluded(&self, connection: &Connection) -> bool {
+    fn is_newly_excluded(&self, connection: &Connection<'_>) -> bool {
         self.newly_excluded_of.contains(&connection.opener())
             && !connection.has_dnat()
             && contain(&self.newly_excluded, connection.answerer())
     }
 
     /// Sent to a VIP, taken by no Service, and never answered.
-    fn is_unreplied(&self, connection: &Connection) -> bool {
+    fn is_unreplied(&self, connection: &Connection<'_>) -> bool {
         self.unreplied_to.contains(&connection.answerer())
             && !connection.has_dnat()
             && !connection.is_replied
     }
 
-    /// Opened by a pod that is resumed, with the right source. Only TCP has windows.
-    fn is_resumed(&self, connection: &Connection) -> bool {
-        self.pods.get(&connection.opener()) == Some(&Keep::Resumed(connection.leaves_as()))
-            && connection.protocol == Some(Protocol::Tcp)
+    /// Sent to a pod's own address from outside, taken by no Service, in a protocol that does not tell a beginning: the
+    /// rest of a connection that the pod has opened. What it says there is an answer, which leaves with its own address.
+    fn is_rest(&self, connection: &Connection<'_>, excluded: &BTreeSet<IpNet>) -> bool {
+        self.unguarded.contains(&connection.answerer())
+            && !connection.has_dnat()
+            && connection.begins_with_any_packet()
+            && !contain(excluded, connection.opener())
     }
+
+    /// Opened by a pod that is resumed, with the right source. Only TCP has windows.
+    fn is_resumed(&self, connection: &Connection<'_>) -> bool {
+        self.pods.get(&connection.opener()) == Some(&Keep::Resumed(connection.leaves_as()))
+            && connection.is_tcp()
+    }
+}
+
+/// The addresses that are of a family.
+pub(super) fn of_family<'a>(
+    addresses: impl Iterator<Item = &'a IpAddr>,
+    family: Family,
+) -> impl Iterator<Item = IpAddr> {
+    addresses
+        .copied()
+        .filter(move |address| Family::of(*address) == family)
 }
 
 /// Whether the other end is outside. After DNAT: an entry to a ClusterIP stays, because without it the next packet would
 /// go to another backend.
-pub(super) fn is_to_outside(connection: &Connection, excluded: &BTreeSet<IpNet>) -> bool {
+pub(super) fn is_to_outside(connection: &Connection<'_>, excluded: &BTreeSet<IpNet>) -> bool {
     !contain(excluded, connection.answerer())
 }
 
@@ -136,17 +167,30 @@ fn contain(nets: &BTreeSet<IpNet>, address: IpAddr) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use netlink_packet_netfilter::conntrack::{ConntrackAttribute, Status};
+    use netlink_packet_netfilter::conntrack::{ConntrackAttribute, Protocol, Status};
 
     use super::*;
-    use crate::kernel::conntrack::connection::tests::entry;
+    use crate::kernel::conntrack::connection::tests::{entry, told};
+
+    const PROTOCOLS: [Protocol; 6] = [
+        Protocol::Tcp,
+        Protocol::Udp,
+        Protocol::Sctp,
+        Protocol::Gre,
+        Protocol::Icmp,
+        Protocol::Other(50),
+    ];
 
     fn ip(text: &str) -> IpAddr {
         text.parse().unwrap()
     }
 
     /// With ports, which decide nothing here.
-    fn connection(protocol: Protocol, original: [&str; 2], reply: [&str; 2]) -> Connection {
+    fn connection(
+        protocol: Protocol,
+        original: [&str; 2],
+        reply: [&str; 2],
+    ) -> Connection<'static> {
         let original = original.map(|address| format!("{address}:40000"));
         let reply = reply.map(|address| format!("{address}:40000"));
         let entry = entry(
@@ -154,7 +198,7 @@ mod tests {
             [&original[0], &original[1]],
             [&reply[0], &reply[1]],
         );
-        Connection::parse(entry).unwrap()
+        told(entry).unwrap()
     }
 
     fn selection(steps: &[ConnectionStep]) -> Selection {
@@ -169,6 +213,7 @@ mod tests {
         selection(&[ConnectionStep::ForgetWrongSource {
             sources: [(ip("10.244.1.11"), ip(source))].into(),
             vips: BTreeSet::new(),
+            unguarded: BTreeSet::new(),
         }])
     }
 
@@ -226,7 +271,7 @@ mod tests {
                 [false; 3],
             ),
         ] {
-            for protocol in [Protocol::Tcp, Protocol::Udp, Protocol::Icmp] {
+            for protocol in PROTOCOLS {
                 let connection = connection(protocol, original, reply);
                 let chosen = [&all, &as_vip, &as_itself]
                     .map(|selection| selection.choose(&connection, &excluded()));
@@ -296,6 +341,7 @@ mod tests {
         let doubt = ConnectionStep::ForgetWrongSource {
             sources: [(ip("10.244.1.11"), ip("192.0.2.200"))].into(),
             vips: BTreeSet::new(),
+            unguarded: BTreeSet::new(),
         };
         let as_vip = connection(
             Protocol::Tcp,
@@ -318,6 +364,7 @@ mod tests {
         let selection = selection(&[ConnectionStep::ForgetWrongSource {
             sources: BTreeMap::new(),
             vips: [ip("192.0.2.200")].into(),
+            unguarded: BTreeSet::new(),
         }]);
         for (what, original, reply, is_replied, expected) in [
             (
@@ -325,7 +372,7 @@ mod tests {
                 ["198.51.100.10", "192.0.2.200"],
                 ["192.0.2.200", "198.51.100.10"],
                 false,
-                Choice::ForgetUnreplied,
+                Choice::ForgetInbound,
             ),
             (
                 "to an address of the node itself",
@@ -357,13 +404,65 @@ mod tests {
     }
 
     #[test]
+    fn what_nobody_guarded_against_is_forgotten_unless_it_tells_where_it_began() {
+        let all_but_tcp_and_icmp = [false, true, true, true, false, true];
+        let selection = selection(&[ConnectionStep::ForgetWrongSource {
+            sources: BTreeMap::new(),
+            vips: BTreeSet::new(),
+            unguarded: [ip("10.244.1.11")].into(),
+        }]);
+        for (what, original, reply, expected) in [
+            (
+                "of a server, to the pod",
+                ["198.51.100.10", "10.244.1.11"],
+                ["10.244.1.11", "198.51.100.10"],
+                all_but_tcp_and_icmp,
+            ),
+            (
+                "of a server, to another pod",
+                ["198.51.100.10", "10.244.1.12"],
+                ["10.244.1.12", "198.51.100.10"],
+                [false; 6],
+            ),
+            (
+                "of a client, to a Service",
+                ["198.51.100.10", "192.0.2.200"],
+                ["10.244.1.11", "198.51.100.10"],
+                [false; 6],
+            ),
+            (
+                "from inside",
+                ["10.244.2.11", "10.244.1.11"],
+                ["10.244.1.11", "10.244.2.11"],
+                [false; 6],
+            ),
+            (
+                "of the pod",
+                ["10.244.1.11", "198.51.100.10"],
+                ["198.51.100.10", "10.244.1.11"],
+                [false; 6],
+            ),
+        ] {
+            for (protocol, expected) in PROTOCOLS.into_iter().zip(expected) {
+                let connection = connection(protocol, original, reply);
+                let expected = match expected {
+                    true => Choice::ForgetInbound,
+                    false => Choice::Leave,
+                };
+                let chosen = selection.choose(&connection, &excluded());
+                assert_eq!(chosen, expected, "{protocol:?} {what}");
+            }
+        }
+    }
+
+    #[test]
     fn an_entry_is_replied_when_its_status_says_so() {
         let ends = ["198.51.100.10:443", "192.0.2.200:40000"];
         let mut entry = entry(Protocol::Tcp, ends, [ends[1], ends[0]]);
-        assert!(!Connection::parse(entry.clone()).unwrap().is_replied);
+        assert!(!told(entry.clone()).unwrap().is_replied);
         let seen = Status::Confirmed | Status::SeenReply;
         entry.push(ConntrackAttribute::CtaStatus(seen));
-        assert!(Connection::parse(entry).unwrap().is_replied);
+        assert!(told(entry).unwrap().is_replied);
     }
 
     #[test]

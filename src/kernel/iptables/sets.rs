@@ -7,6 +7,7 @@ use std::time::Duration;
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use ipnet::IpNet;
+use nix::libc::IPPROTO_DCCP;
 
 use crate::kernel::conntrack::LateReply;
 use crate::kernel::ours::{LATE_REPLY_SECONDS, OwnSet, digit};
@@ -151,9 +152,17 @@ pub(super) fn work_of(step: &FirewallStep) -> Work<'_> {
 
 /// The `ipset restore` line that expects late replies.
 pub(super) fn late_reply_line(late: &LateReply) -> String {
-    let set = StaticSet::Set(OwnSet::LateReplies).name(Family::of(late.pod.ip()));
-    let (pod, port, outside) = (late.pod.ip(), late.pod.port(), late.outside.ip());
-    format!("add {set} {pod},{}:{port},{outside}\n", late.protocol)
+    let LateReply {
+        protocol,
+        outside,
+        pod,
+        ports,
+    } = late;
+    let set = StaticSet::Set(OwnSet::LateReplies).name(Family::of(*pod));
+    // The port of whatever is not in its list is 0 for ipset.
+    let ports = ports.filter(|_| i32::from(*protocol) != IPPROTO_DCCP);
+    let [_, port] = ports.unwrap_or_default();
+    format!("add {set} {pod},{protocol}:{port},{outside}\n")
 }
 
 pub(super) async fn ipset(document: String) -> Result<(), ToolError> {

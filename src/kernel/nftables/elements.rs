@@ -1,7 +1,7 @@
 //! The changing part of the table: which facts are which elements of which sets and maps. Pure.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 
 use ipnet::IpNet;
 use nix::libc::IF_NAMESIZE;
@@ -20,6 +20,8 @@ use crate::state::{
 pub(crate) enum Kind {
     /// A set that the other backend has, too.
     Set(OwnSet),
+    /// Late replies of protocols without ports: packets of these have other things where those have ports.
+    LatePortless,
     /// Pod to the chain that marks its packets for its gateway.
     Slot,
     /// Pod to VIP.
@@ -35,7 +37,19 @@ pub(crate) enum Kind {
 impl Kind {
     pub(crate) fn all() -> impl Iterator<Item = Kind> {
         let sets = OwnSet::all().map(Kind::Set);
-        sets.chain([Kind::Slot, Kind::Vip, Kind::Ways, Kind::Nodes, Kind::Lans])
+        sets.chain([
+            Kind::LatePortless,
+            Kind::Slot,
+            Kind::Vip,
+            Kind::Ways,
+            Kind::Nodes,
+            Kind::Lans,
+        ])
+    }
+
+    /// Whether the kernel removes its elements by itself: they are no part of a state.
+    pub(crate) fn is_transient(self) -> bool {
+        matches!(self, Kind::Set(OwnSet::LateReplies) | Kind::LatePortless)
     }
 
     /// Whether its keys are networks.
@@ -46,6 +60,7 @@ impl Kind {
     pub(crate) fn name(self, family: Family) -> String {
         let word = match self {
             Kind::Set(set) => set.word(),
+            Kind::LatePortless => "late_portless",
             Kind::Slot => "slot",
             Kind::Vip => "vip",
             Kind::Ways => "ways",
@@ -60,14 +75,15 @@ impl Kind {
         self,
         family: Family,
         elements: impl Iterator<Item = (&'a Key, &'a Value)>,
+        transient: &[Transient],
     ) -> String {
-        let elements: Vec<String> = elements
-            .map(|(key, value)| match value {
-                Value::None => key.text(),
-                Value::Chain(chain) => format!("{} : goto {chain}", key.text()),
-                Value::Address(address) => format!("{} : {address}", key.text()),
-            })
-            .collect();
+        let members = elements.map(|(key, value)| match value {
+            Value::None => key.text(),
+            Value::Chain(chain) => format!("{} : goto {chain}", key.text()),
+            Value::Address(address) => format!("{} : {address}", key.text()),
+        });
+        let transient = transient.iter().filter(|t| t.is_in(self, family));
+        let elements: Vec<String> = members.chain(transient.map(Transient::text)).collect();
         let elements = if elements.is_empty() {
             String::new()
         } else {
@@ -106,6 +122,10 @@ impl Kind {
             Kind::Set(OwnSet::LateReplies) => Shape {
                 seconds: Some(LATE_REPLY_SECONDS),
                 ..set(vec![address, Protocol, Port, address, Port])
+            },
+            Kind::LatePortless => Shape {
+                seconds: Some(LATE_REPLY_SECONDS),
+                ..set(vec![address, Protocol, address])
             },
             Kind::Set(OwnSet::Pods(_) | OwnSet::Vips) => set(vec![address]),
             Kind::Ways => set(vec![Mark, address]),
@@ -297,6 +317,8 @@ impl Key {
                 let text = std::str::from_utf8(text).ok()?;
                 (name == again).then(|| Key::Landmark(Landmark::Lan(text.to_owned())))?
             }
+            // Read elsewhere: it is no part of a state.
+            Kind::LatePortless => return None,
             Kind::Set(_) | Kind::Slot | Kind::Vip => Key::Address(address(bytes)?),
         })
     }
@@ -411,18 +433,99 @@ pub(crate) fn state_of(elements: &Elements, mask: u32, skeleton: Skeleton) -> Fi
     state
 }
 
+/// An element that lives for a while.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Transient {
+    pub(crate) late: LateReply,
+    /// How much longer it lives.
+    pub(crate) milliseconds: u64,
+}
+
+impl Transient {
+    fn is_in(&self, kind: Kind, family: Family) -> bool {
+        late_set(&self.late) == kind && Family::of(self.late.pod) == family
+    }
+
+    fn text(&self) -> String {
+        let Transient { late, milliseconds } = self;
+        let LateReply {
+            protocol,
+            outside,
+            pod,
+            ports,
+        } = late;
+        let key = match ports {
+            Some([of_outside, of_pod]) => {
+                format!("{outside} . {protocol} . {of_outside} . {pod} . {of_pod}")
+            }
+            None => format!("{outside} . {protocol} . {pod}"),
+        };
+        format!("{key} expires {milliseconds}ms")
+    }
+}
+
+/// The set that late replies are expected in.
+pub(crate) fn late_set(late: &LateReply) -> Kind {
+    match late.ports {
+        Some(_) => Kind::Set(OwnSet::LateReplies),
+        None => Kind::LatePortless,
+    }
+}
+
 /// The key of late replies: each part begins at a multiple of four bytes, as nft concatenates them.
 pub(crate) fn late_reply_key(late: &LateReply) -> Vec<u8> {
-    let port = |end: SocketAddr| {
-        let [high, low] = end.port().to_be_bytes();
+    let port = |port: u16| {
+        let [high, low] = port.to_be_bytes();
         [high, low, 0, 0]
     };
-    let mut key = octets(late.outside.ip());
+    let mut key = octets(late.outside);
     key.extend([late.protocol, 0, 0, 0]);
-    key.extend(port(late.outside));
-    key.extend(octets(late.pod.ip()));
-    key.extend(port(late.pod));
+    key.extend(
+        late.ports
+            .into_iter()
+            .flat_map(|[outside, _]| port(outside)),
+    );
+    key.extend(octets(late.pod));
+    key.extend(late.ports.into_iter().flat_map(|[_, pod]| port(pod)));
     key
+}
+
+/// The late replies that a key stands for.
+pub(crate) fn late_reply_of(kind: Kind, family: Family, mut key: &[u8]) -> Option<LateReply> {
+    let mut next = |length| {
+        let (part, rest) = key.split_at_checked(length)?;
+        key = rest;
+        Some(part)
+    };
+    let address_length = match family {
+        Family::V4 => 4,
+        Family::V6 => 16,
+    };
+    let port_length = match kind {
+        Kind::LatePortless => 0,
+        _ => 4,
+    };
+    let outside = address_of(next(address_length)?)?;
+    let protocol = *next(4)?.first()?;
+    let of_outside = next(port_length)?;
+    let pod = address_of(next(address_length)?)?;
+    let ports = [of_outside, next(port_length)?].map(|port| port.first_chunk::<2>());
+    let ports = match ports {
+        [Some(outside), Some(pod)] => Some([outside, pod].map(|port| u16::from_be_bytes(*port))),
+        _ => None,
+    };
+    Some(LateReply {
+        protocol,
+        outside,
+        pod,
+        ports,
+    })
+}
+
+pub(crate) fn address_of(octets: &[u8]) -> Option<IpAddr> {
+    let v4 = || <[u8; 4]>::try_from(octets).ok().map(IpAddr::from);
+    let v6 = || <[u8; 16]>::try_from(octets).ok().map(IpAddr::from);
+    v4().or_else(v6)
 }
 
 pub(crate) fn octets(address: IpAddr) -> Vec<u8> {
@@ -443,6 +546,7 @@ mod tests {
             let name = kind.name(Family::V4);
             match kind {
                 Kind::Set(set) => (page_name(set), name),
+                Kind::LatePortless => ("late-portless".to_owned(), name),
                 Kind::Slot => ("slot".to_owned(), name),
                 Kind::Vip => ("vip".to_owned(), name),
                 Kind::Ways => ("ways".to_owned(), name),
@@ -452,6 +556,28 @@ mod tests {
         };
         let sets: BTreeMap<String, String> = Kind::all().map(name).collect();
         assert_eq!(sets, documented_sets(1));
+    }
+
+    #[test]
+    fn late_replies_survive_the_way_through_their_keys() {
+        let ends = [
+            ("198.51.100.10", "10.244.1.11"),
+            ("2001:db8:2::10", "fd00:10:244:1::b"),
+        ];
+        for (outside, pod) in ends {
+            for ports in [Some([443, 40000]), None] {
+                let late = LateReply {
+                    protocol: 132,
+                    outside: outside.parse().unwrap(),
+                    pod: pod.parse().unwrap(),
+                    ports,
+                };
+                let (kind, key) = (late_set(&late), late_reply_key(&late));
+                let family = Family::of(late.pod);
+                assert_eq!(late_reply_of(kind, family, &key), Some(late));
+                assert_eq!(late_reply_of(kind, family, &key[1..]), None);
+            }
+        }
     }
 
     #[test]

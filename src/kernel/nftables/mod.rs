@@ -21,7 +21,9 @@ use netlink_packet_netfilter::nftables::{
 use netlink_packet_netfilter::none::ControlMessage;
 use netlink_packet_netfilter::{NetfilterMessageInner, NetfilterProtoFamily};
 
-use self::elements::{Elements, Key, Kind, SetTraits, Value, late_reply_key, octets};
+use self::elements::{
+    Elements, Key, Kind, SetTraits, Transient, Value, late_reply_key, late_set, octets,
+};
 pub(crate) use self::read::BaseChain;
 use self::read::any_chain;
 pub(crate) use self::ruleset::TABLE;
@@ -31,7 +33,7 @@ use crate::kernel::conntrack::LateReply;
 use crate::kernel::error::{Error, StepError, executable};
 use crate::kernel::netfilter::{Message, Netfilter, NetlinkError, message};
 use crate::kernel::netlink::{OwnPorts, address};
-use crate::kernel::ours::{LATE_REPLY_SECONDS, OwnSet, Ranges};
+use crate::kernel::ours::{LATE_REPLY_SECONDS, Ranges};
 use crate::kernel::tag::TAG;
 use crate::kernel::tool::{run, run_as};
 use crate::state::{Family, FirewallState, FirewallStep, KernelState, Remnant, Skeleton};
@@ -68,7 +70,7 @@ impl Nftables {
 
     /// Whether kernel and tool can do what this backend needs: both are asked to check the whole table.
     pub(crate) async fn check(ranges: Ranges, families: &[Family]) -> Result<(), Error> {
-        let document = document(families, ranges, &KernelState::default());
+        let document = document(families, ranges, &KernelState::default(), &[]);
         run("nft", &["--check", "--file", "-"], document).await?;
         Ok(())
     }
@@ -81,7 +83,7 @@ impl Nftables {
         let mut states = BTreeMap::new();
         for &family in &self.families {
             let mut elements = Elements::new();
-            for kind in Kind::all().filter(|kind| *kind != Kind::Set(OwnSet::LateReplies)) {
+            for kind in Kind::all().filter(|kind| !kind.is_transient()) {
                 // What is in a set of another type means something else.
                 if sets.get(&kind.name(family)) == Some(&kind.shape(family).traits()) {
                     elements.insert(kind, look.members(kind, family, self.ranges.mask)?);
@@ -138,6 +140,25 @@ impl Nftables {
         Ok(changed.map(|chain| format!("chain {} is missing or changed", chain.name)))
     }
 
+    /// What a table that is replaced must go on to hold.
+    fn transients(&self) -> Result<Vec<Transient>, NetlinkError> {
+        let look = Look(Netfilter::open()?);
+        let sets = look.sets()?;
+        let mut all = Vec::new();
+        for &family in &self.families {
+            for kind in Kind::all().filter(|kind| kind.is_transient()) {
+                if sets.get(&kind.name(family)) != Some(&kind.shape(family).traits()) {
+                    continue;
+                }
+                let found: Vec<Transient> = look.dump(elements_in(kind, family), |message| {
+                    read::transients(kind, family, message)
+                })?;
+                all.extend(found);
+            }
+        }
+        Ok(all)
+    }
+
     /// Executes steps in one transaction: all of them or none. After a failure what is held must be read again.
     async fn transaction(&mut self, steps: &[&FirewallStep]) -> Result<(), Error> {
         let before = self.concerned(steps);
@@ -157,7 +178,8 @@ impl Nftables {
         } else if families.all(|family| family.firewall == nothing) {
             self.commit(&removal())?;
         } else {
-            let document = document(&self.families, self.ranges, &self.held);
+            let transients = self.transients()?;
+            let document = document(&self.families, self.ranges, &self.held, &transients);
             run_as(&self.ports, "nft", &["--file", "-"], document).await?;
         }
         Ok(())
@@ -266,20 +288,26 @@ impl Nftables {
         &mut self,
         replies: &[LateReply],
     ) -> Result<(), NetlinkError> {
-        // With an expiration, an element that is there lives for the full time again (kernel 6.12 and newer).
-        let element = |late: &&LateReply| {
-            [ListAttribute::Element(vec![
-                SetElementAttribute::Key(DataAttribute::Value(late_reply_key(late))),
-                SetElementAttribute::Timeout(u64::from(LATE_REPLY_SECONDS) * 1000),
-                SetElementAttribute::Expiration(u64::from(LATE_REPLY_SECONDS) * 1000),
-            ])]
-        };
+        let mut sets: BTreeMap<String, Vec<&LateReply>> = BTreeMap::new();
+        for late in replies {
+            let set = late_set(late).name(Family::of(late.pod));
+            sets.entry(set).or_default().push(late);
+        }
+        let key =
+            |late: &LateReply| SetElementAttribute::Key(DataAttribute::Value(late_reply_key(late)));
+        let time = u64::from(LATE_REPLY_SECONDS) * 1000;
         let mut messages = Vec::new();
-        for family in Family::ALL {
-            let of_family = |late: &&LateReply| Family::of(late.pod.ip()) == family;
-            let replies: Vec<&LateReply> = replies.iter().filter(of_family).collect();
-            let set = Kind::Set(OwnSet::LateReplies).name(family);
-            messages.extend(Change::Add.messages(&set, &replies, element));
+        for (set, replies) in sets {
+            let present = |late: &&LateReply| [ListAttribute::Element(vec![key(late)])];
+            let anew = |late: &&LateReply| {
+                let timeout = SetElementAttribute::Timeout(time);
+                [ListAttribute::Element(vec![key(late), timeout])]
+            };
+            // An element that is there would keep its time (kernels before 6.12). To delete one that is not there would
+            // fail; so it is added first.
+            messages.extend(Change::Add.messages(&set, &replies, present));
+            messages.extend(Change::Delete.messages(&set, &replies, present));
+            messages.extend(Change::Add.messages(&set, &replies, anew));
         }
         self.commit(&messages)
     }
@@ -344,12 +372,7 @@ impl Look {
         family: Family,
         mask: u32,
     ) -> Result<BTreeMap<Key, Value>, NetlinkError> {
-        let attributes = vec![
-            SetElementList::Table(TABLE.to_owned()),
-            SetElementList::Set(kind.name(family)),
-        ];
-        let question = NfTablesMessage::GetSetElement(SetElementMessage { attributes });
-        let elements: Vec<read::Element> = self.dump(question, read::elements)?;
+        let elements: Vec<read::Element> = self.dump(elements_in(kind, family), read::elements)?;
         if kind.of_networks() {
             let end = |element: &read::Element| Some((address(&element.key)?, element.is_end));
             let ends = elements.iter().filter_map(end);
@@ -363,6 +386,15 @@ impl Look {
         };
         Ok(elements.into_iter().filter_map(member).collect())
     }
+}
+
+/// The question for the elements of a set.
+fn elements_in(kind: Kind, family: Family) -> NfTablesMessage {
+    let attributes = vec![
+        SetElementList::Table(TABLE.to_owned()),
+        SetElementList::Set(kind.name(family)),
+    ];
+    NfTablesMessage::GetSetElement(SetElementMessage { attributes })
 }
 
 fn dump<T: Default + Extend<X>, X, I: IntoIterator<Item = X>>(
@@ -430,7 +462,12 @@ fn base_of(chain: &Chain) -> Option<BaseChain> {
 }
 
 /// The whole table as `nft` takes it, replacing whatever there is.
-fn document(families: &[Family], ranges: Ranges, state: &KernelState) -> String {
+fn document(
+    families: &[Family],
+    ranges: Ranges,
+    state: &KernelState,
+    transients: &[Transient],
+) -> String {
     // Maps name chains and rules name sets: nft resolves both within a table, whatever the order.
     let mut text =
         format!("add table inet {TABLE}\ndelete table inet {TABLE}\ntable inet {TABLE} {{\n");
@@ -438,7 +475,8 @@ fn document(families: &[Family], ranges: Ranges, state: &KernelState) -> String 
         let state = state.families.get(&family);
         let elements = state.map_or_else(Elements::new, |s| elements::of_state(&s.firewall));
         for kind in Kind::all() {
-            text += &kind.text(family, elements.get(&kind).into_iter().flatten());
+            let members = elements.get(&kind).into_iter().flatten();
+            text += &kind.text(family, members, transients);
         }
     }
     for chain in chains(families, ranges) {
@@ -599,7 +637,7 @@ mod tests {
                 state.apply_firewall(&step);
             }
         }
-        let document = document(&Family::ALL, ranges, &state);
+        let document = document(&Family::ALL, ranges, &state, &[]);
         assert_eq!(document, include_str!("testdata/table.nft"));
     }
 }

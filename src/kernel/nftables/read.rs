@@ -6,9 +6,13 @@ use nix::libc::{NF_ACCEPT, c_int};
 
 use crate::kernel::netfilter::{Message, attribute, attributes};
 use crate::kernel::netlink;
-use crate::kernel::nftables::elements::{SetTraits, TELLING_FLAGS, Value};
+use crate::kernel::nftables::elements::{
+    Kind, SetTraits, TELLING_FLAGS, Transient, Value, late_reply_of,
+};
 use crate::kernel::nftables::ruleset::TABLE;
+use crate::kernel::ours::LATE_REPLY_SECONDS;
 use crate::kernel::tag::TAG;
+use crate::state::Family;
 
 const TABLE_NAME: u16 = 1;
 const TABLE_FLAGS: u16 = 2;
@@ -41,6 +45,7 @@ const ELEMENTS: u16 = 3;
 const ELEMENT_KEY: u16 = 1;
 const ELEMENT_DATA: u16 = 2;
 const ELEMENT_FLAGS: u16 = 3;
+const ELEMENT_EXPIRATION: u16 = 5;
 const INTERVAL_END: u32 = 1;
 const DATA_VALUE: u16 = 1;
 const DATA_VERDICT: u16 = 2;
@@ -152,6 +157,24 @@ pub(crate) fn elements(message: Message<'_>) -> Vec<Element> {
     lists
         .flat_map(|(_, list)| attributes(list))
         .filter_map(|(_, one)| element(one))
+        .collect()
+}
+
+/// The late replies in a message; one without an expiration lives for the full time.
+pub(crate) fn transients(kind: Kind, family: Family, message: Message<'_>) -> Vec<Transient> {
+    let transient = |bytes| {
+        let key = attribute(attribute(bytes, ELEMENT_KEY)?, DATA_VALUE)?;
+        let expiration = attribute(bytes, ELEMENT_EXPIRATION).and_then(|ms| ms.try_into().ok());
+        Some(Transient {
+            late: late_reply_of(kind, family, key)?,
+            milliseconds: expiration
+                .map_or(u64::from(LATE_REPLY_SECONDS) * 1000, u64::from_be_bytes),
+        })
+    };
+    let lists = message.attributes().filter(|(kind, _)| *kind == ELEMENTS);
+    lists
+        .flat_map(|(_, list)| attributes(list))
+        .filter_map(|(_, one)| transient(one))
         .collect()
 }
 

@@ -149,6 +149,7 @@ fn guard(families: &[Words], strict_tcp: bool) -> Chain {
             // outside; the pod's next packet would count as a reply, skip marking, and leave with the pod's own address.
             "late-reply-{n}" => "ct state new {ip} saddr . meta l4proto . th sport . {ip} daddr . th dport \
                                  @late_replies{n} counter drop",
+            "late-portless-{n}" => "ct state new {ip} saddr . meta l4proto . {ip} daddr @late_portless{n} counter drop",
             // The gateway may still hold an entry that the pod's node has lost: what another node hands over must not create
             // one here, as above. But for a bare SYN, which begins a connection and nothing else does.
             "midway-{n}" => "{to_pod} {midway} ether saddr @nodes{n} counter drop",
