@@ -26,6 +26,8 @@ use crate::report::{Report, events};
 use crate::settings::Settings;
 use crate::state::{Observed, Step};
 
+/// How often the node is searched for obstacles that the kernel does not notify of, such as settings of its own.
+const LOOK_INTERVAL: Duration = Duration::from_secs(60);
 const BACKOFF: Backoff = Backoff::new(Duration::from_millis(500), Duration::from_secs(30));
 
 /// What a pass knows of the kernel before it begins.
@@ -93,6 +95,7 @@ pub async fn run<K: Kernel, T>(
     let mut last_full = Instant::now();
     // When the kernel is read back after a failure. Events do not wait for that, and do not bring it forward.
     let mut retry_at = None;
+    let mut next_look = Instant::now() + LOOK_INTERVAL;
     loop {
         let full = !matches!(agent.known, Known::Confirmed(_));
         let result = agent.pass(reason).await;
@@ -111,23 +114,33 @@ pub async fn run<K: Kernel, T>(
         let wake_at = changes_at.map_or(next_full, |at| at.min(next_full));
         // What could not be read at all a moment ago is not read for each event.
         let is_blind = retry_at.is_some() && matches!(agent.known, Known::Nothing);
-        tokio::select! {
-            why = &mut shutdown => return why,
-            () = cluster.changed(), if !is_blind => reason = "cluster",
-            () = heard(lan), if !is_blind => reason = "lan",
-            drift = agent.kernel.drifted(), if !is_blind => {
-                reason = "drift";
-                agent.known = match drift {
-                    Drift::Possible => std::mem::take(&mut agent.known).suspect(),
-                    Drift::Certain => Known::Nothing,
-                };
-            }
-            () = tokio::time::sleep_until(wake_at) => {
-                reason = "timer";
-                if Instant::now() >= next_full {
-                    agent.known = Known::Nothing;
+        loop {
+            tokio::select! {
+                why = &mut shutdown => return why,
+                () = cluster.changed(), if !is_blind => reason = "cluster",
+                () = heard(lan), if !is_blind => reason = "lan",
+                drift = agent.kernel.drifted(), if !is_blind => {
+                    reason = "drift";
+                    agent.known = match drift {
+                        Drift::Possible => std::mem::take(&mut agent.known).suspect(),
+                        Drift::Certain => Known::Nothing,
+                    };
+                }
+                () = tokio::time::sleep_until(wake_at) => {
+                    reason = "timer";
+                    if Instant::now() >= next_full {
+                        agent.known = Known::Nothing;
+                    }
+                }
+                () = tokio::time::sleep_until(next_look) => {
+                    next_look = Instant::now() + LOOK_INTERVAL;
+                    if !agent.look_again().await {
+                        continue;
+                    }
+                    reason = "surroundings";
                 }
             }
+            break;
         }
     }
 }
@@ -141,6 +154,19 @@ async fn heard(lan: Option<&Lan>) {
 }
 
 impl<K: Kernel> Agent<'_, K> {
+    /// Looks for obstacles; returns whether something has changed.
+    async fn look_again(&mut self) -> bool {
+        let Known::Confirmed(confirmed) = &self.known else {
+            return false;
+        };
+        let has_changed = self.kernel.look_again().await != confirmed.surroundings;
+        if has_changed {
+            // Rules of ours may depend on it.
+            self.known = std::mem::take(&mut self.known).suspect();
+        }
+        has_changed
+    }
+
     /// One pass: when the next one is due by itself, or what went wrong.
     async fn pass(&mut self, reason: &'static str) -> Result<Option<Instant>, String> {
         let started = Instant::now();
@@ -208,8 +234,7 @@ impl<K: Kernel> Agent<'_, K> {
     async fn observe(&mut self, before: Known) -> Result<Observed, String> {
         let observed = self.kernel.observe().await;
         let mut observed = observed.map_err(|error| chain(&error))?;
-        let told = observed.collisions.union(&observed.unseen);
-        self.log.collisions(told.cloned().collect());
+        self.log.unseen(&observed.unseen);
         if let Known::Suspected(before) = before
             && before.state.families == observed.state.families
         {
@@ -240,9 +265,11 @@ impl<K: Kernel> Agent<'_, K> {
     }
 }
 
-/// Whether a failure keeps this node from being a gateway. A failed route to another gateway does not.
+/// Whether a failure keeps this node from being a gateway. A failed route to another gateway does not, and what others
+/// drop was dropped before.
 fn is_of_the_gateway(failure: &StepError) -> bool {
-    !matches!(failure.step, Step::Route(_) | Step::RemoveRemnant(_))
+    let is_of_others = matches!(failure.step, Step::Accept(..) | Step::RemoveRemnant(_));
+    !is_of_others && !matches!(failure.step, Step::Route(_))
 }
 
 #[cfg(test)]

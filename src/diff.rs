@@ -9,8 +9,8 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 
 use crate::state::{
-    ConnectionStep, Family, FamilyState, FirewallState, FirewallStep, KernelState, Landmark,
-    NetSet, PodSet, PodState, RouteState, RouteStep, Skeleton, Step, Table,
+    Accepted, ConnectionStep, Family, FamilyState, FirewallState, FirewallStep, KernelState,
+    Landmark, NetSet, PodSet, PodState, RouteState, RouteStep, Skeleton, Step, Table,
 };
 
 /// When a step has its turn. The order of the variants is the order of the steps; between two steps of one
@@ -26,6 +26,8 @@ enum Phase {
     Gateways,
     LookupRules,
 
+    /// Beside the data path: what is accepted elsewhere meets all of ours first.
+    Accepts,
     Skeletons,
     Landmarks,
     /// Before any pod: else its traffic inside the cluster would be translated.
@@ -63,6 +65,7 @@ enum Phase {
     OldVips,
     OldLandmarks,
     OldSkeletons,
+    OldAccepts,
     /// When ours does all of the work. Chains of a backend come before their sets.
     Remnants,
 
@@ -92,6 +95,7 @@ pub fn diff(observed: &KernelState, desired: &KernelState) -> Vec<Step> {
         // What was opened to a destination that is egress again has the source that others gave it.
         wrong_sources |= becomes_egress(old, new);
         newly_excluded(old, new, &mut steps);
+        accepted(family, observed, desired, &mut steps);
         let (before, after) = (from.next_hops(), to.next_hops());
         let is_rerouted = |pod, hop| before.of(pod).is_none_or(|(_, old)| old != hop);
         let pods = after.pods().filter(|(pod, hop)| is_rerouted(*pod, *hop));
@@ -120,6 +124,22 @@ impl Steps {
     fn in_order(mut self) -> Vec<Step> {
         self.0.sort_by_key(|(phase, _)| *phase);
         self.0.into_iter().map(|(_, step)| step).collect()
+    }
+}
+
+fn accepted(family: Family, observed: &KernelState, desired: &KernelState, steps: &mut Steps) {
+    let (old, new) = (
+        observed.accepted.get(&family),
+        desired.accepted.get(&family),
+    );
+    match new {
+        _ if old == new => {}
+        Some(Accepted::Sources(sources)) => {
+            steps.add(Phase::Accepts, Step::Accept(family, sources.clone()));
+        }
+        Some(Accepted::Damaged) | None => {
+            steps.add(Phase::OldAccepts, Step::Accept(family, BTreeSet::new()));
+        }
     }
 }
 

@@ -56,6 +56,7 @@
 //!   node may have announced meanwhile: conntrack entries here may be old.
 //! * *Skeleton*: the static part of the firewall. *Drift*: a change of ours by others. *Doubt*: connections may have been
 //!   opened under other rules. *Remnant*: what another backend or an earlier release left.
+//! * *Surroundings*: what of a node decides with us about packets. *Obstacle*: what of them is in a Service's way.
 
 pub mod agent;
 pub mod announcers;

@@ -76,6 +76,7 @@ impl Memory {
         view.traits = kernel.traits;
         view.reach.clone_from(&kernel.reach);
         view.neighbours.clone_from(&kernel.neighbours);
+        view.surroundings.clone_from(&kernel.surroundings);
         let is_start = self.last.is_none();
         if is_start {
             let adopted = adopt::gateways(&kernel.state, &view.nodes, &settings.node_name);

@@ -59,6 +59,9 @@ pub const DEFINITIONS: &[Definition] = definitions! {
     FIREWALL_EXCLUDE_DST_CIDRS = "auto":
         "Destinations that are not egress: `auto` (pod and Service networks, node addresses, link-local, \
          multicast), a list of CIDRs in its place, or `auto,CIDR,…` for both";
+    FORWARD_ACCEPT = "false":
+        "Accept what pods send, and the answers, in iptables' FORWARD, behind all rules of others: for nodes \
+         whose FORWARD policy is DROP";
     ROUTE_BACKEND = "netlink": "What routes packets to their gateway: `netlink`";
     ROUTE_TABLE_ID_OFFSET = "100000":
         "Routing tables are numbered from this number + 1, one for each gateway";
@@ -149,6 +152,7 @@ pub struct Settings {
     /// Others may set bits of it. Not read from anywhere: found out at the start.
     pub mask_is_shared: bool,
     pub excluded: ExcludedDestinations,
+    pub forward_accept: bool,
     /// Routing tables are numbered from here + 1.
     pub table_offset: u32,
     /// First priority of our routing rules.
@@ -213,6 +217,7 @@ impl Settings {
             mask_is_given: is_given("FIREWALL_MASK"),
             mask_is_shared: false,
             excluded: value("FIREWALL_EXCLUDE_DST_CIDRS").excluded()?,
+            forward_accept: value("FORWARD_ACCEPT").boolean()?,
             table_offset: value("ROUTE_TABLE_ID_OFFSET").table_offset()?,
             rule_priority: value("ROUTE_RULE_PRIORITY").rule_priority()?,
             rule_priority_is_given: is_given("ROUTE_RULE_PRIORITY"),

@@ -1,3 +1,4 @@
+use std::collections::BTreeMap;
 use std::sync::Mutex;
 
 use tokio::sync::{Notify, watch};
@@ -8,7 +9,8 @@ use crate::cluster::leases::BootId;
 use crate::kernel;
 use crate::names::NodeName;
 use crate::state::{
-    Asked, Family, FamilyState, FirewallStep, KernelState, Rule, RuleAction, Skeleton, TableId,
+    Accepted, Asked, Family, FamilyState, FirewallStep, KernelState, Obstacle, Rule, RuleAction,
+    Skeleton, Surroundings, TableId,
 };
 
 /// A kernel that remembers what was done to it, and fails where a test wants it.
@@ -20,6 +22,7 @@ struct FakeKernel {
 #[derive(Debug, Default)]
 struct Shared {
     state: Mutex<KernelState>,
+    surroundings: Mutex<BTreeMap<Family, Surroundings>>,
     log: Mutex<Vec<&'static str>>,
     /// How many applies fail, and at which steps.
     failing: Mutex<Failing>,
@@ -72,12 +75,17 @@ impl Kernel for FakeKernel {
         state.doubt = true;
         Ok(Observed {
             state,
+            surroundings: self.shared.surroundings.lock().unwrap().clone(),
             ..Observed::default()
         })
     }
 
     async fn look_up(&mut self, _: &Asked, _: &mut Observed) -> Result<(), kernel::Error> {
         Ok(())
+    }
+
+    async fn look_again(&mut self) -> BTreeMap<Family, Surroundings> {
+        self.shared.surroundings.lock().unwrap().clone()
     }
 
     async fn drifted(&mut self) -> Drift {
@@ -225,6 +233,33 @@ async fn the_kernel_is_read_back_every_interval_and_repaired() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn what_surrounds_the_node_is_looked_at_every_minute_and_the_rest_when_it_has_changed() {
+    let running = start(never());
+    pretend_synced(&running.cluster);
+    running.kernel.noted(2).await;
+    let passes = || {
+        let results = ["changed", "unchanged", "failed"].map(|result| vec![("result", result)]);
+        let passes = &running.report.counters.passes;
+        results
+            .iter()
+            .map(|labels| passes.get_or_create(labels).get())
+            .sum::<u64>()
+    };
+    tokio::time::sleep(Duration::from_secs(130)).await;
+    let before = passes();
+    assert_eq!(running.kernel.log(), ["observe", "applied"]);
+    let surroundings = Surroundings {
+        obstacles: [Obstacle::StrictTracking].into(),
+        ..Surroundings::default()
+    };
+    *running.kernel.surroundings.lock().unwrap() = [(Family::V4, surroundings)].into();
+    tokio::time::sleep(Duration::from_secs(130)).await;
+    assert_eq!(passes(), before + 1);
+    // No connection is in doubt because of it.
+    assert_eq!(running.kernel.log(), ["observe", "applied", "observe"]);
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_stop_leaves_the_kernel_as_it_is() {
     let running = start(never());
     pretend_synced(&running.cluster);
@@ -236,14 +271,15 @@ async fn a_stop_leaves_the_kernel_as_it_is() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_node_is_programmed_for_others_when_all_but_its_routes_to_other_gateways_are() {
+async fn a_node_is_programmed_for_others_when_all_is_that_a_gateway_needs() {
     type IsFailing = fn(&Step) -> bool;
-    let cases: [(IsFailing, bool); 2] = [
+    let cases: [(IsFailing, bool); 3] = [
         (
             |step| matches!(step, Step::Firewall(FirewallStep::Install(..))),
             false,
         ),
         (|step| matches!(step, Step::Route(_)), true),
+        (|step| matches!(step, Step::Accept(..)), true),
     ];
     for (at, is_published) in cases {
         let running = start(Failing { applies: 1, at });
@@ -259,6 +295,7 @@ async fn a_node_is_programmed_for_others_when_all_but_its_routes_to_other_gatewa
         state.routes.rules.insert(surplus);
         *running.kernel.state.lock().unwrap() = KernelState {
             families: [(Family::V4, state)].into(),
+            accepted: [(Family::V4, Accepted::Damaged)].into(),
             ..KernelState::default()
         };
         let node = Node {

@@ -22,7 +22,7 @@ use kube::ResourceExt;
 use crate::cluster::leases::BootId;
 use crate::ethernet::Mac;
 use crate::names::{Interface, NodeName, ObjectKey, Reach};
-use crate::state::{Family, Traits};
+use crate::state::{Family, Surroundings, Traits};
 
 /// Label that opts a Service in, when its value is [`EGRESS_VALUE`].
 pub const EGRESS_LABEL: &str = "metaleg.de/rewriteSrcIP";
@@ -129,6 +129,8 @@ pub struct View {
     pub neighbours: BTreeMap<IpAddr, Mac>,
     /// Packets of other nodes' pods may come through this node as their gateway: it is one, or was one a moment ago.
     pub is_gateway: bool,
+    /// What of this node decides with us.
+    pub surroundings: BTreeMap<Family, Surroundings>,
 }
 
 impl Service {

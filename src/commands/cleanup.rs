@@ -1,7 +1,7 @@
 //! Removes everything of ours from this node's kernel, whoever made it: either backend, iptables in either mode,
 //! earlier releases. Needs no API server.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, Write};
 
 use crate::diff::diff;
@@ -94,6 +94,7 @@ fn nothing(observed: &KernelState, is_last: bool) -> KernelState {
     let remnants = (!is_last).then(|| observed.remnants.clone());
     KernelState {
         families: families.map(|f| (*f, FamilyState::default())).collect(),
+        accepted: BTreeMap::new(),
         remnants: remnants.unwrap_or_default(),
         doubt: false,
     }
@@ -101,9 +102,9 @@ fn nothing(observed: &KernelState, is_last: bool) -> KernelState {
 
 /// Pods and networks go by the thousand: pods are counted, networks go with the firewall.
 fn is_shown(step: &Step) -> bool {
-    use Step::{Firewall, RemoveRemnant, Route};
+    use Step::{Accept, Firewall, RemoveRemnant, Route};
     matches!(
         step,
-        Route(_) | RemoveRemnant(_) | Firewall(FirewallStep::Remove(_))
+        Route(_) | Accept(..) | RemoveRemnant(_) | Firewall(FirewallStep::Remove(_))
     )
 }

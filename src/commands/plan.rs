@@ -38,6 +38,7 @@ pub struct Shown {
     services: Vec<ShownService>,
     pods: Vec<ShownPod>,
     ignored: Vec<ShownIgnored>,
+    obstacles: Vec<ShownObstacle>,
     excluded: Vec<String>,
 }
 
@@ -67,6 +68,14 @@ struct ShownPod {
 struct ShownIgnored {
     subject: String,
     reason: String,
+}
+
+#[derive(Debug, Serialize)]
+struct ShownObstacle {
+    service: String,
+    family: String,
+    kind: &'static str,
+    what: String,
 }
 
 /// Makes the plan that the agent would make now, as text.
@@ -131,11 +140,23 @@ impl Shown {
             subject: subject.to_string(),
             reason: reason.to_string(),
         });
+        let mut obstacles = Vec::new();
+        for (service, families) in &desired.obstacles {
+            for (family, found) in families {
+                obstacles.extend(found.iter().map(|obstacle| ShownObstacle {
+                    service: service.to_string(),
+                    family: family.to_string(),
+                    kind: obstacle.label(),
+                    what: obstacle.to_string(),
+                }));
+            }
+        }
         Shown {
             node: settings.node_name.to_string(),
             services,
             pods,
             ignored: ignored.collect(),
+            obstacles,
             excluded,
         }
     }
@@ -199,6 +220,14 @@ impl fmt::Display for Shown {
             let ignored = self.ignored.iter();
             let ignored = ignored.map(|i| [i.subject.clone(), i.reason.clone()]);
             write!(f, "\n{}", columns(["IGNORED", "WHY"], ignored))?;
+        }
+        if !self.obstacles.is_empty() {
+            let rows = self.obstacles.iter().map(|o| {
+                let kind = o.kind.to_owned();
+                [o.service.clone(), o.family.clone(), kind, o.what.clone()]
+            });
+            let header = ["SERVICE", "FAMILY", "OBSTACLE", "WHAT"];
+            write!(f, "\n{}", columns(header, rows))?;
         }
         writeln!(f, "\nNot egress: {}", self.excluded.join(", "))
     }

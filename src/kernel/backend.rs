@@ -13,7 +13,7 @@ pub(crate) struct Profile {
     /// The table of nftables that its source NAT is in, if it is in one.
     pub(crate) nat_table: Option<&'static str>,
     /// What an operator can do about NAT chains of others that come first.
-    pub(crate) advice: Option<&'static str>,
+    pub(crate) advice: &'static str,
     /// Packets are marked before their destination is translated.
     pub(crate) marks_before_dnat: bool,
     /// It keeps no record of what marks stand for: it sees by the routes' realm whether a packet takes one of them.

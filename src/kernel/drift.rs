@@ -23,6 +23,7 @@ use tokio::time::Instant;
 use tracing::warn;
 
 use crate::kernel::backend::Watched;
+use crate::kernel::iptables::forward::{ACCEPT, BASE, FILTER};
 use crate::kernel::neighbours;
 use crate::kernel::netlink::{Message, NetlinkError, OwnPorts, messages};
 use crate::kernel::ours::{PROTOCOL_NUMBER, Ranges};
@@ -108,6 +109,8 @@ struct Filter {
     ranges: Ranges,
     watched: Watched,
     lookup: Lookup,
+    /// Whether our chain in iptables' FORWARD may be there.
+    forward: bool,
 }
 
 /// What the kernel does not even put into the buffer: routes of routing daemons outside of our range, of which a router changes
@@ -218,6 +221,7 @@ impl DriftListener {
         ranges: Ranges,
         watched: Watched,
         lookup: Lookup,
+        forward: bool,
     ) -> Result<DriftListener, NetlinkError> {
         Ok(DriftListener {
             sockets: Sockets::open(&ranges).map_err(NetlinkError::Socket)?,
@@ -226,6 +230,7 @@ impl DriftListener {
                 ranges,
                 watched,
                 lookup,
+                forward,
             },
             heard: None,
             reported: None,
@@ -338,27 +343,36 @@ impl Filter {
             let end = value.iter().position(|byte| *byte == 0)?;
             std::str::from_utf8(value.get(..end)?).ok()
         };
+        // The upper byte is the subsystem, the lower one the message.
+        let kind = i32::from(message.kind) - (libc::NFNL_SUBSYS_NFTABLES << 8);
+        let chain = match kind {
+            libc::NFT_MSG_NEWCHAIN..=libc::NFT_MSG_DELCHAIN => text(NAME_OF_CHAIN),
+            libc::NFT_MSG_NEWRULE..=libc::NFT_MSG_DELRULE => text(CHAIN_OF_RULE),
+            _ => None,
+        };
+        let table = text(TABLE_OF_OBJECT)?;
+        if self.forward && table == FILTER {
+            match chain {
+                Some(ACCEPT) => return Some(Drift::Certain),
+                Some(BASE) => return Some(Drift::Possible),
+                _ => {}
+            }
+        }
         let Watched {
             tables,
             chains,
             base_chains,
         } = self.watched;
-        let of_chain = |name: &str| match chains {
-            Some(is_ours) if is_ours(name) => Some(Drift::Certain),
-            Some(_) if base_chains.contains(&name) => Some(Drift::Possible),
-            _ => None,
-        };
-        if !text(TABLE_OF_OBJECT).is_some_and(|table| tables.contains(&table)) {
+        if !tables.contains(&table) {
             return None;
         }
-        if chains.is_none() {
+        let Some(is_ours) = chains else {
             return Some(Drift::Certain);
-        }
-        // The upper byte is the subsystem, the lower one the message.
-        match i32::from(message.kind) - (libc::NFNL_SUBSYS_NFTABLES << 8) {
-            libc::NFT_MSG_NEWTABLE..=libc::NFT_MSG_DELTABLE => Some(Drift::Possible),
-            libc::NFT_MSG_NEWCHAIN..=libc::NFT_MSG_DELCHAIN => of_chain(text(NAME_OF_CHAIN)?),
-            libc::NFT_MSG_NEWRULE..=libc::NFT_MSG_DELRULE => of_chain(text(CHAIN_OF_RULE)?),
+        };
+        match (kind, chain) {
+            (libc::NFT_MSG_NEWTABLE..=libc::NFT_MSG_DELTABLE, _) => Some(Drift::Possible),
+            (_, Some(chain)) if is_ours(chain) => Some(Drift::Certain),
+            (_, Some(chain)) if base_chains.contains(&chain) => Some(Drift::Possible),
             _ => None,
         }
     }
@@ -385,7 +399,7 @@ mod tests {
             };
             let ports = OwnPorts::default();
             let (ranges, lookup) = (Ranges::DEFAULT, Lookup::default());
-            let mut listener = DriftListener::open(ports, ranges, watched, lookup).unwrap();
+            let mut listener = DriftListener::open(ports, ranges, watched, lookup, false).unwrap();
             for _ in 0..3 {
                 listener.sockets.routes = None;
                 let started = Instant::now();

@@ -89,4 +89,12 @@ impl Firewall {
             Firewall::Iptables(iptables) => iptables.foreign_nat().await,
         }
     }
+
+    /// Packets that came with our bits of the mark set by others, by family; nothing where they are not counted.
+    pub(crate) async fn foreign_marks(&self) -> Result<BTreeMap<Family, u64>, Error> {
+        match self {
+            Firewall::Nftables(nftables) => Ok(nftables.foreign_marks()?),
+            Firewall::Iptables(iptables) => Ok(iptables.foreign_marks().await?),
+        }
+    }
 }

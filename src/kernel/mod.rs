@@ -9,7 +9,6 @@ mod conntrack;
 mod drift;
 mod error;
 mod firewall;
-mod foreign_nat;
 mod interfaces;
 mod iptables;
 #[cfg(feature = "kill-points")]
@@ -18,6 +17,7 @@ pub(crate) mod neighbours;
 mod netfilter;
 mod netlink;
 mod nftables;
+mod obstacles;
 mod ours;
 mod reach;
 mod remnants;
@@ -33,7 +33,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
 
 use ipnet::IpNet;
-use tracing::debug;
 
 use crate::error::chain;
 pub use crate::kernel::challenge::Challenges;
@@ -44,15 +43,18 @@ use crate::kernel::drift::DriftListener;
 use crate::kernel::error::executable;
 pub use crate::kernel::error::{Error, StepError};
 use crate::kernel::firewall::Firewall;
+use crate::kernel::iptables::forward::{self, ACCEPT};
 use crate::kernel::neighbours::neighbour_table;
 use crate::kernel::netlink::OwnPorts;
+use crate::kernel::obstacles::Obstacles;
 use crate::kernel::ours::Ranges;
 use crate::kernel::reach::Lookup;
 use crate::kernel::routes::Routes;
 use crate::settings::Settings;
 use crate::state::{
-    Asked, ConnectionStep, Family, FamilyState, FirewallStep, KernelState, Landmark, NetSet,
-    Observed, Remnant, RouteStep, Step, Survey, Traits,
+    Accepted, Asked, ConnectionStep, Family, FamilyState, FirewallStep, KernelState, Landmark,
+    NetSet, Observed, Obstacle, Remnant, RouteState, RouteStep, Rule, Step, Surroundings, Survey,
+    Traits,
 };
 
 /// A node's kernel, as the agent sees it.
@@ -74,18 +76,15 @@ pub trait Kernel: Send {
         observed: &mut Observed,
     ) -> impl Future<Output = Result<(), Error>> + Send;
 
+    /// Looks again at what of the surroundings changes without a notice, at little cost.
+    fn look_again(&mut self) -> impl Future<Output = BTreeMap<Family, Surroundings>> + Send;
+
     /// Waits until others may have changed what is ours, or how addresses that were looked up are reached. Cancel-safe.
     fn drifted(&mut self) -> impl Future<Output = Drift> + Send;
 
     /// Executes the steps in order. Returns the steps that failed. A failed step keeps no other from being tried than
     /// those that rely on it ([`Step::needs`]).
     fn apply(&mut self, steps: &[Step]) -> impl Future<Output = Vec<StepError>> + Send;
-}
-
-/// Whether a connection of TCP is known from its beginning or not at all. The file is there while connections are tracked.
-async fn is_tcp_strict() -> bool {
-    let loose = tokio::fs::read_to_string("/proc/sys/net/netfilter/nf_conntrack_tcp_loose").await;
-    loose.is_ok_and(|value| value.trim() == "0")
 }
 
 /// Whether every step is to be executed by itself.
@@ -99,6 +98,7 @@ fn is_one_by_one() -> bool {
 #[derive(Debug)]
 pub struct NodeKernel {
     firewall: Firewall,
+    own_ports: OwnPorts,
     mask_is_shared: bool,
     routes: Routes,
     lookup: Lookup,
@@ -109,8 +109,15 @@ pub struct NodeKernel {
     choice: String,
     /// Others than the present backend may have left something: it is looked for until there is nothing any more.
     has_remnants: bool,
+    /// Chains of ours may be in iptables' FORWARD: they are looked for until there are none, and after each step that makes one.
+    may_accept: bool,
     /// Destinations that are not egress, as far as confirmed: connections to them are never forgotten.
     excluded: BTreeSet<IpNet>,
+    obstacles: Obstacles,
+    /// Our routing rules, as read or confirmed last.
+    rules: BTreeSet<(Family, Rule)>,
+    /// Interfaces with IPv4 addresses, as read last: IPv6 has no settings of an interface that matter.
+    interfaces: Vec<String>,
     conntrack: Conntrack,
     challenges: Challenges,
 }
@@ -158,25 +165,37 @@ impl NodeKernel {
             Firewall::open(settings.firewall, ranges, &families, &own_ports).await?;
         let profile = firewall.profile();
         let mut choice = profile.name;
-        if let Some(error) = refusal {
-            choice += &format!(", because nftables cannot be used: {}", chain(&error));
+        let refusal = refusal.map(|error| chain(&error));
+        if let Some(why) = &refusal {
+            choice += &format!(", because nftables cannot be used: {why}");
         }
         let lookup = Lookup {
             interfaces: routes.watched.clone(),
             ..Lookup::default()
         };
-        let drift = DriftListener::open(own_ports, ranges, profile.watched, lookup.clone())?;
+        let drift = DriftListener::open(
+            own_ports.clone(),
+            ranges,
+            profile.watched,
+            lookup.clone(),
+            settings.forward_accept,
+        )?;
         Ok(NodeKernel {
             firewall,
+            own_ports,
             mask_is_shared: settings.mask_is_shared,
             routes,
             lookup,
             drift,
+            obstacles: Obstacles::new(families.clone(), refusal),
             families,
             ranges,
             choice,
             has_remnants: true,
+            may_accept: true,
             excluded: BTreeSet::new(),
+            rules: BTreeSet::new(),
+            interfaces: Vec::new(),
             conntrack: Conntrack::default(),
             challenges: Challenges::default(),
         })
@@ -194,13 +213,43 @@ impl NodeKernel {
         self.challenges.clone()
     }
 
-    /// NAT of others that gets in the way of ours. A failure to see it stops nothing.
-    async fn foreign_nat(&self) -> BTreeSet<String> {
-        let found = foreign_nat::find(&self.firewall).await;
-        found.unwrap_or_else(|error| {
-            debug!("cannot look for NAT of others: {}", chain(&error));
-            BTreeSet::new()
-        })
+    /// Notes which of our routing rules are there, and whether others have removed all of a family.
+    fn note_rules(&mut self, families: &BTreeMap<Family, RouteState>) {
+        for (family, routes) in families {
+            let had_any = self.rules.iter().any(|(of, _)| of == family);
+            if had_any && routes.rules.is_empty() {
+                self.obstacles.note_rules_removed(*family);
+            }
+        }
+        let rules = families.iter();
+        let rules = rules.flat_map(|(f, routes)| routes.rules.iter().map(|r| (*f, *r)));
+        self.rules = rules.collect();
+    }
+
+    /// What our chains in iptables' FORWARD accept. A look that fails ends no pass: it is told.
+    async fn accepted(&mut self, unseen: &mut BTreeSet<String>) -> BTreeMap<Family, Accepted> {
+        let mut accepted = BTreeMap::new();
+        let mut is_seen = true;
+        for &family in &self.families {
+            match forward::accepted(family).await {
+                Ok(found) => accepted.extend(found.map(|found| (family, found))),
+                Err(error) => {
+                    is_seen = false;
+                    let why = chain(&error);
+                    unseen.insert(format!("cannot look for chain {ACCEPT} of {family}: {why}"));
+                }
+            }
+        }
+        self.may_accept = !is_seen || !accepted.is_empty();
+        accepted
+    }
+
+    fn confirm_rule(&mut self, step: &RouteStep) {
+        match step {
+            RouteStep::AddRule(family, rule) => drop(self.rules.insert((*family, *rule))),
+            RouteStep::RemoveRule(family, rule) => drop(self.rules.remove(&(*family, *rule))),
+            _ => {}
+        }
     }
 
     /// Notes what a batch of firewall steps has changed of what is excluded.
@@ -224,7 +273,17 @@ impl NodeKernel {
 impl Kernel for NodeKernel {
     async fn observe(&mut self) -> Result<Observed, Error> {
         let mut routes = self.routes.observe().await?;
-        let firewall = self.firewall.observe(is_tcp_strict().await).await?;
+        self.note_rules(&routes.states);
+        let is_of_ipv4 = |net: &IpNet| Family::of_net(*net) == Family::V4;
+        let with_nets = routes.interfaces.iter();
+        let with_nets = with_nets.filter(|interface| interface.nets.iter().any(is_of_ipv4));
+        self.interfaces = with_nets.map(|interface| interface.name.clone()).collect();
+        let obstacles = &mut self.obstacles;
+        let surroundings = obstacles.look(&self.firewall, routes.surroundings, &self.interfaces);
+        let surroundings = surroundings.await;
+        let is_strict = |found: &Surroundings| found.obstacles.contains(&Obstacle::StrictTracking);
+        let strict_tcp = surroundings.values().any(is_strict);
+        let firewall = self.firewall.observe(strict_tcp).await?;
         let profile = self.firewall.profile();
         let mut families = BTreeMap::new();
         for (family, mut firewall) in firewall {
@@ -239,10 +298,14 @@ impl Kernel for NodeKernel {
             false => remnants::Found::default(),
         };
         self.has_remnants = !found.remnants.is_empty() || !found.unseen.is_empty();
-        let mut collisions = routes.collisions;
-        collisions.extend(self.foreign_nat().await);
+        let mut unseen = found.unseen;
+        let accepted = match self.may_accept {
+            true => self.accepted(&mut unseen).await,
+            false => BTreeMap::new(),
+        };
         let state = KernelState {
             families,
+            accepted,
             remnants: found.remnants,
             doubt: true,
         };
@@ -257,8 +320,8 @@ impl Kernel for NodeKernel {
             reach: BTreeMap::new(),
             neighbours: BTreeMap::new(),
             occupied: routes.occupied,
-            collisions,
-            unseen: found.unseen,
+            surroundings,
+            unseen,
         })
     }
 
@@ -275,6 +338,11 @@ impl Kernel for NodeKernel {
         Ok(())
     }
 
+    async fn look_again(&mut self) -> BTreeMap<Family, Surroundings> {
+        let obstacles = &mut self.obstacles;
+        obstacles.look_again(&self.firewall, &self.interfaces).await
+    }
+
     async fn drifted(&mut self) -> Drift {
         self.drift.next().await
     }
@@ -287,8 +355,9 @@ impl Kernel for NodeKernel {
             kill_point::before_step();
             let batch = Batch::of(batch);
             for step in executable(&batch.routes, &mut failed) {
-                if let Err(error) = self.routes.execute(step) {
-                    failed.push(StepError::new(step, error));
+                match self.routes.execute(step) {
+                    Ok(()) => self.confirm_rule(step),
+                    Err(error) => failed.push(StepError::new(step, error)),
                 }
             }
             if !batch.firewall.is_empty() {
@@ -301,6 +370,13 @@ impl Kernel for NodeKernel {
                 let unheard = &mut unheard;
                 connections::apply(steps, firewall, conntrack, excluded, unheard, &mut failed)
                     .await;
+            }
+            for (family, sources) in batch.accepts {
+                self.may_accept = true;
+                if let Err(error) = forward::accept(family, sources, &self.own_ports).await {
+                    let step = Step::Accept(family, sources.clone());
+                    failed.push(StepError::new(&step, error));
+                }
             }
             for remnant in batch.remnants {
                 // What is left does the work until ours does all of it: it stays when anything has failed.
@@ -326,6 +402,7 @@ struct Batch<'a> {
     routes: Vec<&'a RouteStep>,
     firewall: Vec<&'a FirewallStep>,
     connections: Vec<&'a ConnectionStep>,
+    accepts: Vec<(Family, &'a BTreeSet<IpNet>)>,
     remnants: Vec<Remnant>,
 }
 
@@ -337,6 +414,7 @@ impl Batch<'_> {
                 Step::Route(step) => batch.routes.push(step),
                 Step::Firewall(step) => batch.firewall.push(step),
                 Step::Connection(step) => batch.connections.push(step),
+                Step::Accept(family, sources) => batch.accepts.push((*family, sources)),
                 Step::RemoveRemnant(remnant) => batch.remnants.push(*remnant),
             }
         }

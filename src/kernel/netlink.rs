@@ -13,7 +13,7 @@ use netlink_packet_core::{
     NLMSG_ERROR, NetlinkBuffer, Parseable,
 };
 use netlink_sys::{Socket, SocketAddr};
-use nix::libc::{EAGAIN, EINTR, MSG_DONTWAIT};
+use nix::libc::{EAGAIN, EINTR, EINVAL, EOPNOTSUPP, MSG_DONTWAIT};
 use nix::sys::socket::{setsockopt, sockopt};
 
 /// A dump message of the kernel is at most 32 KiB.
@@ -52,6 +52,11 @@ impl NetlinkError {
     /// Whether the object asked for does not exist.
     pub(crate) fn is_absent(&self) -> bool {
         matches!(self, NetlinkError::Refused(error) if error.kind() == io::ErrorKind::NotFound)
+    }
+
+    /// Whether the kernel cannot do what was asked for: it has no nf_tables, or not in this family.
+    pub(crate) fn is_unsupported(&self) -> bool {
+        matches!(self.code(), Some(EINVAL | EOPNOTSUPP))
     }
 }
 

@@ -33,14 +33,14 @@ impl Ranges {
         table.0 >= self.table_offset
     }
 
-    /// Whether a rule of others takes packets away from ours: it stands among ours, or ahead of them and matches our
-    /// bits of the mark.
-    pub(crate) fn collides(&self, rule: &Rule) -> bool {
-        let ours = self.priority..self.priority.saturating_add(PRIORITIES);
-        let takes_our_mark = rule.mark.is_some_and(|m| m.mask & self.mask != 0)
-            && rule.priority < ours.end
-            && rule.action != RuleAction::Nop;
-        ours.contains(&rule.priority) || takes_our_mark
+    /// The first priority after ours.
+    pub(crate) fn end(&self) -> u32 {
+        self.priority.saturating_add(PRIORITIES)
+    }
+
+    /// The marks of egress packets.
+    pub(crate) fn marks(&self) -> impl Iterator<Item = u32> {
+        (1..=self.slots).map(|slot| slot << self.mask.trailing_zeros())
     }
 
     /// Whether a rule without a protocol number is one that releases before 0.3 made: the pairs of mark and table are
@@ -130,27 +130,6 @@ mod tests {
             from: None,
             to: None,
         }
-    }
-
-    #[test]
-    fn rules_of_others_collide_among_ours_and_ahead_of_them_with_our_mark() {
-        let (ours, other) = ((0x0010_0000, 0x00ff_0000), (1, 1));
-        for (priority, mark, expected) in [
-            (999, ours, true),
-            (999, other, false),
-            (1000, other, true),
-            (1001, other, true),
-            (1002, ours, false),
-        ] {
-            let rule = rule(priority, mark, 254);
-            assert_eq!(Ranges::DEFAULT.collides(&rule), expected, "{rule}");
-        }
-        let action = RuleAction::Nop;
-        let nop = Rule {
-            action,
-            ..rule(999, ours, 0)
-        };
-        assert!(!Ranges::DEFAULT.collides(&nop));
     }
 
     #[test]

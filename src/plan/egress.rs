@@ -29,6 +29,10 @@ impl Egress<'_> {
         *self.on_no_gateway == OnNoGateway::NodeAddress && self.gateway.is_err()
     }
 
+    pub(super) fn is_gateway_here(&self) -> bool {
+        matches!(&self.gateway, Ok(gateway) if gateway.hop.is_none())
+    }
+
     /// Where pods of this node are routed to; none where the gateway is this node, and where there is none.
     pub(super) fn hop(&self) -> Option<&NextHop> {
         self.gateway.as_ref().ok()?.hop.as_ref()

@@ -7,6 +7,7 @@ pub mod adopt;
 mod egress;
 mod landmarks;
 mod networks;
+mod obstacles;
 pub mod places;
 mod pods;
 mod routes;
@@ -24,7 +25,10 @@ use crate::plan::routes::Routing;
 use crate::plan::slots::Slots;
 pub use crate::plan::verdict::{Blocked, Ignored, Subject, Verdict};
 use crate::settings::Settings;
-use crate::state::{Family, FamilyState, FirewallState, KernelState, NextHop, PodState, Skeleton};
+use crate::state::{
+    Accepted, Family, FamilyState, FirewallState, KernelState, NextHop, Obstacle, PodState,
+    Skeleton,
+};
 
 /// What this node must be, and why.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -34,6 +38,8 @@ pub struct Desired {
     pub slots: Slots,
     /// What becomes of each labelled Service, by family.
     pub services: BTreeMap<ObjectKey, BTreeMap<Family, Verdict>>,
+    /// What of this node is in the way of Services that it has to do with, by family.
+    pub obstacles: BTreeMap<ObjectKey, BTreeMap<Family, BTreeSet<Obstacle>>>,
     /// Services and endpoints that are left out.
     pub ignored: BTreeMap<Subject, Ignored>,
     /// Pods outside every known pod network, one for each family: why all private networks are excluded.
@@ -95,6 +101,11 @@ fn plan_family(
     let own = local.map(|(address, _)| *address);
     let excluded = networks::excluded(family, view, &settings.excluded, own);
 
+    for (service, found) in obstacles::obstacles(family, view, &pods, &egress, &excluded.nets) {
+        let of_service = desired.obstacles.entry(service).or_default();
+        of_service.insert(family, found);
+    }
+
     let routing = Routing {
         settings,
         traits: view.traits,
@@ -133,6 +144,14 @@ fn plan_family(
         |(address, pod): (&IpAddr, &EgressPod<'_>)| pod.local && states.contains_key(address);
     let has_work = settings.strict_start || !vips.is_empty() || pods.iter().any(is_here);
     let landmarks = landmarks::landmarks(family, view, settings, &vips, &routes);
+    let passes = |(address, pod): (&IpAddr, &PodState)| {
+        pod.gateway_here || pods.get(address).is_some_and(|pod| pod.local)
+    };
+    let sources = networks::pods(family, view);
+    if settings.forward_accept && !sources.is_empty() && states.iter().any(passes) {
+        let accepted = Accepted::Sources(sources);
+        desired.kernel.accepted.insert(family, accepted);
+    }
     let state = FamilyState {
         routes,
         firewall: FirewallState {

@@ -82,6 +82,12 @@ fn constant(nets: &'static [&'static str]) -> impl Iterator<Item = IpNet> {
     nets.iter().filter_map(|net| net.parse().ok())
 }
 
+/// Every known pod network.
+pub(super) fn pods(family: Family, view: &View) -> BTreeSet<IpNet> {
+    let nets = view.nodes.values().flat_map(|node| &node.pod_cidrs);
+    merged(family, nets.chain(&view.pod_pools))
+}
+
 /// The pod networks of the other nodes, while this node is a gateway, unless it may be their router.
 pub(super) fn remote_pods(family: Family, view: &View, settings: &Settings) -> BTreeSet<IpNet> {
     let is_wanted = settings.guard_transit && view.is_gateway;

@@ -19,10 +19,12 @@ use crate::error::chain;
 use crate::names::{NodeName, ObjectKey};
 use crate::plan::{Blocked, Ignored, Subject, Verdict};
 use crate::report::log::{Change, Notice};
-use crate::state::Family;
+use crate::state::{Family, Obstacle};
 
 /// Pauses while the API server does not answer.
 const BACKOFF: Backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(5));
+/// In bytes, with room for an ellipsis: the limit is 1024.
+const LONGEST_NOTE: usize = 1000;
 /// An Event is tried at most this often: those behind it wait.
 const MOST_TRIES: usize = 5;
 
@@ -57,7 +59,14 @@ pub fn of_changes(changes: &[Change<'_>], view: &View, own: &NodeName) -> Vec<Se
                 };
                 (event, false)
             }
-            Change::Gone(_) | Change::UnknownNetwork(..) => return None,
+            Change::Hindered(service, family, obstacle, others) => {
+                // The plan names only Services that this node has to do with.
+                return Some(of_obstacle(service, family, obstacle, others, own));
+            }
+            Change::Gone(_)
+            | Change::UnknownNetwork(..)
+            | Change::Found(..)
+            | Change::Mended(..) => return None,
         };
         let publishers = publishers.get_or_insert_with(|| Publishers::of(view, own));
         let is_ours = match differs_by_node {
@@ -106,6 +115,25 @@ fn of_verdict(
         reason,
         note: format!("egress by {family} {verdict}"),
     })
+}
+
+fn of_obstacle(
+    service: &ObjectKey,
+    family: Family,
+    obstacle: &Obstacle,
+    others: usize,
+    own: &NodeName,
+) -> ServiceEvent {
+    let mut note = format!("{family} on {own}: {obstacle}");
+    if others > 0 {
+        note += &format!(" (and {others} more, see metaleg-agent plan there)");
+    }
+    ServiceEvent {
+        service: service.clone(),
+        is_warning: true,
+        reason: obstacle.label(),
+        note,
+    }
 }
 
 /// Whether other nodes may come to another verdict.
@@ -198,6 +226,20 @@ pub(super) async fn publish(
     }
 }
 
+/// The API server refuses longer notes.
+fn shortened(mut note: String) -> String {
+    let is_end = |at: &usize| note.is_char_boundary(*at);
+    if let Some(end) = (0..=LONGEST_NOTE)
+        .rev()
+        .find(is_end)
+        .filter(|end| *end < note.len())
+    {
+        note.truncate(end);
+        note.push('…');
+    }
+    note
+}
+
 fn document(event: ServiceEvent, uid: String) -> (Event, ObjectReference) {
     let service = ObjectReference {
         api_version: Some("v1".to_owned()),
@@ -214,7 +256,7 @@ fn document(event: ServiceEvent, uid: String) -> (Event, ObjectReference) {
             EventType::Normal
         },
         reason: event.reason.to_owned(),
-        note: Some(event.note),
+        note: Some(shortened(event.note)),
         action: "Egress".to_owned(),
         secondary: None,
     };
@@ -289,6 +331,34 @@ mod tests {
             published(&blocked, &active),
             [vec![], vec!["Active"], vec![]]
         );
+    }
+
+    #[test]
+    fn an_obstacle_is_a_warning_of_the_node_that_has_it() {
+        let obstacles = [
+            Obstacle::RuleAhead("pref 220 lookup 220".to_owned()),
+            Obstacle::RuleAhead("pref 221 lookup 221".to_owned()),
+            Obstacle::NotSeen("é".repeat(2000)),
+        ];
+        let now = Desired {
+            obstacles: [(key("a"), [(Family::V4, obstacles.into())].into())].into(),
+            ..Desired::default()
+        };
+        let before = Desired::default();
+        let events = of_changes(&changes(&before, &now), &view(), &node(1));
+        let reasons: Vec<_> = events.iter().map(|event| event.reason).collect();
+        assert_eq!(reasons, ["NotSeen", "RuleAhead"]);
+        assert!(events.iter().all(|event| event.is_warning));
+        assert_eq!(
+            events[1].note,
+            "IPv4 on node1: the routing rule `pref 220 lookup 220` of others comes before ours and takes egress packets: \
+             give it a priority after ours, or set ROUTE_RULE_PRIORITY below it (and 1 more, see metaleg-agent plan there)"
+        );
+        let [long, short] = events.try_into().unwrap();
+        let [long, short] =
+            [long, short].map(|event| document(event, String::new()).0.note.unwrap());
+        assert!(long.len() <= 1024 && long.ends_with('…'), "{}", long.len());
+        assert!(short.ends_with("there)"));
     }
 
     #[test]

@@ -14,7 +14,7 @@ use crate::lan::Anomaly;
 use crate::names::{NodeName, ObjectKey};
 use crate::plan::{Desired, Ignored, Subject, Verdict};
 use crate::settings::{LogFormat, Settings};
-use crate::state::Family;
+use crate::state::{Family, Obstacle};
 
 /// How many failed steps are named.
 const MOST_FAILURES: usize = 10;
@@ -36,7 +36,7 @@ pub fn start(settings: &Settings) {
 /// What was logged and is not to be logged again.
 #[derive(Debug, Default)]
 pub struct Log {
-    collisions: BTreeSet<String>,
+    unseen: BTreeSet<String>,
     anomalies: BTreeSet<Anomaly>,
     disagreements: BTreeSet<IpAddr>,
 }
@@ -52,12 +52,12 @@ pub struct Notice {
 }
 
 impl Log {
-    /// Warns of objects of others that get in the way of ours, when they are new.
-    pub fn collisions(&mut self, collisions: BTreeSet<String>) {
-        for collision in collisions.difference(&self.collisions) {
-            warn!("{collision}");
+    /// Warns of what could not be looked at, when that is new.
+    pub fn unseen(&mut self, unseen: &BTreeSet<String>) {
+        for sentence in unseen.difference(&self.unseen) {
+            warn!("{sentence}");
         }
-        self.collisions = collisions;
+        self.unseen.clone_from(unseen);
     }
 
     /// New anomalies of the LAN, and sources that disagree from now on.
@@ -107,6 +107,12 @@ pub enum Change<'a> {
     Ignored(&'a Subject, &'a Ignored),
     /// Private networks are excluded because of a pod.
     UnknownNetwork(Family, IpAddr),
+    /// An obstacle is in the way of the first of some Services, as many as given.
+    Found(Family, &'a Obstacle, usize),
+    /// An obstacle is in nobody's way any more.
+    Mended(Family, &'a Obstacle),
+    /// What is in the way of a Service has changed: the first obstacle of its kind, and how many others there are.
+    Hindered(&'a ObjectKey, Family, &'a Obstacle, usize),
 }
 
 /// What became different between two plans.
@@ -131,7 +137,55 @@ pub fn changes<'a>(before: &'a Desired, now: &'a Desired) -> Vec<Change<'a>> {
         .chain(gone.map(Change::Gone))
         .chain(ignored.map(|(subject, reason)| Change::Ignored(subject, reason)))
         .chain(unknown.map(|(family, pod)| Change::UnknownNetwork(*family, *pod)))
+        .chain(obstacles(before, now))
         .collect()
+}
+
+/// What has changed of obstacles: of the node, each once, and of each Service.
+fn obstacles<'a>(before: &'a Desired, now: &'a Desired) -> Vec<Change<'a>> {
+    let (old, new) = (hindered(before), hindered(now));
+    let found = new
+        .iter()
+        .filter(|(obstacle, _)| !old.contains_key(*obstacle));
+    let found = found.map(|((family, obstacle), n)| Change::Found(*family, obstacle, *n));
+    let mended = old.keys().filter(|obstacle| !new.contains_key(*obstacle));
+    let mended = mended.map(|(family, obstacle)| Change::Mended(*family, obstacle));
+    let mut changes: Vec<Change<'_>> = found.chain(mended).collect();
+    for (service, families) in &now.obstacles {
+        let old = before.obstacles.get(service);
+        for (family, obstacles) in families {
+            let old = old.and_then(|families| families.get(family));
+            let old = by_label(old.into_iter().flatten());
+            for (label, of_kind) in by_label(obstacles) {
+                if let (Some(first), false) = (of_kind.first(), old.get(label) == Some(&of_kind)) {
+                    let others = of_kind.len() - 1;
+                    changes.push(Change::Hindered(service, *family, first, others));
+                }
+            }
+        }
+    }
+    changes
+}
+
+/// All obstacles, with the number of Services that they are in the way of.
+fn hindered(desired: &Desired) -> BTreeMap<(Family, &Obstacle), usize> {
+    let mut all = BTreeMap::new();
+    for (family, obstacles) in desired.obstacles.values().flatten() {
+        for obstacle in obstacles {
+            *all.entry((*family, obstacle)).or_default() += 1;
+        }
+    }
+    all
+}
+
+fn by_label<'a>(
+    obstacles: impl IntoIterator<Item = &'a Obstacle>,
+) -> BTreeMap<&'static str, Vec<&'a Obstacle>> {
+    let mut kinds: BTreeMap<_, Vec<_>> = BTreeMap::new();
+    for obstacle in obstacles {
+        kinds.entry(obstacle.label()).or_default().push(obstacle);
+    }
+    kinds
 }
 
 impl Change<'_> {
@@ -146,6 +200,14 @@ impl Change<'_> {
                 "pod is in no node's podCIDRs: all private networks are excluded from egress, \
                  set FIREWALL_EXCLUDE_DST_CIDRS to the cluster's networks"
             ),
+            Change::Found(family, obstacle, services) => {
+                warn!(%family, kind = obstacle.label(), services, "{obstacle}");
+            }
+            Change::Mended(family, obstacle) => {
+                info!(%family, kind = obstacle.label(), "not in the way any more: {obstacle}");
+            }
+            // Its obstacles are logged once for all Services.
+            Change::Hindered(..) => {}
         }
     }
 }
@@ -227,5 +289,49 @@ mod tests {
         assert_eq!(changes(&blocked, &active), [expected]);
         assert_eq!(changes(&active, &active), []);
         assert_eq!(changes(&active, &nothing), [Change::Gone(&key)]);
+    }
+
+    #[test]
+    fn an_obstacle_is_logged_once_for_all_services_and_told_to_each_when_its_kind_changes() {
+        let family = Family::V4;
+        let [a, b] = ["a", "b"].map(|name| ObjectKey {
+            namespace: "shop".to_owned(),
+            name: name.to_owned(),
+        });
+        let rule = |n: u32| Obstacle::RuleAhead(format!("pref {n} lookup 77"));
+        let plan = |obstacles: &[Obstacle]| Desired {
+            obstacles: [&a, &b]
+                .map(|key| {
+                    let obstacles = obstacles.iter().cloned().collect();
+                    (key.clone(), [(family, obstacles)].into())
+                })
+                .into(),
+            ..Desired::default()
+        };
+        let nothing = Desired::default();
+        let (strict, one, two) = (Obstacle::StrictTracking, rule(1), rule(2));
+        let first = plan(&[strict.clone(), one.clone()]);
+        assert_eq!(
+            changes(&nothing, &first),
+            [
+                Change::Found(family, &strict, 2),
+                Change::Found(family, &one, 2),
+                Change::Hindered(&a, family, &one, 0),
+                Change::Hindered(&a, family, &strict, 0),
+                Change::Hindered(&b, family, &one, 0),
+                Change::Hindered(&b, family, &strict, 0),
+            ]
+        );
+        let second = plan(&[one.clone(), two.clone()]);
+        assert_eq!(
+            changes(&first, &second),
+            [
+                Change::Found(family, &two, 2),
+                Change::Mended(family, &strict),
+                Change::Hindered(&a, family, &one, 1),
+                Change::Hindered(&b, family, &one, 1),
+            ]
+        );
+        assert_eq!(changes(&second, &second), []);
     }
 }

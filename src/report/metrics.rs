@@ -68,7 +68,7 @@ fn registry(report: Arc<Report>) -> Registry {
     let counters = &report.counters;
     let help = "Passes by result: unchanged, changed or failed";
     registry.register("passes", help, counters.passes.clone());
-    let help = "Kernel changes by executor: routes, firewall, conntrack or remnants";
+    let help = "Kernel changes by executor: routes, firewall, conntrack, filter or remnants";
     registry.register("steps", help, counters.steps.clone());
     let help = "Kernel changes that failed, by executor";
     registry.register("failed_steps", help, counters.failed_steps.clone());
@@ -111,6 +111,13 @@ impl Collector for Scrape {
             (labels, gauge(*count))
         });
         labelled(encoder, "services", help, rows)?;
+        let help =
+            "Labelled Services that something on this node is in the way of, by family and kind";
+        let rows = summary.obstacles.iter().map(|((family, kind), count)| {
+            let labels = [by(family), ("kind", (*kind).to_owned())];
+            (labels, gauge(*count))
+        });
+        labelled(encoder, "obstacles", help, rows)?;
         let help = "Egress pods of the cluster by family";
         let rows = summary.pods.iter();
         let rows = rows.map(|(family, count)| ([by(family)], gauge(*count)));
@@ -164,6 +171,8 @@ mod tests {
     use crate::cluster::leases::BootId;
     use crate::cluster::watch::Cluster;
     use crate::names::NodeName;
+    use crate::plan::Desired;
+    use crate::state::Obstacle;
 
     #[test]
     fn what_is_scraped_says_how_the_agent_is() {
@@ -171,11 +180,21 @@ mod tests {
         let cluster = Arc::new(Cluster::default());
         let (report, _) = Report::recorded(cluster, node, BootId("first".to_owned()));
         report.counters.pass("failed");
+        let key = crate::names::ObjectKey {
+            namespace: "shop".to_owned(),
+            name: "a".to_owned(),
+        };
+        let obstacles = [Obstacle::StrictTracking].into();
+        report.planned(&Desired {
+            obstacles: [(key, [(Family::V6, obstacles)].into())].into(),
+            ..Desired::default()
+        });
         let mut body = String::new();
         text::encode(&mut body, &registry(Arc::new(report))).unwrap();
         for line in [
             "metaleg_ready 0",
             "metaleg_ignored 0",
+            "metaleg_obstacles{family=\"IPv6\",kind=\"StrictTracking\"} 1",
             "metaleg_passes_total{result=\"failed\"} 1",
             "metaleg_watch_synced{watch=\"Services\"} 0",
             "metaleg_watch_failures_total{watch=\"CiliumNodes\"} 0",

@@ -6,7 +6,7 @@ mod lease;
 pub mod log;
 pub mod metrics;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -25,7 +25,7 @@ use crate::report::events::ServiceEvent;
 use crate::report::lease::Holder;
 use crate::report::metrics::Counters;
 use crate::settings::Settings;
-use crate::state::Family;
+use crate::state::{Family, Obstacle};
 use crate::tasks::Tasks;
 
 /// A pass that takes longer hangs: every tool that it runs has a deadline far below this.
@@ -63,6 +63,8 @@ pub struct Summary {
     /// Egress pods of the cluster by family.
     pub pods: BTreeMap<Family, usize>,
     pub ignored: usize,
+    /// Services that something on this node is in the way of, by family and kind.
+    pub obstacles: BTreeMap<(Family, &'static str), usize>,
 }
 
 impl Summary {
@@ -80,6 +82,12 @@ impl Summary {
                     Verdict::Released(_) => "Released",
                 };
                 *summary.services.entry((*family, label)).or_default() += 1;
+            }
+        }
+        for (family, obstacles) in desired.obstacles.values().flatten() {
+            let kinds: BTreeSet<_> = obstacles.iter().map(Obstacle::label).collect();
+            for kind in kinds {
+                *summary.obstacles.entry((*family, kind)).or_default() += 1;
             }
         }
         for (family, state) in &desired.kernel.families {

@@ -3,6 +3,7 @@
 //! Plain values without I/O, shared by `plan` (which makes the wanted [`KernelState`]), `kernel` (which reads
 //! the present one and executes [`Step`]s) and `diff` (which orders the steps).
 
+mod obstacle;
 mod routing;
 mod step;
 
@@ -16,6 +17,7 @@ use strum::{IntoStaticStr, VariantNames};
 use crate::ethernet::Mac;
 use crate::names::{Interface, Reach};
 
+pub use self::obstacle::{DroppingFilter, Obstacle, Passage, ReversePath, RuleAhead, Surroundings};
 pub use self::routing::{
     Mark, NextHop, NextHops, RouteState, Rule, RuleAction, Table, TableId, Way,
 };
@@ -177,10 +179,21 @@ pub enum Remnant {
     EarlierRelease,
 }
 
+/// What our chain in iptables' FORWARD accepts.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Accepted {
+    /// Something is missing or changed.
+    Damaged,
+    /// Packets from there, and what belongs to connections that were opened from there.
+    Sources(BTreeSet<IpNet>),
+}
+
 /// Everything of ours in a node's kernel. A family that the kernel does not have is absent from the map.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct KernelState {
     pub families: BTreeMap<Family, FamilyState>,
+    /// What a rule of ours lets pass iptables' FORWARD, by family; absent where there is none.
+    pub accepted: BTreeMap<Family, Accepted>,
     /// What is to go when the families are as wanted.
     pub remnants: BTreeSet<Remnant>,
     /// Connections may have been opened under other rules than these: before the agent was started, while
@@ -227,8 +240,8 @@ pub struct Observed {
     pub neighbours: BTreeMap<IpAddr, Mac>,
     /// Tables of our range that others use: not to be used by us.
     pub occupied: BTreeSet<(Family, TableId)>,
-    /// What of others comes before ours or among it, as sentences for the operator.
-    pub collisions: BTreeSet<String>,
+    /// What of the node itself and of others decides with us, by family.
+    pub surroundings: BTreeMap<Family, Surroundings>,
     /// What could not be looked at although something of ours may be there, as sentences for the operator.
     pub unseen: BTreeSet<String>,
 }
@@ -310,6 +323,13 @@ impl KernelState {
             ) => {}
             Step::RemoveRemnant(remnant) => {
                 self.remnants.remove(remnant);
+            }
+            Step::Accept(family, sources) if sources.is_empty() => {
+                self.accepted.remove(family);
+            }
+            Step::Accept(family, sources) => {
+                let sources = Accepted::Sources(sources.clone());
+                self.accepted.insert(*family, sources);
             }
         }
     }

@@ -18,6 +18,11 @@ pub enum Step {
     Route(RouteStep),
     Firewall(FirewallStep),
     Connection(ConnectionStep),
+    /// Let packets from these networks, and the answers to them, pass iptables' FORWARD whatever its policy; without any,
+    /// the chain that does so is removed.
+    #[display("accept {_0} packets of {} in iptables' FORWARD", joined(_1))]
+    #[from(skip)]
+    Accept(Family, BTreeSet<IpNet>),
     #[display("remove {_0}")]
     RemoveRemnant(Remnant),
 }
@@ -152,6 +157,7 @@ impl Step {
             Step::Route(_) => "routes",
             Step::Firewall(_) => "firewall",
             Step::Connection(_) => "conntrack",
+            Step::Accept(..) => "filter",
             Step::RemoveRemnant(_) => "remnants",
         }
     }
@@ -165,7 +171,9 @@ impl Step {
                 | ConnectionStep::ElicitAck(pod)
                 | ConnectionStep::Resume { pod, .. },
             ) => Some(*pod),
-            Step::Route(_) | Step::Connection(_) | Step::RemoveRemnant(_) => None,
+            Step::Route(_) | Step::Connection(_) | Step::Accept(..) | Step::RemoveRemnant(_) => {
+                None
+            }
         }
     }
 
@@ -219,6 +227,9 @@ impl Step {
 }
 
 fn joined(nets: &BTreeSet<IpNet>) -> String {
+    if nets.is_empty() {
+        return "nobody".to_owned();
+    }
     let nets: Vec<String> = nets.iter().map(IpNet::to_string).collect();
     nets.join(", ")
 }

@@ -69,6 +69,7 @@ fn kind(step: &Step) -> &'static str {
             ConnectionStep::ForgetWrongSource { .. } => "forget wrong sources",
             ConnectionStep::ForgetNewlyExcluded { .. } => "forget newly excluded",
         },
+        Step::Accept(..) => "accept",
         Step::RemoveRemnant(_) => "remove remnant",
     }
 }
@@ -128,6 +129,7 @@ fn steps(about: About) -> Vec<Step> {
             nets: [net].into(),
         }
         .into(),
+        Step::Accept(family, [net].into()),
         Step::RemoveRemnant(Remnant::Ipsets),
     ];
     for set in NetSet::ALL {

@@ -4,6 +4,8 @@ use std::fmt::Write as _;
 use std::time::Duration;
 
 use super::*;
+use crate::mode::open_with;
+use crate::obstacles::accepting;
 
 /// The product's promise: damage is repaired within a second, of which noticing it is the larger part.
 const SOON: Duration = Duration::from_millis(800);
@@ -173,7 +175,7 @@ async fn the_noise_of_a_node_is_no_drift(mode: Mode) {
         (
             "rules of others that take nothing of ours",
             "for n in 1 2 3; do ip rule add pref 500$n from 10.9.0.0/16 lookup 7; done
-             ip rule add pref 500 to 10.9.0.0/16 lookup 7; ip -6 rule add pref 5000 lookup 7",
+             ip rule add pref 500 fwmark 0x200/0xf00 lookup 7; ip -6 rule add pref 5000 lookup 7",
         ),
         ("a large transaction of others", "nft -f /run/chains"),
         (
@@ -214,6 +216,25 @@ async fn what_our_tools_change_is_no_drift(mode: Mode) {
 
 each_mode!(what_our_tools_change_is_no_drift: nftables, iptables_nft);
 
+/// The chain that accepts packets is in a table of iptables, whichever the backend.
+async fn damage_of_what_accepts_is_noticed(mode: Mode) {
+    let mut kernel = open_with(mode, &["--forward-accept=true"]).await;
+    reach(&mut kernel, &example()).await;
+    settle(&mut kernel).await;
+    reach(&mut kernel, &accepting(example())).await;
+    assert_eq!(drift(&mut kernel, SOON).await, None, "by ourselves");
+    for (damage, expected) in [
+        ("-t filter -F METALEG-ACCEPT", Drift::Certain),
+        ("-t filter -P FORWARD DROP", Drift::Possible),
+    ] {
+        sh(&format!("iptables-nft {damage}"));
+        assert_eq!(drift(&mut kernel, SOON).await, Some(expected), "{damage}");
+        settle(&mut kernel).await;
+    }
+}
+
+each_mode!(damage_of_what_accepts_is_noticed: nftables, iptables_nft);
+
 /// Connections are looked at only after changes that are certainly of something of ours.
 #[test]
 fn news_of_what_is_not_ours_is_told_from_damage() {
@@ -235,11 +256,15 @@ fn news_of_what_is_not_ours_is_told_from_damage() {
             ("ip link set lan1 up", Drift::Possible),
             ("ip link del lan1", Drift::Possible),
             (
-                "ip rule add pref 999 fwmark 0x100000/0xf00000 lookup 7",
+                "ip rule add pref 1001 fwmark 0x100000/0xf00000 lookup 7",
                 Drift::Possible,
             ),
             ("ip rule add pref 3000 lookup 100004", Drift::Possible),
-            ("ip rule del pref 1001", Drift::Certain),
+            (
+                "ip rule add pref 500 to 10.9.0.0/16 lookup 7",
+                Drift::Possible,
+            ),
+            ("ip rule del pref 1000", Drift::Certain),
             (
                 "ip route add 203.0.113.0/24 dev eth0 table 100001",
                 Drift::Certain,

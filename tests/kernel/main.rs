@@ -26,6 +26,7 @@ mod firewall;
 mod foreign_nat;
 mod guard;
 mod lan;
+mod obstacles;
 mod on_link;
 mod remnants;
 mod routes;
@@ -38,9 +39,9 @@ use metaleg::diff::diff;
 use metaleg::kernel::{Drift, Kernel, NodeKernel};
 use metaleg::settings::FirewallBackend;
 use metaleg::state::{
-    ConnectionStep, Family, FamilyState, FirewallStep, KernelState, Landmark, Mark, NetSet,
-    NextHop, PodSet, PodState, Remnant, RouteState, RouteStep, Rule, RuleAction, Skeleton, Step,
-    Table, TableId, Way,
+    Accepted, ConnectionStep, DroppingFilter, Family, FamilyState, FirewallStep, KernelState,
+    Landmark, Mark, NetSet, NextHop, Obstacle, PodSet, PodState, Remnant, RouteState, RouteStep,
+    Rule, RuleAction, Skeleton, Step, Surroundings, Table, TableId, Way,
 };
 
 use crate::mode::{Mode, open, open_backend};

@@ -103,21 +103,32 @@ impl Mode {
 
 /// The mode of iptables is said the way a kubelet does.
 pub(crate) async fn open(mode: Mode) -> NodeKernel {
+    open_with(mode, &[]).await
+}
+
+/// With settings beside the backend.
+pub(crate) async fn open_with(mode: Mode, settings: &[&str]) -> NodeKernel {
     for tool in mode.tools() {
         sh(&format!(
             "{tool} -t mangle -N KUBE-IPTABLES-HINT 2>/dev/null || true"
         ));
     }
-    open_backend(mode.backend()).await
+    open_kernel(mode.backend(), settings).await
 }
 
 pub(crate) async fn open_backend(backend: FirewallBackend) -> NodeKernel {
+    open_kernel(backend, &[]).await
+}
+
+async fn open_kernel(backend: FirewallBackend, flags: &[&str]) -> NodeKernel {
     let name = match backend {
         FirewallBackend::Auto => "auto",
         FirewallBackend::Nftables => "nftables",
         FirewallBackend::Iptables => "iptables",
     };
-    let settings = settings(&[&format!("--firewall-backend={name}")]);
+    let backend = format!("--firewall-backend={name}");
+    let flags = [backend.as_str()].into_iter().chain(flags.iter().copied());
+    let settings = settings(&flags.collect::<Vec<_>>());
     assert_eq!(settings.mask.bits(), MASK);
     NodeKernel::open(&settings).await.unwrap()
 }

@@ -5,7 +5,6 @@ use netlink_packet_netfilter::nftables::{
     ChainAttribute, ChainMessage, NfTablesMessage, RuleAttribute, RuleMessage,
 };
 use netlink_packet_netfilter::{NetfilterMessageInner, NetfilterProtoFamily};
-use nix::libc::{EINVAL, EOPNOTSUPP};
 
 use crate::kernel::netfilter::{Netfilter, NetlinkError};
 use crate::state::Family;
@@ -46,7 +45,7 @@ impl ByName {
             match self.0.has(proto(family), question) {
                 Ok(true) => return Ok(true),
                 Ok(false) => {}
-                Err(error) if is_unsupported(&error) => {}
+                Err(error) if error.is_unsupported() => {}
                 Err(error) => return Err(error),
             }
         }
@@ -68,15 +67,10 @@ impl ByName {
                 });
             match count {
                 Ok(count) => rules += count,
-                Err(error) if error.is_absent() || is_unsupported(&error) => {}
+                Err(error) if error.is_absent() || error.is_unsupported() => {}
                 Err(error) => return Err(error),
             }
         }
         Ok(rules)
     }
-}
-
-/// A kernel without nftables, or without it in this family, has nothing there.
-fn is_unsupported(error: &NetlinkError) -> bool {
-    matches!(error.code(), Some(EINVAL | EOPNOTSUPP))
 }

@@ -10,6 +10,7 @@ mod by_name;
 mod chains;
 mod detect;
 mod documents;
+pub(crate) mod forward;
 mod mode;
 mod read;
 pub(crate) mod remnants;
@@ -38,8 +39,8 @@ use crate::kernel::conntrack::LateReply;
 use crate::kernel::error::{Error, StepError, executable};
 use crate::kernel::netlink::OwnPorts;
 use crate::kernel::ours::{OwnSet, Ranges};
-use crate::kernel::tag::Rule;
-use crate::kernel::tool::ToolError;
+use crate::kernel::tag::{Rule, TAG};
+use crate::kernel::tool::{ToolError, run};
 use crate::state::{Family, FirewallState, FirewallStep, Landmark, Remnant};
 
 /// How many bad input lines a batch may have before it is given up.
@@ -222,7 +223,7 @@ impl Iptables {
             },
             nat_priority: NF_IP_PRI_NAT_SRC,
             nat_table,
-            advice: Some("FIREWALL_BACKEND=nftables would be ahead of it"),
+            advice: "FIREWALL_BACKEND=nftables would be ahead of it",
             marks_before_dnat: true,
             ways_are_routes: true,
             remnants: vec![chains, Remnant::Ipsets],
@@ -274,6 +275,22 @@ impl Iptables {
 
     pub(crate) async fn expect_late_replies(&self, replies: &[LateReply]) -> Result<(), Error> {
         Ok(ipset(replies.iter().map(late_reply_line).collect()).await?)
+    }
+
+    /// What the rules `foreign` have counted.
+    pub(crate) async fn foreign_marks(&self) -> Result<BTreeMap<Family, u64>, ToolError> {
+        let mut found = BTreeMap::new();
+        let name = format!("\"{TAG}foreign:");
+        for &family in &self.families {
+            let tool = self.variant.tool(family, "save");
+            let text = run(&tool, &["-c", "-t", "mangle"], String::new()).await?;
+            let line = text.lines().find(|line| line.contains(&name));
+            // `[packets:bytes] -A …`
+            let counter = line.and_then(|line| line.strip_prefix('[')?.split(':').next());
+            let packets = counter.and_then(|packets| packets.parse().ok());
+            found.extend(packets.map(|packets| (family, packets)));
+        }
+        Ok(found)
     }
 
     pub(crate) async fn foreign_nat(&self) -> Result<BTreeSet<String>, Error> {

@@ -13,6 +13,8 @@ pub(crate) enum Variant {
 }
 
 impl Variant {
+    pub(super) const BOTH: [Variant; 2] = [Variant::Nft, Variant::Legacy];
+
     pub(super) fn other(self) -> Variant {
         match self {
             Variant::Nft => Variant::Legacy,
@@ -32,6 +34,11 @@ impl Variant {
         };
         format!("{iptables}-{variant}-{what}")
     }
+}
+
+/// Whether a legacy table is in use here.
+pub(super) async fn has_legacy_table(family: Family, table: &str) -> bool {
+    legacy_tables(family).await.iter().any(|name| name == table)
 }
 
 /// The legacy tables that are in use here. The legacy tools would register others when asked for them.

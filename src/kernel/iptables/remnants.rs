@@ -42,7 +42,7 @@ pub(crate) async fn find_chains(variant: Variant, families: &[Family]) -> Result
                     if !TABLES.contains(&table.as_str()) {
                         continue;
                     }
-                    let lines = save_table(variant, family, &table).await?;
+                    let (lines, _) = save_table(variant, family, &table).await?;
                     found.present |= lines.iter().any(|line| is_own_chain(&line.chain));
                     found.earlier |= lines.iter().any(|line| is_earlier_chain(&line.chain));
                 }

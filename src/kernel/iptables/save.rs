@@ -1,5 +1,7 @@
 //! Reads and writes the rules of a mode: `iptables-save` and `iptables-restore`.
 
+use std::collections::BTreeMap;
+
 use crate::kernel::iptables::mode::{Variant, legacy_tables};
 use crate::kernel::netlink::OwnPorts;
 use crate::kernel::tag::TAG;
@@ -12,16 +14,17 @@ const LOCK_SECONDS: &str = "20";
 /// The rules of a mode.
 pub(super) async fn save(variant: Variant, family: Family) -> Result<Vec<Line>, ToolError> {
     let text = run(&variant.tool(family, "save"), &[], String::new()).await?;
-    Ok(parse(&text))
+    Ok(parse(&text).0)
 }
 
-/// Those of one table.
+/// The rules of one table, and the policies of its chains.
 pub(super) async fn save_table(
     variant: Variant,
     family: Family,
     table: &str,
-) -> Result<Vec<Line>, ToolError> {
-    let text = run(&variant.tool(family, "save"), &["-t", table], String::new()).await?;
+) -> Result<(Vec<Line>, BTreeMap<String, String>), ToolError> {
+    let tool = variant.tool(family, "save");
+    let text = run(&tool, &["-t", table], String::new()).await?;
     Ok(parse(&text))
 }
 
@@ -87,9 +90,11 @@ impl Line {
     }
 }
 
-fn parse(text: &str) -> Vec<Line> {
+/// Chains and rules, and the policies of built-in chains.
+pub(super) fn parse(text: &str) -> (Vec<Line>, BTreeMap<String, String>) {
     let mut table = String::new();
     let mut lines = Vec::new();
+    let mut policies = BTreeMap::new();
     for line in text.lines() {
         if let Some(name) = line.strip_prefix('*') {
             name.clone_into(&mut table);
@@ -100,11 +105,14 @@ fn parse(text: &str) -> Vec<Line> {
         let Some((chain, rule)) = rest.and_then(|rest| rest.split_once(' ')) else {
             continue;
         };
+        if let (Some(_), Some(policy)) = (declaration, rule.split(' ').next()) {
+            policies.insert(chain.to_owned(), policy.to_owned());
+        }
         lines.push(Line {
             table: table.clone(),
             chain: chain.to_owned(),
             rule: declaration.is_none().then(|| rule.to_owned()),
         });
     }
-    lines
+    (lines, policies)
 }

@@ -24,7 +24,8 @@ use netlink_packet_netfilter::{NetfilterMessageInner, NetfilterProtoFamily};
 use self::elements::{
     Elements, Key, Kind, SetTraits, Transient, Value, late_reply_key, late_set, octets,
 };
-pub(crate) use self::read::{BaseChain, any_chain};
+pub(crate) use self::read::BaseChain;
+use self::read::any_chain;
 pub(crate) use self::ruleset::TABLE;
 use self::ruleset::{Chain, TRANSLATION_PRIORITY, chains};
 use crate::kernel::backend::{Profile, Watched};
@@ -33,11 +34,14 @@ use crate::kernel::error::{Error, StepError, executable};
 use crate::kernel::netfilter::{Message, Netfilter, NetlinkError, message};
 use crate::kernel::netlink::{OwnPorts, address};
 use crate::kernel::ours::{LATE_REPLY_SECONDS, Ranges};
+use crate::kernel::tag::TAG;
 use crate::kernel::tool::{run, run_as};
 use crate::state::{Family, FirewallState, FirewallStep, KernelState, Remnant, Skeleton};
 
 /// `NFNL_SUBSYS_NFTABLES` of nfnetlink.h: the subsystem that a transaction is for.
 const SUBSYSTEM: u16 = 10;
+/// The chain that sets marks.
+const MARKING: &str = "marking";
 /// The length of an attribute is 16 bits: this many elements fit into one, of which the largest, late replies of IPv6,
 /// have 80 bytes.
 const ELEMENTS_AT_ONCE: usize = 500;
@@ -231,11 +235,21 @@ impl Nftables {
             },
             nat_priority: TRANSLATION_PRIORITY,
             nat_table: Some(TABLE),
-            advice: None,
+            advice: "give it a priority after ours, or remove it",
             marks_before_dnat: false,
             ways_are_routes: false,
             remnants: vec![Remnant::Nftables],
         }
+    }
+
+    /// What the rule `foreign` has counted. Of both families, so that it is told in both.
+    pub(crate) fn foreign_marks(&self) -> Result<BTreeMap<Family, u64>, NetlinkError> {
+        let counted = Look(Netfilter::open()?).counted(MARKING)?;
+        let name = format!("{TAG}foreign:");
+        let of_name = counted.iter().find(|(tag, _)| tag.starts_with(&name));
+        let families = self.families.iter();
+        let counts = families.filter_map(|family| Some((*family, of_name?.1)));
+        Ok(counts.collect())
     }
 
     pub(crate) fn observe(
@@ -342,6 +356,16 @@ impl Look {
         self.dump(question, read::rule)
     }
 
+    /// What the rules of a chain have counted, by tag.
+    fn counted(&self, chain: &str) -> Result<Vec<(String, u64)>, NetlinkError> {
+        let attributes = vec![
+            RuleAttribute::Table(TABLE.to_owned()),
+            RuleAttribute::Chain(chain.to_owned()),
+        ];
+        let question = NfTablesMessage::GetRule(RuleMessage { attributes });
+        self.dump(question, read::counted)
+    }
+
     fn members(
         &self,
         kind: Kind,
@@ -388,7 +412,27 @@ fn dump<T: Default + Extend<X>, X, I: IntoIterator<Item = X>>(
 
 /// Whether our table is there.
 pub(crate) fn exists() -> Result<bool, NetlinkError> {
-    Ok(Look(Netfilter::open()?).table_flags()?.is_some())
+    match Look(Netfilter::open()?).table_flags() {
+        Err(error) if error.is_unsupported() => Ok(false),
+        flags => Ok(flags?.is_some()),
+    }
+}
+
+/// The base chains in the tables of everybody: family, table, name and hook. None where the kernel has no nf_tables.
+pub(crate) fn base_chains()
+-> Result<Vec<(NetfilterProtoFamily, String, String, BaseChain)>, NetlinkError> {
+    let attributes = Vec::new();
+    let question = NfTablesMessage::GetChain(ChainMessage { attributes });
+    // Of thousands of chains, a handful have a hook.
+    let base = |answer: Message<'_>| {
+        let (table, name, base) = any_chain(answer)?;
+        Some((answer.family(), table, name, base?))
+    };
+    let unspecified = NetfilterProtoFamily::Unspec;
+    match dump(&Netfilter::open()?, unspecified, question, base) {
+        Err(error) if error.is_unsupported() => Ok(Vec::new()),
+        chains => chains,
+    }
 }
 
 /// Removes our table; absent is fine.

@@ -36,7 +36,11 @@ const CHAIN_TYPE: u16 = 7;
 const HOOK_NUMBER: u16 = 1;
 const HOOK_PRIORITY: u16 = 2;
 const RULE_CHAIN: u16 = 2;
+const RULE_EXPRESSIONS: u16 = 4;
 const RULE_USERDATA: u16 = 7;
+const EXPRESSION_NAME: u16 = 1;
+const EXPRESSION_DATA: u16 = 2;
+const COUNTER_PACKETS: u16 = 2;
 const ELEMENTS: u16 = 3;
 const ELEMENT_KEY: u16 = 1;
 const ELEMENT_DATA: u16 = 2;
@@ -132,6 +136,19 @@ pub(crate) fn rule(message: Message<'_>) -> Option<(String, String)> {
     let chain = text(message.attribute(RULE_CHAIN)?).to_owned();
     let tag = message.attribute(RULE_USERDATA).and_then(comment);
     Some((chain, tag.unwrap_or_default()))
+}
+
+/// Our comment of a rule, and how many packets have met its counter; nothing where it has none.
+pub(crate) fn counted(message: Message<'_>) -> Option<(String, u64)> {
+    let tag = message.attribute(RULE_USERDATA).and_then(comment)?;
+    let expressions = attributes(message.attribute(RULE_EXPRESSIONS)?);
+    let mut counters = expressions.filter_map(|(_, expression)| {
+        let is_counter = text(attribute(expression, EXPRESSION_NAME)?) == "counter";
+        let data = attribute(expression, EXPRESSION_DATA).filter(|_| is_counter)?;
+        let packets = attribute(data, COUNTER_PACKETS)?;
+        <[u8; 8]>::try_from(packets).ok().map(u64::from_be_bytes)
+    });
+    Some((tag, counters.next()?))
 }
 
 /// The elements in a message.

@@ -3,18 +3,20 @@
 //! What carries our protocol number is ours, wherever it stands; all else belongs to others, even with our
 //! priority or in our tables.
 
+mod ahead;
 mod codec;
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
-use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::route::{RouteMessage, RouteProtocol};
 use netlink_packet_route::rule::RuleMessage;
+use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use nix::libc::{EEXIST, ENOENT, ESRCH};
 use nix::net::if_::if_nametoindex;
 use tracing::debug;
 
+use self::ahead::{Ahead, ahead};
 use self::codec::{
     Found, PROTOCOL, address_family, fallback_message, gateway_message, is_default_in, parse_rule,
     rule_message, take_route, throw_message,
@@ -26,7 +28,7 @@ use crate::kernel::ours::{PROTOCOL_NUMBER, Ranges};
 use crate::kernel::rtnetlink::{Rtnetlink, decode};
 use crate::kernel::watched::WatchedInterfaces;
 use crate::names::Interface;
-use crate::state::{Family, RouteState, RouteStep, RuleAction, Survey, TableId};
+use crate::state::{Family, RouteState, RouteStep, RuleAction, Surroundings, Survey, TableId};
 
 /// `struct rtmsg` of rtnetlink.h: family, lengths, TOS, table, protocol, scope, type and flags.
 const ROUTE_HEADER_BYTES: usize = 12;
@@ -57,8 +59,8 @@ pub(crate) struct Observed {
     pub(crate) states: BTreeMap<Family, RouteState>,
     /// Tables of our range that others use.
     pub(crate) occupied: BTreeSet<(Family, TableId)>,
-    /// Rules of others that get in the way of ours, as sentences for the operator.
-    pub(crate) collisions: BTreeSet<String>,
+    /// Rules of others ahead of ours.
+    pub(crate) surroundings: BTreeMap<Family, Surroundings>,
     /// Rules of a release before 0.3 are there.
     pub(crate) earlier: bool,
     /// The interfaces that are up, but for loopback, with their connected networks.
@@ -212,8 +214,18 @@ impl Look {
         };
         for &family in &self.families {
             let mut state = RouteState::default();
+            let mut ahead_of_ours: Vec<Ahead> = Vec::new();
             for message in &rules(&netlink, family)? {
-                match parse_rule(message) {
+                let found = parse_rule(message);
+                let is_of_others = match &found {
+                    Some(Found::Ours(_)) => false,
+                    Some(Found::Nameless(rule)) => !self.ranges.is_earlier(rule),
+                    Some(Found::Others(_)) | None => true,
+                };
+                if is_of_others {
+                    ahead_of_ours.extend(ahead(family, message, &self.ranges));
+                }
+                match found {
                     Some(Found::Ours(rule)) => drop(state.rules.insert(rule)),
                     Some(Found::Nameless(rule)) if self.ranges.is_earlier(&rule) => {
                         observed.earlier = true;
@@ -221,26 +233,29 @@ impl Look {
                     }
                     Some(Found::Others(rule) | Found::Nameless(rule)) => {
                         self.occupy(family, rule.action, &mut observed);
-                        if self.ranges.collides(&rule) {
-                            observed.collisions.insert(format!(
-                                "the {family} routing rule `{rule}` of others comes before ours or among them"
-                            ));
-                        }
                     }
                     None => {}
                 }
             }
+            let mut of_others = self.tables_of_others(&netlink, family)?;
             for route in &routes(&netlink, family, PROTOCOL)? {
-                if let Some(table) = take_route(route, &names, &mut state.tables)
-                    && self.ranges.has_table(table)
-                {
-                    observed.occupied.insert((family, table));
-                }
+                of_others.extend(take_route(route, &names, &mut state.tables));
             }
-            let others = self.tables_of_others(&netlink, family)?;
+            // What a table does not know goes on to the next rule: an empty one takes nothing away.
+            let takes = |(_, table): &Ahead| {
+                table.is_none_or(|t| of_others.contains(&t) || state.tables.contains_key(&t))
+            };
+            let rules = ahead_of_ours.into_iter().filter(takes);
+            let found = Surroundings {
+                rules: rules.map(|(rule, _)| rule).collect(),
+                ..Surroundings::default()
+            };
+            observed.surroundings.insert(family, found);
+            let occupied = of_others.into_iter();
+            let occupied = occupied.filter(|table| self.ranges.has_table(*table));
             observed
                 .occupied
-                .extend(others.into_iter().map(|table| (family, table)));
+                .extend(occupied.map(|table| (family, table)));
             observed.states.insert(family, state);
         }
         Ok(observed)
@@ -255,8 +270,8 @@ impl Look {
         }
     }
 
-    /// Tables of our range that have routes of others. No route is kept: a router has a million of them, which change all
-    /// the time; when the first one of a table is missed, the kernel tells of it.
+    /// Tables that have routes of others. No route is kept: a router has a million of them, which change all the time; when
+    /// the first one of a table of our range is missed, the kernel tells of it.
     fn tables_of_others(
         &self,
         netlink: &Rtnetlink,
@@ -267,12 +282,7 @@ impl Look {
         let question = RouteNetlinkMessage::GetRoute(question);
         let tables = netlink.dump(question, Care::Glance, |all: &mut BTreeSet<_>, answer| {
             let (table, protocol) = (table_of_route(answer), protocol_of_route(answer));
-            let is_wanted = |table: &TableId| self.ranges.has_table(*table);
-            all.extend(
-                table
-                    .filter(is_wanted)
-                    .filter(|_| protocol != Some(PROTOCOL_NUMBER)),
-            );
+            all.extend(table.filter(|_| protocol != Some(PROTOCOL_NUMBER)));
             Ok(())
         });
         tables.map_err(refused("list routes"))
@@ -322,12 +332,18 @@ pub(crate) fn concerns_rule(message: Message<'_>, ranges: &Ranges) -> Option<boo
         Ok(RouteNetlinkMessage::NewRule(rule) | RouteNetlinkMessage::DelRule(rule)) => rule,
         Ok(_) | Err(_) => return is_own_rule(message).then_some(true),
     };
-    let rule = match parse_rule(&rule)? {
-        Found::Ours(_) => return Some(true),
-        Found::Others(rule) | Found::Nameless(rule) => rule,
+    let family = match rule.header.family {
+        AddressFamily::Inet6 => Family::V6,
+        _ => Family::V4,
     };
-    let occupies = matches!(rule.action, RuleAction::Lookup(table) if ranges.has_table(table));
-    (occupies || ranges.collides(&rule)).then_some(false)
+    let occupies = match parse_rule(&rule) {
+        Some(Found::Ours(_)) => return Some(true),
+        Some(Found::Others(of_others) | Found::Nameless(of_others)) => {
+            matches!(of_others.action, RuleAction::Lookup(table) if ranges.has_table(table))
+        }
+        None => false,
+    };
+    (occupies || ahead(family, &rule, ranges).is_some()).then_some(false)
 }
 
 fn is_own_rule(message: Message<'_>) -> bool {

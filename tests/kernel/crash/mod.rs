@@ -109,6 +109,7 @@ fn kind(step: &Step) -> String {
         Step::Route(step) => step.into(),
         Step::Firewall(step) => step.into(),
         Step::Connection(step) => step.into(),
+        Step::Accept(..) => "Accept",
         Step::RemoveRemnant(_) => "RemoveRemnant",
     };
     let object: &str = match step {
