@@ -665,9 +665,27 @@ enum Meanwhile {
 fn damages(text: &str, nft_tools: &str) -> Vec<(String, Meanwhile)> {
     use Meanwhile::{Exposed, NothingLeaks};
     let (table, nat, mark) = (names::TABLE, names::NAT_CHAIN, names::MARK_CHAIN);
+    let is_nftables = text.contains(&format!("table {table}"));
+    // The gateway has no rules of routing.
+    let rules = |family: &str, priority: &str| {
+        format!("ip {family} rule del pref {priority} 2>/dev/null || true")
+    };
+    // As systemd-networkd does when it is restarted.
+    let all_routing = format!(
+        "for f in -4 -6; do
+           ip $f rule | sed -n 's/^\\([0-9]*\\):.*{protocol}.*/rule del pref \\1/p' | ip $f -force -batch - 2>/dev/null || true
+           ip $f route flush table all {protocol} 2>/dev/null || true
+         done",
+        protocol = names::PROTOCOL
+    );
     let mut damages = vec![
-        (format!("ip rule del pref {}", names::FIRST_RULE), Exposed),
-        (format!("ip -6 rule del pref {}", names::LAST_RULE), Exposed),
+        (rules("-4", names::FIRST_RULE), NothingLeaks),
+        (rules("-6", names::LAST_RULE), NothingLeaks),
+        // With iptables nothing sees where packets of IPv6 go.
+        (
+            all_routing,
+            if is_nftables { NothingLeaks } else { Exposed },
+        ),
         (
             format!(
                 "for n in 1 2 3; do ip route del default table {}$n metric 100 2>/dev/null || true; done",
@@ -676,7 +694,7 @@ fn damages(text: &str, nft_tools: &str) -> Vec<(String, Meanwhile)> {
             NothingLeaks,
         ),
     ];
-    if text.contains(&format!("table {table}")) {
+    if is_nftables {
         damages.extend([
             (format!("nft delete table {table}"), Exposed),
             (

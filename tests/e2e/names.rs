@@ -3,7 +3,7 @@
 pub(crate) const TABLE: &str = "inet metaleg";
 pub(crate) const PROTOCOL: &str = "proto 77";
 pub(crate) const FIRST_RULE: &str = "1000";
-pub(crate) const LAST_RULE: &str = "1099";
+pub(crate) const LAST_RULE: &str = "1001";
 pub(crate) const ROUTE_TABLES: &str = "10000";
 
 pub(crate) const TRANSLATION_CHAIN: &str = "translation";
