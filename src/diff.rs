@@ -26,8 +26,6 @@ enum Phase {
     Gateways,
     LookupRules,
 
-    /// Beside the data path: what is accepted elsewhere meets all of ours first.
-    Accepts,
     Skeletons,
     Landmarks,
     /// Before any pod: else its traffic inside the cluster would be translated.
@@ -53,6 +51,8 @@ enum Phase {
     /// After the pods are classified: else packets of egress pods of other nodes, and of all pods of this one, would
     /// be dropped.
     PodNetworks,
+    /// When all guards stand: where others drop what is forwarded, nothing comes by before.
+    Accepts,
     /// After everything that decides how connections are translated, and before a pod that is none any more
     /// loses the guard that drops its untranslated packets (25 packets leaked without, in an experiment).
     Connections,
@@ -63,9 +63,9 @@ enum Phase {
     OldPodNetworks,
     OldClassification,
     OldVips,
+    OldAccepts,
     OldLandmarks,
     OldSkeletons,
-    OldAccepts,
     /// When ours does all of the work. Chains of a backend come before their sets.
     Remnants,
 
