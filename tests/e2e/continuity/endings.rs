@@ -82,12 +82,7 @@ pub(super) fn rows(backend: &str) -> Vec<Row> {
         }),
     ];
     rows.into_iter()
-        .map(|(row, check)| {
-            // See `deaths`: between the two steps the first packet of a connection leaves as the pod.
-            let untranslates = ["label_removed", "service_deleted"].contains(&row);
-            let is_known_to_leak = backend == "iptables" && untranslates;
-            Row::new(&module, row, check).ignored_unless(!is_known_to_leak)
-        })
+        .map(|(row, check)| Row::new(&module, row, check))
         .collect()
 }
 
