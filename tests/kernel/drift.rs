@@ -40,6 +40,7 @@ async fn damage_is_noticed_at_once(mode: Mode) {
         Mode::IptablesNft | Mode::IptablesLegacy => &[
             "iptables-nft -t nat -F METALEG-NAT",
             "iptables-nft -t nat -I POSTROUTING -j MASQUERADE",
+            "iptables-nft -t mangle -A PREROUTING -j CONNMARK --restore-mark",
             "ip6tables-nft -t mangle -D PREROUTING 1",
             "iptables-nft -F",
             "nft flush ruleset",

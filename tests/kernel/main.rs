@@ -25,11 +25,13 @@ mod drift;
 mod firewall;
 mod foreign_nat;
 mod guard;
+mod inbound;
 mod lan;
 mod obstacles;
 mod on_link;
 mod remnants;
 mod routes;
+mod ways;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
