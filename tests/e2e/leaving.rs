@@ -123,19 +123,12 @@ fn settle_by(
     before: Before<'_>,
 ) -> Result<()> {
     let node = node_of(lab, pod, family)?;
-    // A gateway that lets a pod go: see Known limits of the data path.
-    let is_iptables = lab
-        .options()
-        .settings
-        .contains(&("FIREWALL_BACKEND", "iptables"));
-    let own = is_iptables.then_some(lab.pod(pod)?.address(family));
     let mut wrong = None;
     eventually(SOON, &format!("{pod} leaves as {wanted}"), || {
         let seen = lab.source_seen(pod, outside, family, protocol)?;
         Ok(match (seen.address(), before) {
             (Some(address), _) if address == wanted => Some(()),
             (None, _) => None,
-            (Some(address), _) if Some(address) == own => None,
             (Some(address), Before::Nodes) if address == node => None,
             (Some(address), Before::Vips(vips)) if vips.contains(&address) => None,
             _ => {

@@ -112,6 +112,35 @@ async fn what_others_accept_of_a_blocked_pod_does_not_leave(mode: Mode) {
 
 each_mode!(what_others_accept_of_a_blocked_pod_does_not_leave);
 
+/// A gateway that lets its pod go: no VIP any more, and still an egress pod.
+async fn a_pod_without_a_vip_falls_to_no_masquerade(mode: Mode) {
+    connect_hosts(mode);
+    let mut server = Server::start();
+    let mut kernel = open(mode).await;
+    let mut state = labelled(13);
+    reach(&mut kernel, &state).await;
+    let vips = all_from(&Family::ALL.map(|family| vip(family, 1)).into());
+    assert_eq!(Talk::of(13).arrive(&mut server, &vips), vips);
+    let pods = |family: &mut FamilyState| {
+        family
+            .firewall
+            .pods
+            .values_mut()
+            .for_each(|pod| pod.vips.clear())
+    };
+    state.families.values_mut().for_each(pods);
+    reach(&mut kernel, &state).await;
+    server.seen();
+    let talk = Talk::of(13);
+    eventually("packets", || {
+        talk.send();
+        has_met(mode, "none")
+    });
+    server.sees_nothing();
+}
+
+each_mode!(a_pod_without_a_vip_falls_to_no_masquerade);
+
 /// Where pods wait until they are classified.
 async fn a_pod_that_is_not_classified_yet_waits(mode: Mode) {
     connect_hosts(mode);

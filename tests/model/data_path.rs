@@ -101,9 +101,7 @@ pub(crate) fn fate(by: Backend, state: &FamilyState, packet: &Packet) -> Fate {
         return end;
     }
     let source = match packet.tracking {
-        Tracking::New if firewall.skeleton == Skeleton::Intact => {
-            translate(by, firewall, pod, packet)
-        }
+        Tracking::New if firewall.skeleton == Skeleton::Intact => translate(firewall, pod, packet),
         Tracking::New => masquerade(packet),
         Tracking::Established(source) => source,
         Tracking::Reply | Tracking::Invalid => packet.source,
@@ -188,6 +186,9 @@ fn guard(by: Backend, firewall: &FirewallState, pod: &PodState, packet: &Packet)
         return Some(Fate::Dropped);
     }
     if by == Backend::Iptables && pod.egress {
+        if pod.mark.is_none() && pod.vips.is_disjoint(&firewall.vips) {
+            return Some(Fate::Dropped);
+        }
         // To the kernel, a connection that was translated to its own address is not translated.
         let is_translated = matches!(tracking, Tracking::Established(bound) if bound != source);
         let is_known = matches!(tracking, Tracking::Established(_));
@@ -209,7 +210,7 @@ fn guard(by: Backend, firewall: &FirewallState, pod: &PodState, packet: &Packet)
 }
 
 /// The source that a new connection gets.
-fn translate(by: Backend, firewall: &FirewallState, pod: &PodState, packet: &Packet) -> IpAddr {
+fn translate(firewall: &FirewallState, pod: &PodState, packet: &Packet) -> IpAddr {
     if !pod.egress || within(&firewall.excluded, packet.destination) {
         masquerade(packet)
     } else if pod.mark.is_some() {
@@ -217,12 +218,8 @@ fn translate(by: Backend, firewall: &FirewallState, pod: &PodState, packet: &Pac
     } else {
         // In the middle of a change there may be two: which one counts is the order of the rules.
         let vip = pod.vips.iter().find(|vip| firewall.vips.contains(vip));
-        let untranslated = || match by {
-            // Dropped where translations are decided; its own address is dropped, too.
-            Backend::Nftables => packet.source,
-            Backend::Iptables => masquerade(packet),
-        };
-        vip.copied().unwrap_or_else(untranslated)
+        // Without one it is dropped: where translations are decided, or before.
+        vip.copied().unwrap_or(packet.source)
     }
 }
 

@@ -252,9 +252,8 @@ impl Change<'_> {
             let here = masquerade(&packet);
             match self.fate(&packet) {
                 Fate::Direct(source) => {
-                    let released = was && !is;
-                    let not_yet = is && !was && !is_egress_in(self.state(), pod);
-                    let as_node = source == here && (released || not_yet);
+                    let is_ordinary = was != is && !is_egress_in(self.state(), pod);
+                    let as_node = source == here && is_ordinary;
                     // The VIPs of this change, not of those before.
                     let is_vip = [before.vip, after.vip].contains(&Some(source));
                     prop_assert!(as_node || is_vip, "{packet:?} as {source}");

@@ -200,6 +200,7 @@ fn guard(family: Family, ranges: Ranges) -> Chain {
     let mask = ranges.mask;
     let marks = StaticSet::Mark.name(family);
     let lans = StaticSet::Lans.name(family);
+    let translated = StaticSet::Translated.name(family);
     let [excluded, egress, blocked] = names(family, [EXCLUDED, EGRESS, BLOCKED]);
     let [vips, late_replies] = names(family, [OwnSet::Vips, OwnSet::LateReplies]);
     let [remote_pods, local_pods] = names(
@@ -247,6 +248,9 @@ fn guard(family: Family, ranges: Ranges) -> Chain {
     rules.extend(rules! {
         // INVALID packets skip NAT.
         "invalid" => "-m set --match-set {egress} src -m conntrack --ctstate INVALID -j DROP",
+        // Without a VIP it would fall through METALEG-NAT to the masquerade of the CNI plugin; nat cannot drop.
+        "none" => "-m set --match-set {egress} src -m set ! --match-set {marks} src \
+                   -m set ! --match-set {translated} src -j DROP",
         // Of a connection that is older than what we decided: neither marked nor translated. Not the first packet,
         // which is translated after this chain; `! --ctstate NEW` would pass all packets of a connection without
         // replies.

@@ -15,6 +15,7 @@ mod read;
 pub(crate) mod remnants;
 mod save;
 mod sets;
+mod translations;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -32,6 +33,7 @@ use self::sets::{
     StaticSet, Work, create_vip, destroy, ipset, late_reply_line, read_sets, vip_of_set, vip_set,
     work_of,
 };
+use self::translations::Translations;
 use crate::ethernet::Mac;
 use crate::kernel::backend::{Profile, Watched};
 use crate::kernel::conntrack::LateReply;
@@ -55,6 +57,8 @@ pub(crate) struct Iptables {
     /// VIPs and nodes that have a rule, as far as we know: keeps a repeated step from doubling it.
     translated: BTreeSet<IpAddr>,
     nodes: BTreeSet<(Family, Mac)>,
+    /// The pods' VIPs, as far as we know: one that keeps another is let through.
+    translations: Translations,
 }
 
 impl Iptables {
@@ -73,6 +77,7 @@ impl Iptables {
             ports,
             translated: BTreeSet::new(),
             nodes: BTreeSet::new(),
+            translations: Translations::default(),
         })
     }
 
@@ -80,6 +85,12 @@ impl Iptables {
         let mut sets: String = StaticSet::all().map(|set| set.create(family)).collect();
         sets.extend(vips.iter().map(|vip| create_vip(*vip)));
         ipset(sets).await?;
+        let sets = read_sets().await?;
+        let is_surplus = |vip: &IpAddr| Family::of(*vip) == family && !vips.contains(vip);
+        // Before the chain that looks there.
+        self.translations = Translations::read(&sets);
+        self.translations.retain(|vip| !is_surplus(vip));
+        ipset(self.translations.align(family, &sets)).await?;
         let present = save(self.variant, family).await?;
         let nodes = known_nodes(&present).collect();
         let document = install_document(family, self.ranges, vips, &nodes, &present);
@@ -90,14 +101,12 @@ impl Iptables {
         self.nodes
             .extend(nodes.into_iter().map(|mac| (family, mac)));
 
-        let sets = read_sets().await?;
         let guarded = StaticSet::Set(OwnSet::Vips).name(family);
-        let is_surplus = |vip: IpAddr| Family::of(vip) == family && !vips.contains(&vip);
         let guards = sets.get(&guarded).into_iter().flatten();
-        let guards = guards.filter(|(vip, _)| vip.parse().is_ok_and(is_surplus));
+        let guards = guards.filter(|(vip, _)| vip.parse().is_ok_and(|vip| is_surplus(&vip)));
         let unguard = guards.map(|(vip, _)| format!("del {guarded} {vip}\n"));
         ipset(unguard.collect()).await?;
-        let is_of_surplus = |name: &String| vip_of_set(name).is_some_and(is_surplus);
+        let is_of_surplus = |name: &String| vip_of_set(name).is_some_and(|vip| is_surplus(&vip));
         destroy(sets.into_keys().filter(is_of_surplus)).await
     }
 
@@ -107,6 +116,7 @@ impl Iptables {
         restore(self.variant, family, document, &self.ports).await?;
         self.translated.retain(|vip| Family::of(*vip) != family);
         self.nodes.retain(|(of, _)| *of != family);
+        self.translations.retain(|vip| Family::of(*vip) != family);
         let is_ours = |name: &String| {
             StaticSet::all().any(|set| set.name(family) == *name)
                 || vip_of_set(name).is_some_and(|vip| Family::of(vip) == family)
@@ -121,6 +131,7 @@ impl Iptables {
     }
 
     async fn remove_vips(&mut self, vips: &[IpAddr]) -> Result<(), ToolError> {
+        ipset(self.translations.retain(|vip| !vips.contains(vip))).await?;
         self.translate(vips, false).await?;
         let set = |vip: &IpAddr| StaticSet::Set(OwnSet::Vips).name(Family::of(*vip));
         let unguard = |vip| format!("del {} {vip}\n", set(vip));
@@ -177,7 +188,12 @@ impl Iptables {
             None | Some(Work::Nothing) => Ok(()),
             Some(Work::AddNode) => self.know_nodes(&nodes, true).await,
             Some(Work::RemoveNode) => self.know_nodes(&nodes, false).await,
-            Some(Work::Member(line)) => ipset(line).await,
+            Some(Work::Member(_) | Work::Translate(..) | Work::Untranslate(..)) => {
+                let lines = steps
+                    .iter()
+                    .map(|step| lines_of(step, &mut self.translations));
+                ipset(lines.collect()).await
+            }
             Some(Work::Install(family, vips)) => self.install(family, vips).await,
             Some(Work::Remove(family)) => self.remove(family).await,
             Some(Work::AddVip) => self.add_vips(&vips).await,
@@ -187,15 +203,20 @@ impl Iptables {
 
     /// Changes members of sets, all in one process; a bad line costs only its own step and those that rely on
     /// it.
-    async fn members(&self, mut steps: Vec<&FirewallStep>, failed: &mut Vec<StepError>) {
+    async fn members(&mut self, mut steps: Vec<&FirewallStep>, failed: &mut Vec<StepError>) {
         let mut bad_lines = 0;
         while !steps.is_empty() {
-            let document = steps.iter().filter_map(|step| line_of(step)).collect();
-            let Err(error) = ipset(document).await else {
+            let mut translations = self.translations.clone();
+            let lines: Vec<String> = steps
+                .iter()
+                .map(|step| lines_of(step, &mut translations))
+                .collect();
+            let Err(error) = ipset(lines.concat()).await else {
+                self.translations = translations;
                 return;
             };
             bad_lines += 1;
-            let bad = error.bad_line().filter(|bad| *bad < steps.len());
+            let bad = error.bad_line().and_then(|bad| step_of_line(&lines, bad));
             match bad.filter(|_| bad_lines < MOST_BAD_LINES) {
                 Some(bad) => {
                     // All others again: ipset may not have sent the lines before the bad one yet.
@@ -238,6 +259,7 @@ impl Iptables {
         let mut states = BTreeMap::new();
         self.translated.clear();
         self.nodes.clear();
+        self.translations = Translations::read(&sets);
         for family in self.families.clone() {
             let lines = save(self.variant, family).await?;
             self.translated.extend(translated_vips(&lines));
@@ -251,7 +273,7 @@ impl Iptables {
     pub(crate) async fn apply(&mut self, steps: &[&FirewallStep], failed: &mut Vec<StepError>) {
         for batch in steps.chunk_by(|a, b| belong_together(a, b)) {
             let batch = executable(batch, failed);
-            let is_member = |step: &&FirewallStep| line_of(step).is_some();
+            let is_member = |step: &&FirewallStep| is_member(&work_of(step));
             if batch.first().is_none_or(is_member) {
                 self.members(batch, failed).await;
                 continue;
@@ -286,28 +308,49 @@ impl Iptables {
 
 /// Whether two steps are executed in one process.
 fn belong_together(a: &FirewallStep, b: &FirewallStep) -> bool {
+    let works = (work_of(a), work_of(b));
+    (is_member(&works.0) && is_member(&works.1))
+        || matches!(
+            works,
+            (Work::AddVip, Work::AddVip)
+                | (Work::RemoveVip, Work::RemoveVip)
+                | (Work::AddNode, Work::AddNode)
+                | (Work::RemoveNode, Work::RemoveNode)
+                | (Work::Nothing, Work::Nothing)
+        )
+}
+
+/// Whether a step is executed by lines for `ipset restore` alone.
+fn is_member(work: &Work<'_>) -> bool {
     matches!(
-        (work_of(a), work_of(b)),
-        (Work::Member(_), Work::Member(_))
-            | (Work::AddVip, Work::AddVip)
-            | (Work::RemoveVip, Work::RemoveVip)
-            | (Work::AddNode, Work::AddNode)
-            | (Work::RemoveNode, Work::RemoveNode)
-            | (Work::Nothing, Work::Nothing)
+        work,
+        Work::Member(_) | Work::Translate(..) | Work::Untranslate(..)
     )
 }
 
-fn line_of(step: &FirewallStep) -> Option<String> {
+/// The lines of a step that comes after what is known; none of one that takes more than these.
+fn lines_of(step: &FirewallStep, known: &mut Translations) -> String {
     match work_of(step) {
-        Work::Member(line) => Some(line),
+        Work::Member(line) => line,
+        Work::Translate(pod, vip) => known.translate(pod, vip),
+        Work::Untranslate(pod, vip) => known.untranslate(pod, vip),
         Work::Install(..)
         | Work::Remove(_)
         | Work::AddVip
         | Work::RemoveVip
         | Work::AddNode
         | Work::RemoveNode
-        | Work::Nothing => None,
+        | Work::Nothing => String::new(),
     }
+}
+
+/// The step that a line is of, by its place among all lines.
+fn step_of_line(lines: &[String], line: usize) -> Option<usize> {
+    let mut end = 0;
+    lines.iter().position(|of_step| {
+        end += of_step.lines().count();
+        line < end
+    })
 }
 
 fn vip_of(step: &FirewallStep) -> Option<IpAddr> {
@@ -322,5 +365,17 @@ fn node_of(step: &FirewallStep) -> Option<(Family, Mac)> {
         FirewallStep::AddLandmark(family, Landmark::Node(mac))
         | FirewallStep::RemoveLandmark(family, Landmark::Node(mac)) => Some((*family, *mac)),
         _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_bad_line_is_of_the_step_that_it_came_from() {
+        let lines = ["a\n", "b\nc\n", "", "d\n"].map(str::to_owned);
+        let steps: Vec<_> = (0..5).map(|line| step_of_line(&lines, line)).collect();
+        assert_eq!(steps, [Some(0), Some(1), Some(1), Some(3), None]);
     }
 }

@@ -11,6 +11,7 @@ use crate::kernel::iptables::chains::{
 };
 use crate::kernel::iptables::save::Line;
 use crate::kernel::iptables::sets::{Sets, StaticSet, vip_of_set};
+use crate::kernel::iptables::translations::Translations;
 use crate::kernel::ours::{OwnSet, Ranges};
 use crate::kernel::tag::Rule;
 use crate::state::{Family, FirewallState, Landmark, Mark, NetSet, PodSet, PodState, Skeleton};
@@ -33,16 +34,11 @@ pub(super) fn state(family: Family, ranges: Ranges, lines: &[Line], sets: &Sets)
             pods.entry(pod).or_default().mark = Some(mark);
         }
     }
-    let mut with_set = BTreeSet::new();
-    for (name, members) in sets {
-        let Some(vip) = vip_of_set(name).filter(|vip| Family::of(*vip) == family) else {
-            continue;
-        };
-        with_set.insert(vip);
-        for pod in members.iter().filter_map(|(pod, _)| pod.parse().ok()) {
-            pods.entry(pod).or_default().vips.insert(vip);
-        }
+    for (pod, vips) in Translations::read(sets).of(family) {
+        pods.entry(*pod).or_default().vips.clone_from(vips);
     }
+    let with_set = sets.keys().filter_map(|name| vip_of_set(name));
+    let with_set: BTreeSet<IpAddr> = with_set.filter(|vip| Family::of(*vip) == family).collect();
     let guarded: BTreeSet<IpAddr> = addresses(StaticSet::Set(OwnSet::Vips)).collect();
     let with_rule: BTreeSet<IpAddr> = translated_vips(lines).collect();
     let skeleton = skeleton(
@@ -131,6 +127,10 @@ fn skeleton(
     }
     if with_set != guarded || with_set != with_rule {
         return Skeleton::Damaged("VIPs without set, guard or translation".to_owned());
+    }
+    if !Translations::read(sets).align(family, sets).is_empty() {
+        let translated = StaticSet::Translated.name(family);
+        return Skeleton::Damaged(format!("{translated} does not have the pods with a VIP"));
     }
     Skeleton::Intact
 }

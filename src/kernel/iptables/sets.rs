@@ -31,12 +31,14 @@ pub(super) enum StaticSet {
     Mark,
     /// LAN interfaces, with any address.
     Lans,
+    /// Pods that are in the set of a VIP.
+    Translated,
 }
 
 impl StaticSet {
     pub(super) fn all() -> impl Iterator<Item = StaticSet> {
         let sets = OwnSet::all().map(StaticSet::Set);
-        sets.chain([StaticSet::Mark, StaticSet::Lans])
+        sets.chain([StaticSet::Mark, StaticSet::Lans, StaticSet::Translated])
     }
 
     pub(super) fn name(self, family: Family) -> String {
@@ -44,6 +46,7 @@ impl StaticSet {
             StaticSet::Set(set) => set.word(),
             StaticSet::Mark => "mark",
             StaticSet::Lans => "lans",
+            StaticSet::Translated => "translated",
         };
         let word = word.to_uppercase().replace('_', "-");
         format!("{PREFIX}{word}-{}", digit(family))
@@ -52,7 +55,9 @@ impl StaticSet {
     pub(super) fn create(self, family: Family) -> String {
         let (kind, extension) = match self {
             StaticSet::Set(OwnSet::Nets(_)) => ("hash:net", String::new()),
-            StaticSet::Set(OwnSet::Pods(_) | OwnSet::Vips) => ("hash:ip", String::new()),
+            StaticSet::Set(OwnSet::Pods(_) | OwnSet::Vips) | StaticSet::Translated => {
+                ("hash:ip", String::new())
+            }
             StaticSet::Set(OwnSet::LateReplies) => {
                 ("hash:ip,port,ip", format!(" timeout {LATE_REPLY_SECONDS}"))
             }
@@ -109,6 +114,9 @@ pub(super) fn everything(family: Family) -> &'static str {
 pub(super) enum Work<'a> {
     /// By a line for `ipset restore`.
     Member(String),
+    /// By lines that depend on the pod's other VIPs.
+    Translate(IpAddr, IpAddr),
+    Untranslate(IpAddr, IpAddr),
     Install(Family, &'a BTreeSet<IpAddr>),
     Remove(Family),
     AddVip,
@@ -141,8 +149,8 @@ pub(super) fn work_of(step: &FirewallStep) -> Work<'_> {
         FirewallStep::RemovePod(set, pod) => format!("del {} {pod}\n", of_pods(*set, pod)),
         FirewallStep::Mark { pod, mark } => format!("add {} {pod} skbmark {mark}\n", marks(pod)),
         FirewallStep::Unmark(pod) => format!("del {} {pod}\n", marks(pod)),
-        FirewallStep::Translate { pod, vip } => format!("add {} {pod}\n", vip_set(*vip)),
-        FirewallStep::Untranslate { pod, vip } => format!("del {} {pod}\n", vip_set(*vip)),
+        FirewallStep::Translate { pod, vip } => return Work::Translate(*pod, *vip),
+        FirewallStep::Untranslate { pod, vip } => return Work::Untranslate(*pod, *vip),
         FirewallStep::Install(family, vips) => return Work::Install(*family, vips),
         FirewallStep::Remove(family) => return Work::Remove(*family),
         FirewallStep::AddVip(_) => return Work::AddVip,
@@ -253,6 +261,8 @@ mod tests {
         let mut sets: BTreeMap<String, String> = OwnSet::all().map(name).collect();
         sets.insert("slot".to_owned(), StaticSet::Mark.name(Family::V4));
         sets.insert("lans".to_owned(), StaticSet::Lans.name(Family::V4));
+        let translated = StaticSet::Translated.name(Family::V4);
+        sets.insert("translated".to_owned(), translated);
         sets.insert("vip".to_owned(), vip_set("192.0.2.200".parse().unwrap()));
         assert_eq!(sets, documented_sets(2));
     }
