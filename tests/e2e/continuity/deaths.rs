@@ -60,8 +60,8 @@ fn of(backend: &str, rows: &[(&str, Check, bool)]) -> Vec<Row> {
         .filter(|(_, _, both)| *both || backend == "nftables")
         .map(|(name, check, _)| {
             let can_die = cfg!(feature = "kill-points") || !name.starts_with("agents_die");
-            // A gateway with iptables that no longer translates a pod, and still knows it, lets the first packet of a
-            // connection out with the pod's own address: nothing there is like the rule `none` of nftables.
+            // A node that becomes a gateway guards itself against pods that it does not know late in its pass, and there
+            // are many steps before with iptables: see Known limits of the data path.
             let is_known_to_leak = backend == "iptables" && *name == LABEL_DEATHS;
             Row::new(&module, name, *check).ignored_unless(can_die && !is_known_to_leak)
         })
