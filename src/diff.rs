@@ -10,7 +10,8 @@ use ipnet::IpNet;
 
 use crate::state::{
     Accepted, ConnectionStep, Family, FamilyState, FirewallState, FirewallStep, KernelState,
-    Landmark, NetSet, PodSet, PodState, RouteState, RouteStep, Skeleton, Step, Table,
+    Landmark, NetSet, PodSet, PodState, RouteState, RouteStep, RuleAction, Skeleton, Step, Table,
+    TableId,
 };
 
 /// When a step has its turn. The order of the variants is the order of the steps; between two steps of one
@@ -33,6 +34,8 @@ enum Phase {
     /// After the NAT chains leave it alone: a marked packet keeps its own source there, and must not go elsewhere than to
     /// its gateway with it.
     NewThrows,
+    /// To tables that do not leave alone yet what is excluded.
+    NewLookupRules,
     Vips,
     /// Closing comes before any change that opens.
     Blocks,
@@ -198,8 +201,20 @@ fn routes(
     excluded: &BTreeSet<IpNet>,
     steps: &mut Steps,
 ) {
+    let is_excluded = |net: &IpNet| excluded.iter().any(|wider| wider.contains(net));
+    let is_new = |id: TableId| {
+        let table = to
+            .tables
+            .get(&id)
+            .filter(|_| !from.tables.contains_key(&id));
+        table.is_some_and(|table| !table.throws.iter().all(is_excluded))
+    };
     for rule in to.rules.difference(&from.rules) {
-        steps.add(Phase::LookupRules, RouteStep::AddRule(family, *rule));
+        let phase = match rule.action {
+            RuleAction::Lookup(id) if is_new(id) => Phase::NewLookupRules,
+            _ => Phase::LookupRules,
+        };
+        steps.add(phase, RouteStep::AddRule(family, *rule));
     }
     for rule in from.rules.difference(&to.rules) {
         steps.add(Phase::OldRules, RouteStep::RemoveRule(family, *rule));
@@ -225,8 +240,7 @@ fn routes(
             (_, Some(_)) | (None, None) => {}
         }
         for net in new.throws.difference(&old.throws) {
-            let is_excluded = excluded.iter().any(|wider| wider.contains(net));
-            let phase = if is_excluded {
+            let phase = if is_excluded(net) {
                 Phase::Throws
             } else {
                 Phase::NewThrows

@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::announcers::{Announcers, Resolved, Source, Sources};
 use crate::cluster::View;
@@ -15,7 +15,7 @@ use crate::names::{Interface, NodeName, Reach};
 use crate::plan::slots::Slots;
 use crate::plan::{Desired, adopt, plan};
 use crate::settings::Settings;
-use crate::state::{Asked, Observed};
+use crate::state::{Asked, KernelState, LATE_REPLY_SECONDS, Observed, Skeleton};
 
 /// What a pass leaves for the next one.
 #[derive(Clone, Debug)]
@@ -23,8 +23,11 @@ pub struct Memory {
     announcers: Announcers,
     /// VIPs that this node may not have been the gateway of meanwhile, since the last pass that worked.
     interrupted: BTreeSet<IpAddr>,
-    /// When this node was found to be a gateway last.
-    was_gateway: Option<Instant>,
+    /// This node is a gateway. It counts as one for the grace period after, because others may learn late that it is none
+    /// any more.
+    gateway: Lasting,
+    /// Something of ours is in the kernel. The guards stay until late replies have come.
+    work: Lasting,
     last: Option<Desired>,
 }
 
@@ -45,7 +48,8 @@ impl Memory {
         Memory {
             announcers: Announcers::new(settings.node_name.clone(), settings.grace),
             interrupted: BTreeSet::new(),
-            was_gateway: None,
+            gateway: Lasting::default(),
+            work: Lasting::default(),
             last: None,
         }
     }
@@ -81,7 +85,7 @@ impl Memory {
         if is_start {
             let adopted = adopt::gateways(&kernel.state, &view.nodes, &settings.node_name);
             if adopted.values().any(|node| *node == settings.node_name) {
-                self.was_gateway = Some(now);
+                self.gateway = Lasting(Some(now));
             }
             for (vip, node) in adopted {
                 self.announcers.adopt(vip, node, now);
@@ -108,37 +112,57 @@ impl Memory {
         }
         kernel.state.interrupt(&self.interrupted);
         view.announcers = resolved.announcers;
-        let ends = self.gateway_until(&view, settings, now);
-        view.is_gateway = ends.is_some();
+        let is_gateway = view
+            .announcers
+            .values()
+            .any(|node| *node == settings.node_name);
+        let (is_gateway, gateway_ends) = self.gateway.lasts(is_gateway, settings.grace, now);
+        let mut families = kernel.state.families.values();
+        let is_left = is_start && families.any(|f| f.firewall.skeleton != Skeleton::Absent);
+        let late_replies = Duration::from_secs(LATE_REPLY_SECONDS.into());
+        let has_work = is_left || guards(&kernel.state);
+        (view.lingers, _) = self.work.lasts(has_work, late_replies, now);
+        view.is_gateway = is_gateway;
         let slots = match &self.last {
             Some(last) => last.slots.clone(),
             None => Slots::adopt(&kernel.state, settings),
         };
         let slots = slots.avoiding(kernel.occupied.clone());
         let families = kernel.state.families.keys().copied().collect();
+        let desired = plan(&view, settings, &families, &slots);
+        // Where nothing else is left to do.
+        let (_, work_ends) = self.work.lasts(guards(&desired.kernel), late_replies, now);
+        let changes = [resolved.ends, gateway_ends, work_ends];
         Pass {
-            desired: plan(&view, settings, &families, &slots),
+            desired,
             view,
             wanted,
             disagreements: resolved.disagreements,
-            changes_at: [resolved.ends, ends].into_iter().flatten().min(),
+            changes_at: changes.into_iter().flatten().min(),
         }
     }
 }
 
-impl Memory {
-    /// Until when this node counts as a gateway, if nothing else happens: for the grace period after it was one, because
-    /// others may learn late that it is none any more. `None` when it does not.
-    fn gateway_until(&mut self, view: &View, settings: &Settings, now: Instant) -> Option<Instant> {
-        if view
-            .announcers
-            .values()
-            .any(|node| *node == settings.node_name)
-        {
-            self.was_gateway = Some(now);
+/// Whether a kernel guards pods or VIPs.
+fn guards(kernel: &KernelState) -> bool {
+    let mut firewalls = kernel.families.values().map(|family| &family.firewall);
+    firewalls.any(|firewall| !firewall.pods.is_empty() || !firewall.vips.is_empty())
+}
+
+/// What is so, or was so a moment ago.
+#[derive(Clone, Copy, Debug, Default)]
+struct Lasting(Option<Instant>);
+
+impl Lasting {
+    /// Whether it still counts, and until when if nothing else happens.
+    fn lasts(&mut self, is_so: bool, how_long: Duration, now: Instant) -> (bool, Option<Instant>) {
+        if is_so {
+            self.0 = Some(now);
+            return (true, None);
         }
-        let until = self.was_gateway? + settings.grace;
-        (now < until).then_some(until)
+        let until = self.0.map(|last| last + how_long);
+        let until = until.filter(|until| now < *until);
+        (until.is_some(), until)
     }
 }
 
@@ -215,15 +239,13 @@ fn wanted(view: &View, resolved: &Resolved, settings: &Settings) -> Wanted {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
     use crate::cluster::Node;
     use crate::cluster::l2status::L2Status;
     use crate::cluster::leases::BootId;
     use crate::fixtures::{With, endpoint, ip, key, service, slice};
     use crate::plan::{Blocked, Verdict};
-    use crate::state::{Family, FamilyState, KernelState, PodState, TableId};
+    use crate::state::{Family, FamilyState, PodState, TableId};
 
     const VIPS: [&str; 2] = ["192.0.2.200", "2001:db8:1::c8"];
 
@@ -358,6 +380,63 @@ mod tests {
         kernel.occupied = [(Family::V4, TableId(100_002))].into();
         let avoiding = pass(&mut memory, announced_by(2), &mut kernel, now);
         assert_ne!(tables(&avoiding), [TableId(100_002)]);
+    }
+
+    #[test]
+    fn guards_outlast_the_last_service_by_the_time_of_late_replies() {
+        let now = Instant::now();
+        let mut kernel = kernel();
+        let mut memory = Memory::new(&settings());
+        let skeleton = |pass: &Pass| {
+            let firewall = &pass.desired.kernel.families[&Family::V4].firewall;
+            assert!(firewall.pods.is_empty() && firewall.vips.is_empty());
+            firewall.skeleton.clone()
+        };
+        let busy = pass(&mut memory, announced_by(3), &mut kernel, now);
+        kernel.state = busy.desired.kernel.clone();
+        memory.keep(busy.desired, true);
+        let nothing = || Snapshot {
+            view: View {
+                services: BTreeMap::new(),
+                ..facts().view
+            },
+            ..Snapshot::default()
+        };
+        let ends = now + Duration::from_secs(60);
+        let unlabelled = pass(&mut memory, nothing(), &mut kernel, now);
+        assert_eq!(skeleton(&unlabelled), Skeleton::Intact);
+        assert_eq!(unlabelled.changes_at, Some(ends));
+        kernel.state = unlabelled.desired.kernel.clone();
+        memory.keep(unlabelled.desired, true);
+        let last = pass(&mut memory, nothing(), &mut kernel, ends);
+        assert_eq!(skeleton(&last), Skeleton::Absent);
+        assert_eq!(last.changes_at, None);
+        // What a run before has left waits as long.
+        let mut memory = Memory::new(&settings());
+        let started = pass(&mut memory, nothing(), &mut kernel, ends);
+        assert_eq!(skeleton(&started), Skeleton::Intact);
+    }
+
+    #[test]
+    fn a_gateway_is_one_for_the_grace_period_after() {
+        let now = Instant::now();
+        let mut kernel = kernel();
+        let mut memory = Memory::new(&settings());
+        let ends = now + settings().grace;
+        for (what, announcer, at, is_gateway, changes_at) in [
+            ("another node is", 3, now, false, None),
+            ("this node is", 1, now, true, None),
+            ("it was a moment ago", 3, now, true, Some(ends)),
+            ("it was long ago", 3, ends, false, None),
+        ] {
+            let pass = pass(&mut memory, announced_by(announcer), &mut kernel, at);
+            assert_eq!(
+                (pass.view.is_gateway, pass.changes_at),
+                (is_gateway, changes_at),
+                "{what}"
+            );
+            memory.keep(pass.desired, true);
+        }
     }
 
     #[test]

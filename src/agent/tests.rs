@@ -8,6 +8,7 @@ use crate::cluster::Node;
 use crate::cluster::leases::BootId;
 use crate::kernel;
 use crate::names::NodeName;
+use crate::report::Wanted;
 use crate::state::{
     Accepted, Asked, Family, FamilyState, FirewallStep, KernelState, Obstacle, Rule, RuleAction,
     Skeleton, Surroundings, TableId,
@@ -123,8 +124,8 @@ struct Running {
     cluster: Arc<Cluster>,
     report: Arc<Report>,
     kernel: Arc<Shared>,
-    /// The UID of the Node that the Lease would name, once it says "programmed".
-    lease: watch::Receiver<Option<String>>,
+    /// What the Lease is to say.
+    lease: watch::Receiver<Option<Wanted>>,
     stop: Arc<Notify>,
     task: tokio::task::JoinHandle<()>,
 }
@@ -310,7 +311,11 @@ async fn a_node_is_programmed_for_others_when_all_is_that_a_gateway_needs() {
         let lease = running.lease.borrow().clone();
         assert_eq!(lease.is_some(), is_published);
         running.kernel.noted(4).await;
-        assert_eq!(*running.lease.borrow(), Some("uid".to_owned()));
+        let wanted = Wanted {
+            owner: "uid".to_owned(),
+            programmed: true,
+        };
+        assert_eq!(*running.lease.borrow(), Some(wanted));
     }
 }
 

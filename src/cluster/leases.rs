@@ -38,6 +38,10 @@ pub fn name(node: &NodeName) -> String {
 pub fn programmed(lease: &coordination::Lease) -> Option<(NodeName, BootId)> {
     let node = NodeName(lease.spec.as_ref()?.holder_identity.clone()?);
     let boot = lease.annotations().get(BOOT_ANNOTATION)?.clone();
+    // Withdrawn.
+    if boot.is_empty() {
+        return None;
+    }
     // A copied Lease has another name, and must not count for the node that it was copied from.
     (lease.name_any() == name(&node)).then_some((node, BootId(boot)))
 }

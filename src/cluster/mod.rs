@@ -129,6 +129,8 @@ pub struct View {
     pub neighbours: BTreeMap<IpAddr, Mac>,
     /// Packets of other nodes' pods may come through this node as their gateway: it is one, or was one a moment ago.
     pub is_gateway: bool,
+    /// Something concerned this node a moment ago: late replies may still come.
+    pub lingers: bool,
     /// What of this node decides with us.
     pub surroundings: BTreeMap<Family, Surroundings>,
 }

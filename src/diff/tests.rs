@@ -373,8 +373,8 @@ fn a_table_has_its_floor_first_and_loses_it_last() {
         [
             format!("add {fallback}"),
             "route table 100001 via 192.0.2.12 dev eth0".to_owned(),
-            "add IPv4 rule pref 1002 fwmark 0x100000/0xf00000 lookup 100001".to_owned(),
             "let table 100001 leave 10.1.0.0/16 to later rules".to_owned(),
+            "add IPv4 rule pref 1002 fwmark 0x100000/0xf00000 lookup 100001".to_owned(),
         ]
     );
     assert_eq!(

@@ -9,9 +9,6 @@ pub(crate) const PROTOCOL_NUMBER: u8 = 77;
 pub(crate) const REALM: u16 = 77;
 /// How many priorities of routing rules are ours.
 const PRIORITIES: u32 = 2;
-/// How long replies to forgotten connections are still dropped. Old gateway and server normally learn of the change
-/// within seconds.
-pub(crate) const LATE_REPLY_SECONDS: u32 = 60;
 
 /// The numbers that we use, and others should not.
 #[derive(Clone, Copy, Debug)]

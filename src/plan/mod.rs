@@ -142,7 +142,8 @@ fn plan_family(
     // do.
     let is_here =
         |(address, pod): (&IpAddr, &EgressPod<'_>)| pod.local && states.contains_key(address);
-    let has_work = settings.strict_start || !vips.is_empty() || pods.iter().any(is_here);
+    let has_work =
+        settings.strict_start || view.lingers || !vips.is_empty() || pods.iter().any(is_here);
     let landmarks = landmarks::landmarks(family, view, settings, &vips, &routes);
     let passes = |(address, pod): (&IpAddr, &PodState)| {
         pod.gateway_here || pods.get(address).is_some_and(|pod| pod.local)

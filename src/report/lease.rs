@@ -20,35 +20,42 @@ use crate::settings::Settings;
 /// Pauses after failures: a cause that was removed is noticed within the longest.
 const BACKOFF: Backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(10));
 
-/// The UID of the Node that owns the Lease.
-pub(super) type Owner = String;
+/// What the Lease is to say.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Wanted {
+    /// The UID of the Node that owns it.
+    pub(crate) owner: String,
+    /// Whether the node is programmed.
+    pub(crate) programmed: bool,
+}
 
 /// This node in this boot, and the way to the task that writes its Lease.
 #[derive(Debug)]
 pub(super) struct Holder {
     node: NodeName,
     boot: BootId,
-    wanted: watch::Sender<Option<Owner>>,
+    wanted: watch::Sender<Option<Wanted>>,
 }
 
 impl Holder {
     /// A holder, and what receives the Leases that it wants written.
-    pub(super) fn new(node: NodeName, boot: BootId) -> (Holder, watch::Receiver<Option<Owner>>) {
+    pub(super) fn new(node: NodeName, boot: BootId) -> (Holder, watch::Receiver<Option<Wanted>>) {
         let (wanted, asked) = watch::channel(None);
         (Holder { node, boot, wanted }, asked)
     }
 
-    /// Publishes the Lease unless ours already names this boot; returns whether it does.
-    pub(super) fn programmed(&self, view: &View) -> bool {
+    /// Publishes whether the node is programmed, unless the Lease says so already; returns whether it does.
+    pub(super) fn say(&self, programmed: bool, view: &View) -> bool {
         // Without a Node nobody routes to this node, and nothing could own the Lease.
         let Some(node) = view.nodes.get(&self.node) else {
             return false;
         };
-        let is_known = node.programmed.as_ref() == Some(&self.boot);
-        if !is_known {
-            self.wanted.send_replace(Some(node.uid.clone()));
+        let is_said = node.programmed.as_ref() == Some(&self.boot);
+        if is_said != programmed {
+            let owner = node.uid.clone();
+            self.wanted.send_replace(Some(Wanted { owner, programmed }));
         }
-        is_known
+        is_said == programmed
     }
 }
 
@@ -68,20 +75,24 @@ async fn write(
     api: Api<Lease>,
     node: NodeName,
     boot: BootId,
-    mut asked: watch::Receiver<Option<Owner>>,
+    mut asked: watch::Receiver<Option<Wanted>>,
 ) {
     let name = leases::name(&node);
     let mut backoff = BACKOFF;
     while asked.changed().await.is_ok() {
-        let Some(owner) = asked.borrow_and_update().clone() else {
+        let Some(wanted) = asked.borrow_and_update().clone() else {
             continue;
         };
-        let lease = document(&name, &node, &boot, &owner);
+        let lease = document(&name, &node, &boot, &wanted);
         let by_us = PatchParams::apply("metaleg-agent").force();
         match api.patch(&name, &by_us, &Patch::Apply(&lease)).await {
             Ok(_) => {
                 backoff.reset();
-                info!(lease = name, "other nodes know that this one is programmed");
+                let is = if wanted.programmed { "is" } else { "is not" };
+                info!(
+                    lease = name,
+                    "other nodes know that this one {is} programmed"
+                );
             }
             Err(error) => {
                 warn!(
@@ -96,16 +107,18 @@ async fn write(
     }
 }
 
-fn document(name: &str, node: &NodeName, boot: &BootId, owner: &Owner) -> serde_json::Value {
+fn document(name: &str, node: &NodeName, boot: &BootId, wanted: &Wanted) -> serde_json::Value {
+    // Of no boot: what was there is gone.
+    let boot = if wanted.programmed { &boot.0 } else { "" };
     json!({
         "apiVersion": "coordination.k8s.io/v1",
         "kind": "Lease",
         "metadata": {
             "name": name,
             "labels": {LEASE_LABEL: LEASE_VALUE, "app.kubernetes.io/component": "agent"},
-            "annotations": {BOOT_ANNOTATION: boot.0},
+            "annotations": {BOOT_ANNOTATION: boot},
             // Garbage collected with the Node.
-            "ownerReferences": [{"apiVersion": "v1", "kind": "Node", "name": node.0, "uid": owner}],
+            "ownerReferences": [{"apiVersion": "v1", "kind": "Node", "name": node.0, "uid": wanted.owner}],
         },
         // No duration and no renewal: it says what the node's kernel holds, not that an agent runs.
         "spec": {"holderIdentity": node.0},

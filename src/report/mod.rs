@@ -23,9 +23,11 @@ use crate::lan::Lan;
 use crate::plan::{Desired, Verdict};
 use crate::report::events::ServiceEvent;
 use crate::report::lease::Holder;
+#[cfg(test)]
+pub(crate) use crate::report::lease::Wanted;
 use crate::report::metrics::Counters;
 use crate::settings::Settings;
-use crate::state::{Family, Obstacle};
+use crate::state::{Family, Obstacle, Skeleton};
 use crate::tasks::Tasks;
 
 /// A pass that takes longer hangs: every tool that it runs has a deadline far below this.
@@ -138,13 +140,13 @@ impl Report {
         }
     }
 
-    /// A report that nobody reads; the receiver gets the UIDs of Nodes for which a Lease is wanted.
+    /// A report that nobody reads; the receiver gets what its Lease is to say.
     #[cfg(test)]
     pub(crate) fn recorded(
         cluster: Arc<Cluster>,
         node: crate::names::NodeName,
         boot: BootId,
-    ) -> (Report, tokio::sync::watch::Receiver<Option<String>>) {
+    ) -> (Report, tokio::sync::watch::Receiver<Option<Wanted>>) {
         let (lease, recorded) = Holder::new(node, boot);
         let (events, _) = mpsc::unbounded_channel();
         (
@@ -153,9 +155,11 @@ impl Report {
         )
     }
 
-    /// The kernel is what a gateway's should be: publishes the Lease, unless it says so already.
-    pub fn programmed(&self, view: &View) {
-        self.state().is_lease_missing = !self.lease.programmed(view);
+    /// The kernel is what a gateway's should be, or holds nothing: publishes it by the Lease, unless that says so already.
+    pub fn programmed(&self, desired: &Desired, view: &View) {
+        let mut families = desired.kernel.families.values();
+        let programmed = families.any(|family| family.firewall.skeleton != Skeleton::Absent);
+        self.state().is_lease_missing = !self.lease.say(programmed, view) && programmed;
     }
 
     /// Publishes Events about Services of a view.

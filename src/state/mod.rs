@@ -201,6 +201,10 @@ pub struct KernelState {
     pub doubt: bool,
 }
 
+/// How long replies to forgotten connections are still dropped. Old gateway and server normally learn of the change
+/// within seconds.
+pub const LATE_REPLY_SECONDS: u32 = 60;
+
 /// What a node's kernel and its firewall backend are like, as far as a plan depends on it. Fixed while the agent runs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Traits {

@@ -196,6 +196,7 @@ fn seen(world: &World, settings: &Settings, flags: (bool, bool, bool)) -> View {
         mask_is_shared,
     };
     let mut announcers = view.announcers.values();
+    view.lingers = was_gateway;
     view.is_gateway = was_gateway || announcers.any(|node| *node == settings.node_name);
     view
 }

@@ -10,8 +10,9 @@ use ipnet::IpNet;
 use nix::libc::IPPROTO_DCCP;
 
 use crate::kernel::conntrack::LateReply;
-use crate::kernel::ours::{LATE_REPLY_SECONDS, OwnSet, digit};
+use crate::kernel::ours::{OwnSet, digit};
 use crate::kernel::tool::{ToolError, run};
+use crate::state::LATE_REPLY_SECONDS;
 use crate::state::{Family, FirewallStep, Landmark};
 
 /// What every set of ours is called.

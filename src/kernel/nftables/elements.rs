@@ -10,7 +10,8 @@ use crate::ethernet::Mac;
 use crate::kernel::conntrack::LateReply;
 use crate::kernel::netlink::address;
 use crate::kernel::nftables::ruleset::{mark_of_chain, slot_chain};
-use crate::kernel::ours::{LATE_REPLY_SECONDS, OwnSet, digit};
+use crate::kernel::ours::{OwnSet, digit};
+use crate::state::LATE_REPLY_SECONDS;
 use crate::state::{
     Family, FirewallState, Landmark, Mark, NetSet, PodSet, PodState, Skeleton, Way,
 };

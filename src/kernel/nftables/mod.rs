@@ -33,9 +33,10 @@ use crate::kernel::conntrack::LateReply;
 use crate::kernel::error::{Error, StepError, executable};
 use crate::kernel::netfilter::{Message, Netfilter, NetlinkError, message};
 use crate::kernel::netlink::{OwnPorts, address};
-use crate::kernel::ours::{LATE_REPLY_SECONDS, Ranges};
+use crate::kernel::ours::Ranges;
 use crate::kernel::tag::TAG;
 use crate::kernel::tool::{run, run_as};
+use crate::state::LATE_REPLY_SECONDS;
 use crate::state::{Family, FirewallState, FirewallStep, KernelState, Remnant, Skeleton};
 
 /// `NFNL_SUBSYS_NFTABLES` of nfnetlink.h: the subsystem that a transaction is for.

@@ -10,9 +10,9 @@ use crate::kernel::nftables::elements::{
     Kind, SetTraits, TELLING_FLAGS, Transient, Value, late_reply_of,
 };
 use crate::kernel::nftables::ruleset::TABLE;
-use crate::kernel::ours::LATE_REPLY_SECONDS;
 use crate::kernel::tag::TAG;
 use crate::state::Family;
+use crate::state::LATE_REPLY_SECONDS;
 
 const TABLE_NAME: u16 = 1;
 const TABLE_FLAGS: u16 = 2;
