@@ -38,6 +38,7 @@ async fn damage_is_noticed_at_once(mode: Mode) {
         Mode::IptablesNft | Mode::IptablesLegacy => &[
             "iptables-nft -t nat -F METALEG-NAT",
             "iptables-nft -t nat -I POSTROUTING -j MASQUERADE",
+            "iptables-nft -t mangle -A PREROUTING -j CONNMARK --restore-mark",
             "ip6tables-nft -t mangle -D PREROUTING 1",
             "iptables-nft -F",
             "nft flush ruleset",
@@ -239,7 +240,7 @@ fn news_of_what_is_not_ours_is_told_from_damage() {
                 Drift::Possible,
             ),
             ("ip rule add pref 3000 lookup 100004", Drift::Possible),
-            ("ip rule del pref 1099", Drift::Certain),
+            ("ip rule del pref 1001", Drift::Certain),
             (
                 "ip route add 203.0.113.0/24 dev eth0 table 100001",
                 Drift::Certain,

@@ -114,6 +114,7 @@ fn damages_of_iptables(mode: Mode) -> Vec<String> {
             format!("{v4} -t nat -I POSTROUTING 1 -j MASQUERADE"),
             format!("{v4} -I FORWARD 1 -j ACCEPT"),
             format!("{v4} -t mangle -A FORWARD -j METALEG-GUARD"),
+            format!("{v6} -t mangle -A PREROUTING -j CONNMARK --restore-mark"),
             format!("{v4} -t nat -D METALEG-NAT 4"),
             format!("{v4} -t nat -F; {v4} -t mangle -F; {v4} -F"),
             "ipset flush METALEG-EGRESS-4".to_owned(),

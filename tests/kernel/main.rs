@@ -29,6 +29,7 @@ mod lan;
 mod on_link;
 mod remnants;
 mod routes;
+mod ways;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
