@@ -186,12 +186,12 @@ async fn forget_pod(kernel: &mut NodeKernel) {
 }
 
 /// Protocols without ports, and what a packet carries: ESP, two numbers; GRE, no flags, IP, and as much as translation wants.
-const PORTLESS: [(u8, [u8; 8]); 2] = [
+pub(crate) const PORTLESS: [(u8, [u8; 8]); 2] = [
     (50, [0, 0, 0, 1, 0, 0, 0, 1]),
     (47, [0, 0, 8, 0, 0, 0, 0, 0]),
 ];
 
-fn raw_socket(protocol: u8, from: IpAddr) -> Socket {
+pub(crate) fn raw_socket(protocol: u8, from: IpAddr) -> Socket {
     let domain = match from {
         IpAddr::V4(_) => Domain::IPV4,
         IpAddr::V6(_) => Domain::IPV6,

@@ -25,6 +25,7 @@ mod drift;
 mod firewall;
 mod foreign_nat;
 mod guard;
+mod inbound;
 mod lan;
 mod on_link;
 mod remnants;
