@@ -1,6 +1,6 @@
 //! Pods that say nothing are made to: a gateway that is new learns of their connections.
 
-use std::io::{Read as _, Write as _};
+use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::Shutdown;
 
 use super::*;
@@ -174,3 +174,45 @@ async fn a_silent_pod_on_a_bridge_speaks(mode: Mode) {
 }
 
 each_mode!(a_silent_pod_on_a_bridge_speaks);
+
+/// Where no node takes up a connection in its middle, a gateway that is new cannot let it go on: it ends at once, as soon as
+/// the pod says something or is made to.
+async fn a_pod_is_reset_where_no_connection_is_taken_up(mode: Mode) {
+    const STRICT: &str = "sysctl -qw net.netfilter.nf_conntrack_tcp_loose=0";
+    connect_hosts(mode);
+    sh(STRICT);
+    on("gateway", || sh(STRICT));
+    prepare_gateway(mode);
+    let mut server = Server::start();
+    reach_and_die(mode, &labelled(12));
+    let mut kernel = open(mode).await;
+    observe(&mut kernel).await;
+    for is_silent in [false, true] {
+        let talk = Talk::connected(12);
+        let accepted = server.accept();
+        talk.send_tcp();
+        talk.wait_for_acknowledgements();
+        on("gateway", || sh("conntrack -F 2>/dev/null"));
+        server.seen();
+        if is_silent {
+            let pods = Family::ALL.map(|family| pod(family, 12));
+            let steps = pods.map(|pod| Step::Connection(ConnectionStep::ElicitAck(pod)));
+            apply(&mut kernel, &steps).await;
+        } else {
+            talk.send_tcp();
+        }
+        for mut stream in &talk.tcp {
+            let mut told = None;
+            eventually("an end", || {
+                let heard = stream.read(&mut [0; 4]);
+                told = heard.err().map(|error| error.kind());
+                told != Some(ErrorKind::WouldBlock)
+            });
+            assert_eq!(told, Some(ErrorKind::ConnectionReset), "{is_silent}");
+        }
+        server.sees_nothing();
+        drop(accepted);
+    }
+}
+
+each_mode!(a_pod_is_reset_where_no_connection_is_taken_up);
