@@ -1,8 +1,15 @@
 //! Chains, rules and sets: written, read back, damaged, healed and removed, and what of others stays.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
+
+use ipnet::IpNet;
 
 use super::*;
+use crate::hosts::{connect_hosts, prepare_gateway};
+use crate::namespace::PATIENCE;
+use crate::server::Server;
+use crate::states::labelled;
+use crate::talk::datagrams;
 
 /// Chains, rules and sets that look as much like ours as others' may.
 fn make_foreign(mode: Mode) {
@@ -389,3 +396,49 @@ async fn the_lock_of_iptables_is_waited_for_and_busy_neighbours_do_not_matter(mo
 }
 
 each_mode!(the_lock_of_iptables_is_waited_for_and_busy_neighbours_do_not_matter);
+
+/// What the round trip of an egress pod's packet costs, with one excluded network and with a thousand.
+async fn the_way_out_beside_a_thousand_excluded_networks(mode: Mode) {
+    const ROUND_TRIPS: u32 = 5000;
+    connect_hosts(mode);
+    prepare_gateway(mode);
+    let server = Server::start();
+    let [echo, _] = server.udp.each_ref().map(|udp| udp.try_clone().unwrap());
+    std::thread::spawn(move || {
+        let mut word = [0; 1];
+        while let Ok((_, peer)) = echo.recv_from(&mut word) {
+            let _ = echo.send_to(&word, peer);
+        }
+    });
+    let pod = on("pods", || datagrams(pod(Family::V4, 12)));
+    pod.set_read_timeout(Some(PATIENCE)).unwrap();
+    for excluded in [0, 1000_u16, 0, 1000] {
+        let mut state = labelled(12);
+        let FamilyState { routes, firewall } = state.families.get_mut(&Family::V4).unwrap();
+        for [high, low] in (0..excluded).map(|n| (2 * n).to_be_bytes()) {
+            let net: IpNet = format!("10.{}.{low}.0/24", 100 + high).parse().unwrap();
+            firewall.excluded.insert(net);
+            if mode != Mode::Nftables {
+                for table in routes.tables.values_mut() {
+                    table.throws.insert(net);
+                }
+            }
+        }
+        reach_and_die(mode, &state);
+        let mut times: Vec<Duration> = Vec::new();
+        for _ in 0..ROUND_TRIPS {
+            let started = Instant::now();
+            pod.send(b"x").unwrap();
+            pod.recv(&mut [0; 1]).unwrap();
+            times.push(started.elapsed());
+        }
+        times.sort();
+        println!(
+            "{excluded} more excluded networks: round trip of {:?} (median), {:?} (lowest tenth)",
+            times[times.len() / 2],
+            times[times.len() / 10],
+        );
+    }
+}
+
+each_mode!(the_way_out_beside_a_thousand_excluded_networks: nftables, iptables_nft);
