@@ -5,6 +5,7 @@
 //! | `startup` | What becomes of bad settings, and of an API server or objects that are not there? |
 //! | `objects` | What do Services, slices, pods and settings make of a pod? |
 //! | `matrix` | Does everything work with each backend, kube-proxy and masquerade? |
+//! | `others` | What of others is on a node, and what of ours is not? |
 //! | `continuity` | What do connections experience when things move, die or end? |
 //!
 //! `cargo test --all-features --test e2e -- --list` lists all rows; each can be run alone, by its name.
@@ -14,6 +15,7 @@ mod leaving;
 mod matrix;
 mod names;
 mod objects;
+mod others;
 mod runner;
 mod stage;
 mod startup;
@@ -30,6 +32,7 @@ fn main() -> ExitCode {
     // The longest of those side by side come first.
     groups.extend(objects::groups());
     groups.extend(matrix::groups());
+    groups.extend(others::groups());
     groups.extend(continuity::groups());
     runner::run(groups)
 }
