@@ -1,7 +1,7 @@
 //! Servers that say whom they see, and clients that ask them.
 
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
-use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
+use std::net::{IpAddr, Shutdown, SocketAddr, TcpStream, UdpSocket};
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::Duration;
@@ -455,6 +455,15 @@ impl Stream {
         let request = format!("after {}\n", pause.as_millis());
         let written = self.reader.get_mut().write_all(request.as_bytes());
         written.context("cannot send")
+    }
+
+    /// Ends its own half of the connection.
+    ///
+    /// # Errors
+    /// When the connection is broken.
+    pub fn say_no_more(&self) -> Result<()> {
+        let ended = self.reader.get_ref().shutdown(Shutdown::Write);
+        ended.context("cannot end")
     }
 
     /// Waits for what the server says by itself.

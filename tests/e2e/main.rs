@@ -6,6 +6,7 @@
 //! | `objects` | What do Services, slices, pods and settings make of a pod? |
 //! | `matrix` | Does everything work with each backend, kube-proxy and masquerade? |
 //! | `obstacles` | Is it told what of a node itself is in the way of its pods? |
+//! | `others` | What of others is on a node, and what of ours is not? |
 //! | `continuity` | What do connections experience when things move, die or end? |
 //!
 //! `cargo test --all-features --test e2e -- --list` lists all rows; each can be run alone, by its name.
@@ -16,6 +17,7 @@ mod matrix;
 mod names;
 mod objects;
 mod obstacles;
+mod others;
 mod runner;
 mod stage;
 mod startup;
@@ -33,6 +35,7 @@ fn main() -> ExitCode {
     groups.extend(objects::groups());
     groups.extend(matrix::groups());
     groups.extend(obstacles::groups());
+    groups.extend(others::groups());
     groups.extend(continuity::groups());
     runner::run(groups)
 }
