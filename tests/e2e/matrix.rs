@@ -305,10 +305,12 @@ fn no_complaint(stage: &mut Stage) -> Result<()> {
     let lab = &stage.lab;
     for number in lab.node_numbers() {
         let log = lab.agent_log(number);
-        // The hostNetwork pod is ignored, and a masquerade in a table of its own is a rival of iptables.
+        // The hostNetwork pod is ignored, a masquerade in a table of its own is a rival of iptables, and another row has
+        // removed all routing rules.
         let expected = |line: &str| {
             line.contains("ignoring endpoint") && line.contains("hostNetwork")
                 || line.contains("FIREWALL_BACKEND=nftables would be ahead of it")
+                || line.contains("kind=\"RulesRemoved\"")
         };
         let complaint = log
             .lines()
