@@ -261,12 +261,12 @@ fn service_deleted(stage: &mut Stage) -> Result<()> {
     lab.delete_service("shop")?;
     settle_as_nodes(lab, &SHOP, Before::Vips(&stage.vips))?;
     lab.delete_service("local")?;
-    let of_networks: String = names::IPSETS_OF_NETWORKS
+    let of_guards: String = names::IPSETS_OF_GUARDS
         .iter()
         .map(|name| format!(" -e {name}"))
         .collect();
     let look = format!(
-        "ipset save | grep -v -e '^create {}.*-[46] '{of_networks} || true
+        "ipset save | grep -v -e '^create {}.*-[46] '{of_guards} || true
          for s in {}; do for n in 4 6; do
            for kind in set map; do
              nft list $kind {} $s$n 2>/dev/null | sed -n \"s/elements/$s$n: &/p\"

@@ -17,4 +17,5 @@ pub(crate) const EGRESS_IPSET: &str = "METALEG-EGRESS-";
 pub(crate) const LATE_REPLIES_IPSET: &str = "METALEG-LATE-REPLIES-";
 pub(crate) const SETS_OF_PODS: [&str; 6] =
     ["egress", "vips", "blocked", "gateway_here", "slot", "vip"];
-pub(crate) const IPSETS_OF_NETWORKS: [&str; 3] = ["EXCLUDED", "REMOTE-PODS", "LATE-REPLIES"];
+/// What stays while the guards wait for late replies.
+pub(crate) const IPSETS_OF_GUARDS: [&str; 4] = ["EXCLUDED", "REMOTE-PODS", "LATE-REPLIES", "LANS"];

@@ -16,6 +16,8 @@ const SHOP: [&str; 3] = ["shop-1", "shop-2", "shop-3"];
 const LATE: Duration = Duration::from_secs(6);
 /// How long the rules of others stay: pods send all the time.
 const AHEAD: Duration = Duration::from_secs(2);
+/// How long guards wait for late replies after the last Service.
+const LINGERING: Duration = Duration::from_secs(60);
 /// How much later an answer may come: packets that are lost are sent again after 0.2 s, 0.6 s and 1.4 s.
 const PATIENCE: Duration = Duration::from_secs(2);
 
@@ -92,7 +94,7 @@ fn label_that_went(stage: &mut Stage) -> Result<()> {
     }
     lab.label_service("shop", false)?;
     settle_as_nodes(lab, &SHOP, Before::Vips(vips))?;
-    eventually(SOON, "nothing of ours is there", || {
+    eventually(LINGERING + SOON, "nothing of ours is there", || {
         nothing_of_ours(lab).map(Some)
     })
 }
