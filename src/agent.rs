@@ -207,7 +207,8 @@ impl<K: Kernel> Agent<'_, K> {
         };
         self.report.counters.steps(&steps, &failed);
         if !failed.iter().any(is_of_the_gateway) {
-            self.report.programmed(&pass.desired, &pass.view);
+            self.report
+                .programmed(&pass.desired, pass.is_gateway, &pass.view);
         }
         self.memory.keep(pass.desired, failed.is_empty());
         // By their words, because there may be thousands. Of two with the same words both are done again.

@@ -35,6 +35,8 @@ pub struct Memory {
 pub struct Pass {
     pub view: View,
     pub desired: Desired,
+    /// Whether this node is a gateway, or was one within the grace period.
+    pub is_gateway: bool,
     /// What to listen for on the LAN.
     pub wanted: Wanted,
     /// VIPs of which two sources have named different announcers for long.
@@ -91,6 +93,12 @@ impl Memory {
                 self.announcers.adopt(vip, node, now);
             }
         }
+        let own = view.nodes.get(&settings.node_name);
+        let is_taken_for_gateway = own.is_some_and(|own| own.guards == Some(true));
+        if facts.away {
+            // A node that becomes a gateway cannot say so now. Nor can there be a pod that it does not know.
+            view.nodes.values_mut().for_each(|node| node.guards = None);
+        }
         let sources = Sources {
             services: &view.services,
             statuses: &facts.statuses,
@@ -102,6 +110,7 @@ impl Memory {
         for name in &resolved.still_programmed {
             if let Some(node) = view.nodes.get_mut(name) {
                 node.programmed.clone_from(&node.boot);
+                node.guards = None;
             }
         }
         let wanted = wanted(&view, &resolved, settings);
@@ -122,7 +131,8 @@ impl Memory {
         let late_replies = Duration::from_secs(LATE_REPLY_SECONDS.into());
         let has_work = is_left || guards(&kernel.state);
         (view.lingers, _) = self.work.lasts(has_work, late_replies, now);
-        view.is_gateway = is_gateway;
+        // Guards go when the others know that they go.
+        view.is_gateway = is_gateway || is_taken_for_gateway;
         let slots = match &self.last {
             Some(last) => last.slots.clone(),
             None => Slots::adopt(&kernel.state, settings),
@@ -136,6 +146,7 @@ impl Memory {
         Pass {
             desired,
             view,
+            is_gateway,
             wanted,
             disagreements: resolved.disagreements,
             changes_at: changes.into_iter().flatten().min(),
@@ -474,6 +485,49 @@ mod tests {
         let mut kernel = held;
         memory.plan(announced_by(1), &heard, &mut kernel, &settings(), now);
         assert!(is_interrupted(&kernel), "another node has claimed the VIP");
+    }
+
+    #[test]
+    fn a_node_that_becomes_a_gateway_gets_pods_of_others_once_it_guards() {
+        let now = Instant::now();
+        let mut kernel = kernel();
+        let mut memory = Memory::new(&settings());
+        let guarding = |guards, away| {
+            let mut facts = announced_by(3);
+            facts.view.nodes.get_mut(&node(3)).unwrap().guards = guards;
+            facts.away = away;
+            facts
+        };
+        let waits = Verdict::Blocked(Blocked::GatewayNotProgrammed(node(3)));
+        for (what, guards, away, expected) in [
+            ("it is none yet", Some(false), false, waits),
+            ("it has said so", Some(true), false, through(3)),
+            ("its agent never says", None, false, through(3)),
+            ("it cannot say so now", Some(false), true, through(3)),
+        ] {
+            let pass = pass(&mut memory, guarding(guards, away), &mut kernel, now);
+            assert_eq!(*verdict(&pass), expected, "{what}");
+            memory = Memory::new(&settings());
+        }
+    }
+
+    #[test]
+    fn guards_go_when_the_others_know_that_they_go() {
+        let now = Instant::now();
+        let mut kernel = kernel();
+        let mut memory = Memory::new(&settings());
+        for (guards, away, is_guarding) in [
+            (Some(true), false, true),
+            (Some(true), true, true),
+            (Some(false), false, false),
+        ] {
+            let mut facts = announced_by(3);
+            facts.view.nodes.get_mut(&node(1)).unwrap().guards = guards;
+            facts.away = away;
+            let pass = pass(&mut memory, facts, &mut kernel, now);
+            assert!(!pass.is_gateway);
+            assert_eq!(pass.view.is_gateway, is_guarding);
+        }
     }
 
     #[test]

@@ -173,6 +173,7 @@ fn pretend_synced(cluster: &Cluster) {
     // Its Lease says that it is programmed, so that the agent becomes ready.
     let facts = Node {
         programmed: Some(BootId("first".to_owned())),
+        guards: Some(false),
         ..Node::default()
     };
     cluster.pretend_synced(&[(node1(), facts)]);
@@ -314,6 +315,7 @@ async fn a_node_is_programmed_for_others_when_all_is_that_a_gateway_needs() {
         let wanted = Wanted {
             owner: "uid".to_owned(),
             programmed: true,
+            guards: false,
         };
         assert_eq!(*running.lease.borrow(), Some(wanted));
     }

@@ -11,7 +11,7 @@ use strum::{Display, VariantArray};
 use tracing::{info, warn};
 
 use crate::cluster::l2status::L2Status;
-use crate::cluster::leases::BootId;
+use crate::cluster::leases::Programmed;
 use crate::cluster::{EndpointSlice, Node, Pod, Service, View};
 use crate::names::{NodeName, ObjectKey};
 
@@ -135,7 +135,7 @@ pub(super) struct Index {
     pub(super) nodes: Facts<NodeName, Node>,
     pub(super) pods: Facts<ObjectKey, Pod>,
     pub(super) statuses: Facts<ObjectKey, L2Status>,
-    pub(super) leases: Facts<ObjectKey, (NodeName, BootId)>,
+    pub(super) leases: Facts<ObjectKey, (NodeName, Programmed)>,
     pub(super) service_cidrs: Facts<String, BTreeSet<IpNet>>,
     pub(super) ip_pools: Facts<String, BTreeSet<IpNet>>,
     pub(super) cilium_nodes: Facts<String, BTreeSet<IpNet>>,
@@ -248,11 +248,11 @@ impl Index {
     }
 }
 
-/// The nodes, with the pod networks that Cilium gives them, and the boots in which their agents have programmed them.
+/// The nodes, with the pod networks that Cilium gives them, and what their agents have programmed.
 pub fn merged<'a>(
     nodes: &BTreeMap<NodeName, Node>,
     cilium: &BTreeMap<String, BTreeSet<IpNet>>,
-    leases: impl Iterator<Item = &'a (NodeName, BootId)>,
+    leases: impl Iterator<Item = &'a (NodeName, Programmed)>,
 ) -> BTreeMap<NodeName, Node> {
     let mut nodes = nodes.clone();
     // A CiliumNode without networks: Cilium goes by the Node's.
@@ -261,9 +261,10 @@ pub fn merged<'a>(
             node.pod_cidrs.clone_from(nets);
         }
     }
-    for (name, boot) in leases {
+    for (name, Programmed { boot, guards }) in leases {
         if let Some(node) = nodes.get_mut(name) {
             node.programmed = Some(boot.clone());
+            node.guards = *guards;
         }
     }
     nodes
@@ -272,6 +273,7 @@ pub fn merged<'a>(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cluster::leases::BootId;
 
     /// An object of a test is its key and what comes of reading it.
     type Object = (&'static str, Result<Option<u8>, String>);
@@ -371,6 +373,10 @@ mod tests {
     fn cilium_and_leases_add_to_what_nodes_say_of_themselves() {
         let name = |n: u8| NodeName(format!("node{n}"));
         let boot = |text: &str| BootId(text.to_owned());
+        let programmed_in = |text: &str, guards| Programmed {
+            boot: boot(text),
+            guards,
+        };
         let nets = |texts: &[&str]| -> BTreeSet<IpNet> {
             texts.iter().map(|text| text.parse().unwrap()).collect()
         };
@@ -399,21 +405,35 @@ mod tests {
             (
                 "of an unknown node",
                 Some(("node2", nets(&["10.0.1.0/24"]))),
-                Some((name(2), boot("second"))),
+                Some((name(2), programmed_in("second", None))),
                 "10.244.1.0/24",
                 None,
             ),
             (
                 "of this boot",
                 None,
-                Some((name(1), boot("second"))),
+                Some((name(1), programmed_in("second", None))),
                 "10.244.1.0/24",
                 Some(true),
             ),
             (
+                "of this boot, as a gateway",
+                None,
+                Some((name(1), programmed_in("second", Some(true)))),
+                "10.244.1.0/24",
+                Some(true),
+            ),
+            (
+                "of this boot, and no gateway",
+                None,
+                Some((name(1), programmed_in("second", Some(false)))),
+                "10.244.1.0/24",
+                Some(false),
+            ),
+            (
                 "of another boot",
                 None,
-                Some((name(1), boot("first"))),
+                Some((name(1), programmed_in("first", Some(true)))),
                 "10.244.1.0/24",
                 Some(false),
             ),

@@ -103,6 +103,9 @@ pub struct Node {
     pub boot: Option<BootId>,
     /// The boot in which its agent has programmed it. From the agent's Lease, not from the Node.
     pub programmed: Option<BootId>,
+    /// Whether it holds back pods of other nodes that it does not know, as a gateway does; `None`: its agent does not say,
+    /// and always does. From the Lease too.
+    pub guards: Option<bool>,
 }
 
 /// Everything that a plan is made from.
@@ -127,7 +130,8 @@ pub struct View {
     pub reach: BTreeMap<IpAddr, Reach>,
     /// The link-layer addresses of other nodes that are on link, as far as this node's kernel has learned them.
     pub neighbours: BTreeMap<IpAddr, Mac>,
-    /// Packets of other nodes' pods may come through this node as their gateway: it is one, or was one a moment ago.
+    /// Packets of other nodes' pods may come through this node as their gateway: it is one, was one a moment ago, or others
+    /// still take it for one.
     pub is_gateway: bool,
     /// Something concerned this node a moment ago: late replies may still come.
     pub lingers: bool,
@@ -237,12 +241,15 @@ impl Node {
             uid: object.uid().unwrap_or_default(),
             boot: boot.filter(|boot| !boot.is_empty()).map(BootId),
             programmed: None,
+            guards: None,
         }
     }
 
-    /// Whether its agent has programmed it since it was booted: only then may pods of other nodes be routed there.
+    /// Whether its agent has programmed it as a gateway since it was booted: only then may pods of other nodes be routed
+    /// there.
     pub fn is_programmed(&self) -> bool {
-        self.programmed.is_some() && (self.boot.is_none() || self.boot == self.programmed)
+        let is_of_this_boot = self.boot.is_none() || self.boot == self.programmed;
+        self.programmed.is_some() && is_of_this_boot && self.guards != Some(false)
     }
 
     /// Its addresses of a family, in the order of the object.

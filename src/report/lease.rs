@@ -12,7 +12,9 @@ use tracing::{info, warn};
 
 use crate::backoff::Backoff;
 use crate::cluster::View;
-use crate::cluster::leases::{self, BOOT_ANNOTATION, BootId, LEASE_LABEL, LEASE_VALUE};
+use crate::cluster::leases::{
+    self, BOOT_ANNOTATION, BootId, GUARDS_ANNOTATION, LEASE_LABEL, LEASE_VALUE,
+};
 use crate::error::chain;
 use crate::names::NodeName;
 use crate::settings::Settings;
@@ -27,6 +29,8 @@ pub(crate) struct Wanted {
     pub(crate) owner: String,
     /// Whether the node is programmed.
     pub(crate) programmed: bool,
+    /// Whether it guards as a gateway does.
+    pub(crate) guards: bool,
 }
 
 /// This node in this boot, and the way to the task that writes its Lease.
@@ -44,18 +48,22 @@ impl Holder {
         (Holder { node, boot, wanted }, asked)
     }
 
-    /// Publishes whether the node is programmed, unless the Lease says so already; returns whether it does.
-    pub(super) fn say(&self, programmed: bool, view: &View) -> bool {
+    /// Publishes whether the node is programmed, and as a gateway, unless the Lease says so already; returns whether it does.
+    pub(super) fn say(&self, programmed: bool, guards: bool, view: &View) -> bool {
         // Without a Node nobody routes to this node, and nothing could own the Lease.
         let Some(node) = view.nodes.get(&self.node) else {
             return false;
         };
-        let is_said = node.programmed.as_ref() == Some(&self.boot);
-        if is_said != programmed {
-            let owner = node.uid.clone();
-            self.wanted.send_replace(Some(Wanted { owner, programmed }));
+        let said = node.programmed.as_ref() == Some(&self.boot);
+        let is_said = said == programmed && (!programmed || node.guards == Some(guards));
+        if !is_said {
+            self.wanted.send_replace(Some(Wanted {
+                owner: node.uid.clone(),
+                programmed,
+                guards,
+            }));
         }
-        is_said == programmed
+        is_said
     }
 }
 
@@ -88,11 +96,14 @@ async fn write(
         match api.patch(&name, &by_us, &Patch::Apply(&lease)).await {
             Ok(_) => {
                 backoff.reset();
-                let is = if wanted.programmed { "is" } else { "is not" };
-                info!(
-                    lease = name,
-                    "other nodes know that this one {is} programmed"
-                );
+                let what = match wanted {
+                    Wanted {
+                        programmed: false, ..
+                    } => "is not programmed",
+                    Wanted { guards: false, .. } => "is programmed, and no gateway",
+                    Wanted { guards: true, .. } => "is programmed as a gateway",
+                };
+                info!(lease = name, "other nodes know that this one {what}");
             }
             Err(error) => {
                 warn!(
@@ -116,7 +127,7 @@ fn document(name: &str, node: &NodeName, boot: &BootId, wanted: &Wanted) -> serd
         "metadata": {
             "name": name,
             "labels": {LEASE_LABEL: LEASE_VALUE, "app.kubernetes.io/component": "agent"},
-            "annotations": {BOOT_ANNOTATION: boot},
+            "annotations": {BOOT_ANNOTATION: boot, GUARDS_ANNOTATION: wanted.guards.to_string()},
             // Garbage collected with the Node.
             "ownerReferences": [{"apiVersion": "v1", "kind": "Node", "name": node.0, "uid": wanted.owner}],
         },

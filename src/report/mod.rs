@@ -155,11 +155,12 @@ impl Report {
         )
     }
 
-    /// The kernel is what a gateway's should be, or holds nothing: publishes it by the Lease, unless that says so already.
-    pub fn programmed(&self, desired: &Desired, view: &View) {
+    /// The kernel is what it should be for other nodes' pods, as far as `is_gateway` goes, or holds nothing: publishes it by
+    /// the Lease, unless that says so already.
+    pub fn programmed(&self, desired: &Desired, is_gateway: bool, view: &View) {
         let mut families = desired.kernel.families.values();
         let programmed = families.any(|family| family.firewall.skeleton != Skeleton::Absent);
-        self.state().is_lease_missing = !self.lease.say(programmed, view) && programmed;
+        self.state().is_lease_missing = !self.lease.say(programmed, is_gateway, view) && programmed;
     }
 
     /// Publishes Events about Services of a view.

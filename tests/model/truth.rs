@@ -260,6 +260,9 @@ impl<'a> Reader<'a> {
         if name == *self.me() {
             return Ok((vip, name, None));
         }
+        if node.guards == Some(false) {
+            return Err(Blocked::GatewayNotProgrammed(name));
+        }
         match (&node.programmed, &node.boot) {
             (Some(programmed), Some(boot)) if programmed == boot => {}
             (Some(_), None) => {}
