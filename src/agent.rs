@@ -201,15 +201,8 @@ impl<K: Kernel> Agent<'_, K> {
         for step in &steps {
             debug!(reason, "{step}");
         }
-        let failed = match steps.is_empty() {
-            true => Vec::new(),
-            false => self.kernel.apply(&steps).await,
-        };
+        let failed = self.apply(&steps, &pass).await;
         self.report.counters.steps(&steps, &failed);
-        if !failed.iter().any(is_of_the_gateway) {
-            self.report
-                .programmed(&pass.desired, pass.is_gateway, &pass.view);
-        }
         self.memory.keep(pass.desired, failed.is_empty());
         // By their words, because there may be thousands. Of two with the same words both are done again.
         let not_done = failed.iter().map(|failure| failure.step.to_string());
@@ -228,6 +221,32 @@ impl<K: Kernel> Agent<'_, K> {
             info!(reason, steps = steps.len(), ms, "kernel changed");
         }
         Ok(pass.changes_at.map(Instant::from_std))
+    }
+
+    /// Does what is to be done, and publishes what other nodes may rely on. They wait for a new gateway: it tells them when
+    /// it guards and translates, before it looks at connections.
+    async fn apply(&mut self, steps: &[Step], pass: &Pass) -> Vec<StepError> {
+        let is_connection = |step: &Step| matches!(step, Step::Connection(_));
+        let first = steps.iter().position(is_connection);
+        let first = first.filter(|_| pass.becomes_gateway(&self.settings.node_name));
+        let (guards, rest) = steps.split_at(first.unwrap_or_default());
+        let mut failed = Vec::new();
+        if !guards.is_empty() {
+            failed = self.kernel.apply(guards).await;
+            self.publish_programmed(&failed, pass);
+        }
+        if !rest.is_empty() {
+            failed.extend(self.kernel.apply(rest).await);
+        }
+        self.publish_programmed(&failed, pass);
+        failed
+    }
+
+    fn publish_programmed(&self, failed: &[StepError], pass: &Pass) {
+        if !failed.iter().any(is_of_the_gateway) {
+            let (desired, view) = (&pass.desired, &pass.view);
+            self.report.programmed(desired, pass.is_gateway, view);
+        }
     }
 
     /// Reads the kernel. Where others might have changed something and nothing of ours differs, no connection was opened

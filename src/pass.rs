@@ -45,6 +45,14 @@ pub struct Pass {
     pub changes_at: Option<Instant>,
 }
 
+impl Pass {
+    /// Whether other nodes do not know yet that this one is a gateway.
+    pub fn becomes_gateway(&self, own: &NodeName) -> bool {
+        let own = self.view.nodes.get(own);
+        self.is_gateway && own.is_some_and(|own| own.guards != Some(true))
+    }
+}
+
 impl Memory {
     pub fn new(settings: &Settings) -> Memory {
         Memory {
