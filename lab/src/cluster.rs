@@ -261,7 +261,8 @@ metadata: {name: lab, namespace: metallb-system}
         };
         let (kubectl, kubeconfig) = (self.binaries.path("kubectl"), &self.kubeconfig);
         control_plane.sh(&format!(
-            "HOME={} {} --kubeconfig={}{quoted}{input}",
+            // In the place of the shell, that it is killed with the lab.
+            "exec env HOME={} {} --kubeconfig={}{quoted}{input}",
             self.directory.display(),
             kubectl.display(),
             kubeconfig.display(),

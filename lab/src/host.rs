@@ -25,15 +25,18 @@ pub const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:
 const HOLD: &str =
     "mount -t tmpfs tmpfs /run && ip link set lo up && echo ready && exec sleep infinity";
 
+/// A command, and where to say what has come of it; `None` is the last one.
+type Job = Option<(Command, Sender<std::io::Result<Child>>)>;
+
+static SPAWNER: OnceLock<Mutex<Sender<Job>>> = OnceLock::new();
+
 /// Starts processes from a thread that lives as long as the lab's process: the parent-death signal is sent when
 /// the starting thread ends, not when the process does.
 fn spawn(command: Command) -> Result<Child> {
-    type Job = (Command, Sender<std::io::Result<Child>>);
-    static SPAWNER: OnceLock<Mutex<Sender<Job>>> = OnceLock::new();
     let spawner = SPAWNER.get_or_init(|| {
         let (sender, jobs) = channel::<Job>();
         thread::spawn(move || {
-            for (mut command, answer) in jobs {
+            while let Ok(Some((mut command, answer))) = jobs.recv() {
                 // Nobody waits for the answer any more when this fails.
                 let _ = answer.send(command.spawn());
             }
@@ -46,12 +49,21 @@ fn spawn(command: Command) -> Result<Child> {
         .unwrap_or_else(PoisonError::into_inner)
         .clone();
     sender
-        .send((command, answer))
+        .send(Some((command, answer)))
         .map_err(|_| anyhow!("the thread that starts processes is gone"))?;
     let child = result
         .recv()
         .context("the thread that starts processes is gone")?;
     child.context("cannot start a process of the lab")
+}
+
+/// Kills all processes of all labs, by the end of the thread that has started them. No more can be started.
+pub(crate) fn end_all() {
+    if let Some(spawner) = SPAWNER.get() {
+        let spawner = spawner.lock().unwrap_or_else(PoisonError::into_inner);
+        // Where that thread is gone they are, too.
+        let _ = spawner.send(None);
+    }
 }
 
 /// A command that is killed with the lab.

@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, Once, PoisonError};
+use std::time::Duration;
 
 use anyhow::{Result, bail};
 
@@ -165,7 +166,8 @@ fn remember(directory: &Path) {
     directories.push(directory.to_owned());
 }
 
-/// Removes the files on Ctrl-C and SIGTERM; the processes and with them the namespaces end by themselves.
+/// On Ctrl-C and SIGTERM, ends the processes, and with them the namespaces, and then removes their files: who still runs
+/// writes more of them.
 #[expect(
     clippy::exit,
     reason = "a signal ends the process, whatever it is doing"
@@ -181,15 +183,25 @@ fn end_with_signals() {
         };
         std::thread::spawn(move || {
             if let Some(signal) = signals.forever().next() {
+                host::end_all();
                 let directories = DIRECTORIES.lock().unwrap_or_else(PoisonError::into_inner);
-                for directory in directories.iter() {
-                    // What cannot be removed now is swept by the next lab.
-                    let _ = fs::remove_dir_all(directory);
-                }
+                directories.iter().for_each(|directory| remove(directory));
                 std::process::exit(128 + signal);
             }
         });
     });
+}
+
+/// Removes a directory, in spite of processes that were killed a moment ago. What they keep for longer is swept by the next
+/// lab.
+fn remove(directory: &Path) {
+    for _ in 0..100 {
+        let removed = fs::remove_dir_all(directory);
+        if removed.is_ok() || !directory.exists() {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
 }
 
 /// Removes the files of labs that were killed.

@@ -89,12 +89,13 @@ fn a_lab_that_gets_a_signal_leaves_nothing(signal: &str, files_too: bool) {
         .status()
         .unwrap();
     lab.wait().unwrap();
-    eventually(Duration::from_secs(5), "all processes have ended", || {
-        let mut left = leftovers(pid);
+    let mut left = Vec::new();
+    let all_have_ended = eventually(Duration::from_secs(5), "all processes have ended", || {
+        left = leftovers(pid);
         left.retain(|left| files_too || left.contains(' '));
         Ok(left.is_empty().then_some(()))
-    })
-    .unwrap();
+    });
+    assert!(all_have_ended.is_ok(), "{left:#?}");
     assert_eq!(machine(), before);
 }
 
