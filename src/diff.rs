@@ -69,6 +69,8 @@ enum Phase {
     OldAccepts,
     OldLandmarks,
     OldSkeletons,
+    /// As soon as packets go where they are to go. What is cleared away after that takes longer than all before.
+    Challenges,
     /// When ours does all of the work. Chains of a backend come before their sets.
     Remnants,
 
@@ -77,9 +79,6 @@ enum Phase {
     OldGateways,
     /// Last of a table, for the reason that it is the first.
     OldFallbacks,
-
-    /// When everything is as it will be.
-    Challenges,
 }
 
 /// The ordered steps that turn `observed` into `desired`; none when they are equal.

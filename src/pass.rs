@@ -92,17 +92,18 @@ impl Memory {
         view.neighbours.clone_from(&kernel.neighbours);
         view.surroundings.clone_from(&kernel.surroundings);
         let is_start = self.last.is_none();
+        let own = view.nodes.get(&settings.node_name);
+        let is_taken_for_gateway = own.is_some_and(|own| own.guards == Some(true));
         if is_start {
             let adopted = adopt::gateways(&kernel.state, &view.nodes, &settings.node_name);
-            if adopted.values().any(|node| *node == settings.node_name) {
+            // By its Lease, too: a run that died may have come to take everything else back.
+            if is_taken_for_gateway || adopted.values().any(|node| *node == settings.node_name) {
                 self.gateway = Lasting(Some(now));
             }
             for (vip, node) in adopted {
                 self.announcers.adopt(vip, node, now);
             }
         }
-        let own = view.nodes.get(&settings.node_name);
-        let is_taken_for_gateway = own.is_some_and(|own| own.guards == Some(true));
         if facts.away {
             // A node that becomes a gateway cannot say so now. Nor can there be a pod that it does not know.
             view.nodes.values_mut().for_each(|node| node.guards = None);
@@ -524,6 +525,9 @@ mod tests {
         let now = Instant::now();
         let mut kernel = kernel();
         let mut memory = Memory::new(&settings());
+        // It was none at its start.
+        let first = pass(&mut memory, announced_by(3), &mut kernel, now);
+        memory.keep(first.desired, true);
         for (guards, away, is_guarding) in [
             (Some(true), false, true),
             (Some(true), true, true),
@@ -536,6 +540,22 @@ mod tests {
             assert!(!pass.is_gateway);
             assert_eq!(pass.view.is_gateway, is_guarding);
         }
+    }
+
+    #[test]
+    fn a_start_whose_lease_says_that_it_guards_is_a_gateway_for_the_grace_period() {
+        let now = Instant::now();
+        let mut facts = announced_by(3);
+        facts.view.nodes.get_mut(&node(1)).unwrap().guards = Some(true);
+        // A run that died has taken back all else.
+        let (mut kernel, mut memory) = (kernel(), Memory::new(&settings()));
+        let mut at = |after| {
+            let pass = pass(&mut memory, facts.clone(), &mut kernel, now + after);
+            memory.keep(pass.desired, true);
+            (pass.is_gateway, pass.view.is_gateway)
+        };
+        assert_eq!(at(Duration::ZERO), (true, true));
+        assert_eq!(at(settings().grace), (false, true), "it says so first");
     }
 
     #[test]

@@ -92,6 +92,15 @@ impl Unheard {
             ..Unheard::default()
         }
     }
+
+    /// Those that are to be challenged now, once each.
+    pub(crate) fn taken(&mut self) -> Unheard {
+        Unheard {
+            pods: std::mem::take(&mut self.pods),
+            flows: self.flows.clone(),
+            expected: BTreeSet::new(),
+        }
+    }
 }
 
 /// Challenges the pods, now and twice more, in a task of its own; pods that are not on a link of this node are skipped. A

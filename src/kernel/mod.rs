@@ -367,9 +367,10 @@ impl Kernel for NodeKernel {
             if !batch.connections.is_empty() {
                 let (steps, excluded) = (&batch.connections, &self.excluded);
                 let (firewall, conntrack) = (&mut self.firewall, &mut self.conntrack);
-                let unheard = &mut unheard;
-                connections::apply(steps, firewall, conntrack, excluded, unheard, &mut failed)
-                    .await;
+                let (unheard, failed) = (&mut unheard, &mut failed);
+                connections::apply(steps, firewall, conntrack, excluded, unheard, failed).await;
+                let (conntrack, excluded) = (self.conntrack.clone(), self.excluded.clone());
+                challenge::elicit(unheard.taken(), conntrack, excluded, self.challenges());
             }
             for (family, sources) in batch.accepts {
                 self.may_accept = true;
@@ -390,8 +391,6 @@ impl Kernel for NodeKernel {
                 }
             }
         }
-        let conntrack = self.conntrack.clone();
-        challenge::elicit(unheard, conntrack, self.excluded.clone(), self.challenges());
         failed
     }
 }
