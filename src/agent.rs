@@ -17,7 +17,7 @@ use crate::backoff::Backoff;
 use crate::cluster::watch::Cluster;
 use crate::diff::diff;
 use crate::error::chain;
-use crate::kernel::{Drift, Kernel, StepError};
+use crate::kernel::{Drift, Kernel, StepError, executable};
 use crate::lan::Lan;
 use crate::pass::{self, Memory, Pass};
 use crate::plan::Desired;
@@ -235,8 +235,11 @@ impl<K: Kernel> Agent<'_, K> {
             failed = self.kernel.apply(guards).await;
             self.publish_programmed(&failed, pass);
         }
+        // What was to close and could not, keeps closed what comes after it, as within one call.
+        let rest = executable(&rest.iter().collect::<Vec<_>>(), &mut failed);
+        let rest: Vec<Step> = rest.into_iter().cloned().collect();
         if !rest.is_empty() {
-            failed.extend(self.kernel.apply(rest).await);
+            failed.extend(self.kernel.apply(&rest).await);
         }
         self.publish_programmed(&failed, pass);
         failed

@@ -10,8 +10,8 @@ use crate::kernel;
 use crate::names::NodeName;
 use crate::report::Wanted;
 use crate::state::{
-    Accepted, Asked, Family, FamilyState, FirewallStep, KernelState, Obstacle, Rule, RuleAction,
-    Skeleton, Surroundings, TableId,
+    Accepted, Asked, ConnectionStep, Family, FamilyState, FirewallStep, KernelState, Obstacle,
+    PodSet, Rule, RuleAction, Skeleton, Surroundings, TableId,
 };
 
 /// A kernel that remembers what was done to it, and fails where a test wants it.
@@ -318,6 +318,50 @@ async fn a_node_is_programmed_for_others_when_all_is_that_a_gateway_needs() {
             guards: false,
         };
         assert_eq!(*running.lease.borrow(), Some(wanted));
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_a_new_gateway_needs_and_could_not_do_opens_nothing_after_it_has_told() {
+    let pod = "10.244.1.11".parse().unwrap();
+    let steps: [Step; 3] = [
+        FirewallStep::Install(Family::V4, [].into()).into(),
+        ConnectionStep::Forget(pod).into(),
+        FirewallStep::RemovePod(PodSet::Blocked, pod).into(),
+    ];
+    for (applies, expected) in [(1, &["failed"][..]), (0, &["applied", "applied"])] {
+        let settings = Settings::default_on("node1");
+        let cluster = Arc::new(Cluster::default());
+        let boot = BootId("first".to_owned());
+        let (report, lease) = Report::recorded(cluster.clone(), node1(), boot);
+        let mut kernel = FakeKernel::default();
+        let shared = kernel.shared.clone();
+        let at = |step: &Step| matches!(step, Step::Firewall(FirewallStep::Install(..)));
+        *shared.failing.lock().unwrap() = Failing { applies, at };
+        let mut agent = Agent {
+            settings: &settings,
+            cluster: &cluster,
+            report: &report,
+            kernel: &mut kernel,
+            lan: None,
+            memory: Memory::new(&settings),
+            log: Log::default(),
+            known: Known::Nothing,
+        };
+        let mut observed = Observed::default();
+        let facts = agent.cluster.facts();
+        let now = Instant::now().into_std();
+        let mut pass = agent
+            .memory
+            .plan(facts, &BTreeMap::new(), &mut observed, &settings, now);
+        pass.is_gateway = true;
+        let family = pass.desired.kernel.families.entry(Family::V4);
+        family.or_default().firewall.skeleton = Skeleton::Intact;
+        pass.view.nodes.insert(node1(), Node::default());
+        let failed = agent.apply(&steps, &pass).await;
+        assert_eq!(shared.log(), expected);
+        assert_eq!(failed.len(), 3 * applies, "{failed:?}");
+        assert_eq!(lease.borrow().is_some(), applies == 0);
     }
 }
 

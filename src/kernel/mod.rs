@@ -40,7 +40,7 @@ use crate::kernel::challenge::Unheard;
 use crate::kernel::conntrack::Conntrack;
 pub use crate::kernel::drift::Drift;
 use crate::kernel::drift::DriftListener;
-use crate::kernel::error::executable;
+pub(crate) use crate::kernel::error::executable;
 pub use crate::kernel::error::{Error, StepError};
 use crate::kernel::firewall::Firewall;
 use crate::kernel::iptables::forward::{self, ACCEPT};
