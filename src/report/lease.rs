@@ -56,7 +56,11 @@ impl Holder {
         };
         let said = node.programmed.as_ref() == Some(&self.boot);
         let is_said = said == programmed && (!programmed || node.guards == Some(guards));
-        if !is_said {
+        if is_said {
+            // What was to be said before, and could not be written yet, is not true any more.
+            self.wanted
+                .send_if_modified(|wanted| wanted.take().is_some());
+        } else {
             self.wanted.send_replace(Some(Wanted {
                 owner: node.uid.clone(),
                 programmed,
@@ -134,4 +138,29 @@ fn document(name: &str, node: &NodeName, boot: &BootId, wanted: &Wanted) -> serd
         // No duration and no renewal: it says what the node's kernel holds, not that an agent runs.
         "spec": {"holderIdentity": node.0},
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cluster::Node;
+
+    #[test]
+    fn what_could_not_be_written_is_not_written_when_it_is_not_true_any_more() {
+        let (name, boot) = (NodeName("node1".to_owned()), BootId("first".to_owned()));
+        let (holder, asked) = Holder::new(name.clone(), boot.clone());
+        let node = Node {
+            programmed: Some(boot),
+            guards: Some(false),
+            ..Node::default()
+        };
+        let view = View {
+            nodes: [(name, node)].into(),
+            ..View::default()
+        };
+        assert!(!holder.say(true, true, &view));
+        assert!(asked.borrow().as_ref().is_some_and(|wanted| wanted.guards));
+        assert!(holder.say(true, false, &view));
+        assert_eq!(*asked.borrow(), None);
+    }
 }
