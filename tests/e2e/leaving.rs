@@ -1,6 +1,7 @@
 //! As whom pods are seen outside.
 
 use std::net::IpAddr;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use metaleg_lab::probe::{Protocol, Seen};
@@ -166,6 +167,54 @@ pub(crate) fn blocked(lab: &Lab, pods: &[&str], families: &[Family]) -> Result<(
                 );
             }
         }
+    }
+    Ok(())
+}
+
+/// Servers that take their time.
+pub(crate) struct Late {
+    /// How long they take to answer: their clients' VIP moves within that.
+    pub(crate) answer: Duration,
+    /// How much later the answer may come.
+    pub(crate) patience: Duration,
+    /// Clients end their half of the connection when they have asked.
+    pub(crate) is_half_closed: bool,
+}
+
+/// Pods wait for an answer while their VIP moves to the next node: nothing but the agents makes them send.
+pub(crate) fn hear_over_a_move(
+    lab: &Lab,
+    pods: &[&str],
+    vips: &[IpAddr],
+    late: &Late,
+) -> Result<()> {
+    let mut streams = Vec::new();
+    for (family, pod) in every(pods.iter().copied()) {
+        let mut stream = lab.open_stream(pod, Outside::Far, family)?;
+        stream.ask_for_later(late.answer)?;
+        if late.is_half_closed {
+            stream.say_no_more()?;
+        }
+        streams.push((pod, family, stream));
+    }
+    let asked = Instant::now();
+    let from = lab.wait_for_announcer(vip_of(vips, Family::V4)?, None)?;
+    let to = from % lab.node_numbers().count() + 1;
+    lab.move_announcement(vips, to)?;
+    let after = asked.elapsed();
+    ensure!(
+        after < late.answer,
+        "the announcement moved after {after:?} only"
+    );
+    for (pod, family, stream) in &mut streams {
+        let limit = (late.answer + late.patience).saturating_sub(asked.elapsed());
+        let node = lab.pod(pod)?.node;
+        let what = || format!("{pod} on node{node}, {family}, node{from} to node{to}");
+        let seen = stream
+            .hear(limit.max(Duration::from_millis(1)))
+            .with_context(what)?;
+        let vip = vip_of(vips, *family)?;
+        ensure!(seen.address() == Some(vip), "{pod} is seen as {seen}");
     }
     Ok(())
 }

@@ -1,11 +1,11 @@
 //! What else lives on a node, and what MetalEG leaves to it.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use metaleg_lab::{Family, KubeProxy, Lab, Masquerade, Outside, SOON, ServiceSpec, eventually};
 
-use crate::leaving::{Before, every, settle_as_nodes, settle_for_good, vip_of};
+use crate::leaving::{Before, Late, hear_over_a_move, settle_as_nodes, settle_for_good};
 use crate::names;
 use crate::runner::{Check, Group, Row};
 use crate::stage::Stage;
@@ -134,29 +134,10 @@ fn rules_ahead(stage: &mut Stage) -> Result<()> {
 /// Clients have said all that they have to say, and wait for the answer while their VIP moves.
 fn half_closed(stage: &mut Stage) -> Result<()> {
     stage.shop()?;
-    let Stage { lab, vips, .. } = stage;
-    let mut streams = Vec::new();
-    for (family, pod) in every(SHOP) {
-        let mut stream = lab.open_stream(pod, Outside::Far, family)?;
-        stream.ask_for_later(LATE)?;
-        stream.say_no_more()?;
-        streams.push((pod, family, stream));
-    }
-    let asked = Instant::now();
-    let from = lab.wait_for_announcer(vips[0], None)?;
-    let to = from % lab.node_numbers().count() + 1;
-    lab.move_announcement(vips, to)?;
-    let after = asked.elapsed();
-    ensure!(after < LATE, "the announcement moved after {after:?} only");
-    for (pod, family, stream) in &mut streams {
-        let limit = (LATE + PATIENCE).saturating_sub(asked.elapsed());
-        let node = lab.pod(pod)?.node;
-        let what = || format!("{pod} on node{node}, {family}, node{from} to node{to}");
-        let seen = stream
-            .hear(limit.max(Duration::from_millis(1)))
-            .with_context(what)?;
-        let vip = vip_of(vips, *family)?;
-        ensure!(seen.address() == Some(vip), "{pod} is seen as {seen}");
-    }
-    Ok(())
+    let late = Late {
+        answer: LATE,
+        patience: PATIENCE,
+        is_half_closed: true,
+    };
+    hear_over_a_move(&stage.lab, &SHOP, &stage.vips, &late)
 }

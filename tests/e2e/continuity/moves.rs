@@ -1,13 +1,11 @@
 //! The VIP moves by intent.
 
-use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
-use metaleg_lab::{Lab, Outside};
+use anyhow::Result;
 
 use super::{Allowed, DIAL_GOAL, SHOP, Watch};
-use crate::leaving::{every, vip_of};
+use crate::leaving::{Late, hear_over_a_move};
 use crate::runner::{Check, Row};
 use crate::stage::Stage;
 
@@ -62,7 +60,12 @@ fn graceful(stage: &mut Stage, times: usize) -> Result<()> {
 
 fn only_the_server(stage: &mut Stage) -> Result<()> {
     stage.shop()?;
-    (0..4).try_for_each(|_| late_answers(&stage.lab, &stage.vips))
+    let late = Late {
+        answer: LATE,
+        patience: STREAM_GOAL,
+        is_half_closed: false,
+    };
+    (0..4).try_for_each(|_| hear_over_a_move(&stage.lab, &SHOP, &stage.vips, &late))
 }
 
 fn flaps(stage: &mut Stage) -> Result<()> {
@@ -84,31 +87,4 @@ fn flaps(stage: &mut Stage) -> Result<()> {
     })?;
     let mut numbers = lab.node_numbers();
     numbers.try_for_each(|number| lab.allow_announcing(number, true))
-}
-
-/// Pods wait for an answer while their VIP moves: nothing but the agents makes them send.
-fn late_answers(lab: &Lab, vips: &[IpAddr]) -> Result<()> {
-    let mut streams = Vec::new();
-    for (family, pod) in every(SHOP) {
-        let mut stream = lab.open_stream(pod, Outside::Far, family)?;
-        stream.ask_for_later(LATE)?;
-        streams.push((pod, family, stream));
-    }
-    let asked = Instant::now();
-    let from = lab.wait_for_announcer(vips[0], None)?;
-    let to = from % lab.node_numbers().count() + 1;
-    lab.move_announcement(vips, to)?;
-    let after = asked.elapsed();
-    ensure!(after < LATE, "the announcement moved after {after:?} only");
-    for (pod, family, stream) in &mut streams {
-        let limit = (LATE + STREAM_GOAL).saturating_sub(asked.elapsed());
-        let node = lab.pod(pod)?.node;
-        let what = || format!("{pod} on node{node}, {family}, node{from} to node{to}");
-        let seen = stream
-            .hear(limit.max(Duration::from_millis(1)))
-            .with_context(what)?;
-        let vip = vip_of(vips, *family)?;
-        ensure!(seen.address() == Some(vip), "{pod} is seen as {seen}");
-    }
-    Ok(())
 }
