@@ -12,8 +12,7 @@ use nix::libc::IPPROTO_DCCP;
 use crate::kernel::conntrack::LateReply;
 use crate::kernel::ours::{OwnSet, digit};
 use crate::kernel::tool::{ToolError, run};
-use crate::state::LATE_REPLY_SECONDS;
-use crate::state::{Family, FirewallStep, Landmark};
+use crate::state::{Family, FirewallStep, LATE_REPLY_SECONDS, Landmark};
 
 /// What every set of ours is called.
 const PREFIX: &str = "METALEG-";

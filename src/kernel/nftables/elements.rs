@@ -11,9 +11,9 @@ use crate::kernel::conntrack::LateReply;
 use crate::kernel::netlink::address;
 use crate::kernel::nftables::ruleset::{mark_of_chain, slot_chain};
 use crate::kernel::ours::{OwnSet, digit};
-use crate::state::LATE_REPLY_SECONDS;
 use crate::state::{
-    Family, FirewallState, Landmark, Mark, NetSet, PodSet, PodState, Skeleton, Way,
+    Family, FirewallState, LATE_REPLY_SECONDS, Landmark, Mark, NetSet, PodSet, PodState, Skeleton,
+    Way,
 };
 
 /// A set or map of one family.

@@ -36,8 +36,9 @@ use crate::kernel::netlink::{OwnPorts, address};
 use crate::kernel::ours::Ranges;
 use crate::kernel::tag::TAG;
 use crate::kernel::tool::{run, run_as};
-use crate::state::LATE_REPLY_SECONDS;
-use crate::state::{Family, FirewallState, FirewallStep, KernelState, Remnant, Skeleton};
+use crate::state::{
+    Family, FirewallState, FirewallStep, KernelState, LATE_REPLY_SECONDS, Remnant, Skeleton,
+};
 
 /// `NFNL_SUBSYS_NFTABLES` of nfnetlink.h: the subsystem that a transaction is for.
 const SUBSYSTEM: u16 = 10;

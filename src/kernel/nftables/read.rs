@@ -11,8 +11,7 @@ use crate::kernel::nftables::elements::{
 };
 use crate::kernel::nftables::ruleset::TABLE;
 use crate::kernel::tag::TAG;
-use crate::state::Family;
-use crate::state::LATE_REPLY_SECONDS;
+use crate::state::{Family, LATE_REPLY_SECONDS};
 
 const TABLE_NAME: u16 = 1;
 const TABLE_FLAGS: u16 = 2;
