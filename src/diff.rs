@@ -201,16 +201,17 @@ fn routes(
     steps: &mut Steps,
 ) {
     let is_excluded = |net: &IpNet| excluded.iter().any(|wider| wider.contains(net));
-    let is_new = |id: TableId| {
-        let table = to
-            .tables
-            .get(&id)
-            .filter(|_| !from.tables.contains_key(&id));
-        table.is_some_and(|table| !table.throws.iter().all(is_excluded))
+    let none = Table::default();
+    // Whether a table is still to learn of something that is to go past it. Not only a new one: a run may have died over it.
+    let is_incomplete = |id: TableId| {
+        let old = from.tables.get(&id).unwrap_or(&none);
+        let new = to.tables.get(&id).unwrap_or(&none);
+        let mut missing = new.throws.difference(&old.throws);
+        missing.any(|net| !is_excluded(net))
     };
     for rule in to.rules.difference(&from.rules) {
         let phase = match rule.action {
-            RuleAction::Lookup(id) if is_new(id) => Phase::NewLookupRules,
+            RuleAction::Lookup(id) if is_incomplete(id) => Phase::NewLookupRules,
             _ => Phase::LookupRules,
         };
         steps.add(phase, RouteStep::AddRule(family, *rule));
@@ -218,7 +219,6 @@ fn routes(
     for rule in from.rules.difference(&to.rules) {
         steps.add(Phase::OldRules, RouteStep::RemoveRule(family, *rule));
     }
-    let none = Table::default();
     let ids: BTreeSet<_> = from.tables.keys().chain(to.tables.keys()).collect();
     for id in ids {
         let old = from.tables.get(id).unwrap_or(&none);

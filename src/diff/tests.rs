@@ -377,6 +377,15 @@ fn a_table_has_its_floor_first_and_loses_it_last() {
             "add IPv4 rule pref 1002 fwmark 0x100000/0xf00000 lookup 100001".to_owned(),
         ]
     );
+    // A run that died has left the table: its rule waits all the same.
+    let mut begun = kernel(None);
+    let routes = &mut begun.families.get_mut(&Family::V4).unwrap().routes;
+    let left = Table {
+        fallback: true,
+        ..Table::default()
+    };
+    routes.tables.insert(table, left);
+    assert_eq!(text(&begun, &with), text(&kernel(None), &with)[1..]);
     assert_eq!(
         text(&with, &kernel(None)),
         [
